@@ -85,8 +85,8 @@ class Rule:
 
 
 # fmt: off
-GATE_UP       = Rule("gate_up",       "experts.gate_up_proj",    "moe.experts.gate_and_up_projs", ("E", "2I", "H"), ("E", "H", "2I"), Operation.TRANSPOSE,       "moe.gate_up_proj")    
-DOWN          = Rule("down",          "experts.down_proj",       "moe.experts.down_projs",        ("E", "H", "I"),  ("E", "I", "H"),  Operation.TRANSPOSE_SCALE, "moe.down_proj")       
+GATE_UP       = Rule("gate_up",       "experts.gate_up_proj",    "moe.experts.gate_and_up_projs", ("E", "2I", "H"), ("E", "H", "2I"), Operation.TRANSPOSE,       "moe.gate_up_proj")
+DOWN          = Rule("down",          "experts.down_proj",       "moe.experts.down_projs",        ("E", "H", "I"),  ("E", "I", "H"),  Operation.TRANSPOSE_SCALE, "moe.down_proj")
 SCALE         = Rule("scale",         "router.per_expert_scale", "moe.experts.down_projs",        ("E",),           (),               Operation.FOLD,            "moe.per_expert_scale")
 ROUTER_WEIGHT = Rule("router weight", "router.proj.weight",      "moe.gate.proj.weight",          ("E", "H"),       ("E", "H"),       Operation.KEEP)
 ROUTER_SCALE  = Rule("router scale",  "router.scale",            "moe.gate.scale",                ("H",),           ("H",),           Operation.KEEP)
