@@ -1,0 +1,89 @@
+"""The fields that the adapter reads of a model's configuration, under the names that NeMo AutoModel gives them.
+
+Any object with these attributes serves: a transformers config, NeMo's own `MoEConfig` and `BackendConfig`, or these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from gemma4_moe.errors import ConfigError, UsageError
+
+Conversion = Literal["auto", "cpu", "triton", "torch"]
+
+
+@dataclass(frozen=True, slots=True)
+class MoEConfig:
+    """The mixture's sizes.
+
+    Attributes:
+        n_routed_experts: E.
+        dim: H, or None to take it from the model's config or from the tensors.
+        moe_inter_dim: I, or None likewise.
+    """
+
+    n_routed_experts: int
+    dim: int | None = None
+    moe_inter_dim: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BackendConfig:
+    """How tensors are converted.
+
+    Attributes:
+        conversion: The kernel: "auto" chooses by device, dtype and layout.
+    """
+
+    conversion: Conversion = "auto"
+
+
+#: Where each axis is found: attributes of the text config, then of the MoE config.
+_SOURCES = {
+    "E": ("num_experts", "n_routed_experts"),
+    "H": ("hidden_size", "dim"),
+    "I": ("moe_intermediate_size", "moe_inter_dim"),
+}
+
+
+def axis_sizes(config: Any, moe_config: Any) -> dict[str, int]:
+    """Return the sizes of E, H and I that the two configs give.
+
+    Args:
+        config: A text config, a multimodal config that has one as `text_config`, or None.
+        moe_config: An object with `n_routed_experts`, or None.
+
+    Raises:
+        ConfigError: The configs disagree, or a size is not a positive integer.
+    """
+    text_config = getattr(config, "text_config", None) or config
+    sizes: dict[str, int] = {}
+    for axis, (text_name, moe_name) in _SOURCES.items():
+        for owner, name in ((text_config, text_name), (moe_config, moe_name)):
+            value = getattr(owner, name, None)
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} has no meaning", expected="a positive integer", found=repr(value))
+            if sizes.setdefault(axis, value) != value:
+                raise ConfigError(
+                    f"config and moe_config disagree about {axis}",
+                    expected=f"{text_name} = {sizes[axis]}",
+                    found=f"{moe_name} = {value}",
+                    hint="give both the configuration of the same model",
+                )
+    return sizes
+
+
+def conversion_of(backend: Any) -> Conversion:
+    """Return the kernel that `backend` names; "auto" where it names none.
+
+    Raises:
+        UsageError: It names a kernel that does not exist.
+    """
+    name = getattr(backend, "conversion", "auto")
+    for known in get_args(Conversion):
+        if name == known:
+            return cast("Conversion", known)
+    raise UsageError("unknown kernel", expected=f"one of {', '.join(get_args(Conversion))}", found=repr(name))

@@ -1,0 +1,33 @@
+"""Destinations: hf-layout views of a model's storage that a checkpoint reader fills, and how they are told apart.
+
+A destination carries a mark: an attribute of the tensor object itself. Whoever hands the same object back (as
+`torch.distributed.checkpoint.load` does) hands back the mark; `clone`, `detach` and `contiguous` lose it, and then the
+tensor is an ordinary one. So no adapter has to remember that a load is under way.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_MARK = "_gemma4_moe_destination_of"
+
+
+def mark(view: torch.Tensor, native: torch.Tensor) -> torch.Tensor:
+    """Mark `view` as a destination whose storage belongs to `native`, and return it."""
+    setattr(view, _MARK, native)
+    return view
+
+
+def native_of(value: object) -> torch.Tensor | None:
+    """Return the model's tensor behind a destination, None for any other value."""
+    native: torch.Tensor | None = getattr(value, _MARK, None)
+    return native
+
+
+def unfilled_scale(native: torch.Tensor) -> torch.Tensor:
+    """Return a destination [E] for the per-expert scale of `native` [E, I, H].
+
+    It is fp32, so that no scale is rounded on its way in, and filled with NaN, which says "not loaded".
+    """
+    scale = torch.full(native.shape[:1], float("nan"), dtype=torch.float32, device=native.device)
+    return mark(scale, native)
