@@ -7,7 +7,7 @@ no file can send control sequences to a terminal.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 def printable(text: str) -> str:
@@ -79,7 +79,15 @@ class IncompleteExpertsError(InputError, RuntimeError):
 
 
 class UnsupportedCheckpointError(InputError):
-    """A known format that this package recognises and does not convert."""
+    """A known form that this package recognises and does not convert.
+
+    Attributes:
+        form: What the form is called, or None where it has no name.
+    """
+
+    def __init__(self, problem: str, *, form: str | None = None, **facts: Any) -> None:
+        self.form = form
+        super().__init__(problem, **facts)
 
 
 class CheckpointFormatError(InputError):
@@ -110,3 +118,7 @@ class TargetBusyError(Gemma4MoEError):
     """Another process is writing the same target."""
 
     exit_status = 6
+
+
+class ParallelError(Gemma4MoEError, RuntimeError):
+    """Ranks that disagree, a mesh or placement that we don't know, or a collective that failed."""

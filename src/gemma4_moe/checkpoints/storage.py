@@ -1,0 +1,131 @@
+"""Opening files that may be anything, and turning what the disk says into this package's errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from gemma4_moe.errors import CheckpointFormatError, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_HINTS = {
+    errno.ENOSPC: "free some space, or name a directory on another disk",
+    errno.EDQUOT: "free some of your quota, or name a directory on another disk",
+    errno.EACCES: "check the permissions of the file and of the directories above it",
+    errno.EPERM: "check the permissions of the file and of the directories above it",
+    errno.EROFS: "name a directory on a disk that can be written",
+    errno.EIO: "check the disk: it could not do what it was asked",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+@contextmanager
+def refusals(action: str, file: object) -> Iterator[None]:
+    """Turn an OSError into a StorageError that says that `action` on `file` failed, and why."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise refusal(action, file, error) from error
+
+
+def refusal(action: str, file: object, error: OSError) -> StorageError:
+    """Return the StorageError for `error`, met at `action` on `file`."""
+    reason = error.strerror or str(error)
+    return StorageError(f"can't {action}: {reason}", file=file, hint=_HINTS.get(error.errno or 0))
+
+
+def regular_status(path: Path) -> os.stat_result:
+    """Return the status of a regular file, or of the one that a link leads to.
+
+    Raises:
+        CheckpointFormatError: The file is missing, or is no regular file.
+        StorageError: The disk or its permissions refused.
+    """
+    with _missing_is_input(path), refusals("look at the file", path):
+        status = path.stat()
+    _require_regular(path, status.st_mode)
+    return status
+
+
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading, links to one included, and return its descriptor.
+
+    Pipes, devices, sockets and directories are refused without being opened, so that none can block or act.
+
+    Raises:
+        CheckpointFormatError: The file is missing, or is no regular file.
+        StorageError: The disk or its permissions refused.
+    """
+    regular_status(path)
+    # Should the file have been exchanged for a pipe since, O_NONBLOCK keeps the open from waiting for a writer.
+    with _missing_is_input(path), refusals("open the file", path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        _require_regular(path, os.fstat(descriptor).st_mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_whole(path: Path, longest: int) -> bytes:
+    """Read a regular file of at most `longest` bytes.
+
+    Raises:
+        CheckpointFormatError: The file is missing, no regular file, or longer.
+        StorageError: The disk or its permissions refused.
+    """
+    descriptor = open_regular(path)
+    with refusals("read the file", path), os.fdopen(descriptor, "rb") as file:
+        content = file.read(longest + 1)
+        size = os.fstat(descriptor).st_size
+    if len(content) > longest:
+        raise CheckpointFormatError(
+            "a file that is far larger than such a file can be",
+            file=path,
+            expected=f"at most {longest} bytes",
+            found=f"{size} bytes",
+        )
+    return content
+
+
+@contextmanager
+def _missing_is_input(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            raise
+        raise CheckpointFormatError(
+            "a file that should be there is missing",
+            file=path,
+            expected="a file",
+            found="a link that leads nowhere" if path.is_symlink() else "nothing",
+            hint="get the whole checkpoint again",
+        ) from error
+
+
+def _require_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise CheckpointFormatError(
+            "not a regular file", file=path, expected="a file, or a link to one", found=_kind(mode)
+        )
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
