@@ -112,7 +112,7 @@ def _lookup(layout: Layout) -> dict[str, tuple[Rule, Spelling]]:
 
 
 _LOOKUP = {layout: _lookup(layout) for layout in Layout}
-_IN_LAYER = re.compile(r"(?P<prefix>(?:.+\.)?)layers\.(?P<layer>0|[1-9][0-9]*)\.(?P<rest>.+)", re.ASCII | re.DOTALL)
+_IN_LAYER = re.compile(r"(?P<prefix>(?:.+\.)?)layers\.(?P<layer>0|[1-9][0-9]{0,8})\.(?P<rest>.+)", re.ASCII | re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,13 @@ class MoEName:
         return MoEName(self.prefix, self.layer, rule)
 
 
+def lookup(name: str, layout: Layout) -> MoEName | None:
+    """Return the row that explains `name` in `layout` and where it stands, None where no row does."""
+    match = _IN_LAYER.fullmatch(name)
+    row = _LOOKUP[layout].get(match["rest"]) if match else None
+    return MoEName(match["prefix"], int(match["layer"]), *row) if match and row else None
+
+
 def parse(name: str, layout: Layout) -> MoEName | None:
     """Explain `name` as a name of `layout`.
 
@@ -170,14 +177,13 @@ def parse(name: str, layout: Layout) -> MoEName | None:
         UnknownTensorError: The name stands in a module that belongs to the experts or the router and is not in the
             table, or carries a name of the table outside a layer.
     """
+    found = lookup(name, layout)
+    if found is not None:
+        return found
     match = _IN_LAYER.fullmatch(name)
     rest = match["rest"] if match else name
-    if match is not None:
-        row = _LOOKUP[layout].get(rest)
-        if row is not None:
-            return MoEName(match["prefix"], int(match["layer"]), *row)
-        if rest.split(".")[0] in MOE_MODULES:
-            raise _unknown(name, rest, layout)
+    if match is not None and rest.split(".")[0] in MOE_MODULES:
+        raise _unknown(name, rest, layout)
     for known in _LOOKUP[layout]:
         if rest == known or rest.endswith("." + known):
             raise UnknownTensorError(
@@ -226,7 +232,7 @@ class ForeignSpelling:
 
 _DEQUANTISE = "quantised experts are not dequantised here: start from the unquantised checkpoint"
 
-#: Ordered: the first that matches any tensor names the whole checkpoint.
+#: By rank: the first that any tensor shows names the whole checkpoint. Quantised experts are per-expert, too.
 FOREIGN_SPELLINGS = tuple(
     ForeignSpelling(name, reason, re.compile(pattern, re.DOTALL))
     for name, reason, pattern in (
@@ -241,7 +247,7 @@ FOREIGN_SPELLINGS = tuple(
         ),
         (
             "per-expert",
-            "one two-dimensional tensor an expert: load it with transformers 5.5 or later and save it again",
+            "one two-dimensional tensor an expert is not converted: start from the checkpoint with fused experts",
             r".*layers\.\d+\.(moe\.)?experts\.\d+\.(gate_proj|up_proj|down_proj)(\.weight)?",
         ),
         (

@@ -1,0 +1,139 @@
+"""A plan cut into blocks: each one contiguous range to read, at most one kernel call, one contiguous range to write.
+
+Experts lead in both layouts, so a run of experts is one range in the source and one in the target. Blocks are
+independent of each other: they may run in any order, and their size does not show in the bytes written.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gemma4_moe.errors import UsageError
+from gemma4_moe.layouts import Operation
+from gemma4_moe.transforms import transposes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gemma4_moe.checkpoints.header import TensorEntry
+    from gemma4_moe.planning import Plan, PlannedTensor
+
+DEFAULT_MEMORY = 2**30
+
+#: What a block holds at most, in bytes, unless one expert alone is larger.
+BLOCK_BYTES = 32 * 2**20
+
+#: Buffers on each side of the kernel: enough to keep reader, kernel and writer busy.
+MOST_BUFFERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows [first, last) of one target tensor; a row is an expert, or one element where no axes are exchanged.
+
+    Attributes:
+        tensor: The tensor.
+        entry: Where it lies in its file.
+        file: The bare name of that file.
+        first: The first row.
+        last: The row after the last.
+    """
+
+    tensor: PlannedTensor
+    entry: TensorEntry
+    file: str
+    first: int
+    last: int
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the bytes go through unchanged."""
+        source = self.tensor.source
+        return self.tensor.operation is Operation.KEEP and source is not None and source.dtype == self.tensor.dtype
+
+    @property
+    def source_span(self) -> tuple[int, int]:
+        """Offset in the source tensor and size, both in bytes; (0, 0) where nothing is read."""
+        source = self.tensor.source
+        return (0, 0) if source is None else self._span(source.nbytes)
+
+    @property
+    def target_span(self) -> tuple[int, int]:
+        """Offset in the target file and size, both in bytes."""
+        offset, size = self._span(self.entry.nbytes)
+        return self.entry.start + offset, size
+
+    def _span(self, nbytes: int) -> tuple[int, int]:
+        row = nbytes // _rows(self.tensor)
+        return self.first * row, (self.last - self.first) * row
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The buffers of a conversion.
+
+    Attributes:
+        block_bytes: The most that a block of several rows holds on either side.
+        buffer_bytes: Size of each buffer.
+        buffers: How many buffers there are on each side of the kernel.
+    """
+
+    block_bytes: int
+    buffer_bytes: int
+    buffers: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Size of all buffers together."""
+        return 2 * self.buffers * self.buffer_bytes
+
+
+def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
+    """Choose buffers that together stay within `budget` bytes.
+
+    Raises:
+        UsageError: One expert, before and after conversion, does not fit into the budget.
+    """
+    tensors = plan.tensors.values()
+    largest_row = max(_row_bytes(tensor) for tensor in tensors)
+    block_bytes = max(largest_row, min(BLOCK_BYTES, budget // (2 * MOST_BUFFERS)))
+    buffer_bytes = max(_rows_in(tensor, block_bytes) * _row_bytes(tensor) for tensor in tensors)
+    if 2 * buffer_bytes > budget:
+        widest = max(tensors, key=_row_bytes)
+        raise UsageError(
+            "the memory budget is smaller than one expert before and after conversion",
+            tensor=widest.name,
+            expected=f"at least {2 * buffer_bytes} bytes",
+            found=f"{budget} bytes",
+            hint=f"allow --max-memory {math.ceil(2 * buffer_bytes / 2**20)}MiB or more",
+        )
+    return Memory(block_bytes, buffer_bytes, min(MOST_BUFFERS, budget // (2 * buffer_bytes)))
+
+
+def blocks(plan: Plan, block_bytes: int) -> Iterator[Block]:
+    """Yield every block of a plan, in the order of the files and of their data."""
+    for file in plan.files:
+        for entry in file.entries:
+            tensor = plan.tensors[entry.name]
+            rows, step = _rows(tensor), _rows_in(tensor, block_bytes)
+            for first in range(0, rows, step):
+                yield Block(tensor, entry, file.name, first, min(first + step, rows))
+
+
+def _rows(tensor: PlannedTensor) -> int:
+    if transposes(tensor.operation):
+        return tensor.shape[0]
+    return math.prod(tensor.shape) * tensor.dtype.bits // 8 // max(1, tensor.dtype.itemsize)
+
+
+def _row_bytes(tensor: PlannedTensor) -> int:
+    """Size of one row in bytes, on the side where it is larger."""
+    elements = math.prod(tensor.shape[1:]) if transposes(tensor.operation) else 1
+    sides = [tensor.dtype] if tensor.source is None else [tensor.dtype, tensor.source.dtype]
+    return max(1, elements * max(dtype.itemsize for dtype in sides))
+
+
+def _rows_in(tensor: PlannedTensor, block_bytes: int) -> int:
+    return max(1, min(_rows(tensor), block_bytes // _row_bytes(tensor)))

@@ -1,0 +1,91 @@
+"""What names, shapes, dtypes and the config tell of a whole checkpoint: the rules of `convert` and `inspect`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gemma4_moe import dtypes
+from gemma4_moe.errors import ConfigError, IncompleteExpertsError, TensorShapeError
+from gemma4_moe.inventory import Inventory
+from gemma4_moe.layouts import RULES, Layout, MoEName, Operation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from gemma4_moe.checkpoints.config_file import ConfigFile
+    from gemma4_moe.checkpoints.directories import StoredTensor
+
+
+def check_tensors(tensors: Iterable[StoredTensor], layout: Layout, config: ConfigFile) -> dict[str, MoEName | None]:
+    """Explain every tensor of a checkpoint, and check names, shapes, dtypes and completeness.
+
+    Raises:
+        UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`; an expert dtype that is not
+            bfloat16, float16 or float32.
+        IncompleteExpertsError: A layer lacks a row of the table, or the config counts a layer that is not there.
+        ConfigError: There are layers that the config does not count.
+    """
+    inventory = Inventory(layout, config_sizes(config))
+    parsed = {}
+    for stored in tensors:
+        name = parsed[stored.name] = inventory.add(stored.name, stored.shape)
+        if name is not None:
+            check_dtype(stored, name)
+    rules = [rule for rule in RULES if layout is Layout.HF or rule.in_nemo]
+    inventory.require_complete(rules)
+    check_layer_count(inventory, config)
+    return parsed
+
+
+def config_sizes(config: ConfigFile) -> dict[str, int]:
+    """Return the sizes of E, H and I that a config.json gives."""
+    given = {"E": config.experts, "H": config.hidden_size, "I": config.expert_size}
+    return {axis: size for axis, size in given.items() if size is not None}
+
+
+def check_dtype(stored: StoredTensor, name: MoEName) -> None:
+    """Check that a tensor of the table has a dtype that can be converted.
+
+    Raises:
+        TensorShapeError: It has not.
+    """
+    if name.rule.operation is not Operation.KEEP and stored.dtype not in dtypes.EXPERT_DTYPES:
+        raise TensorShapeError(
+            "an expert tensor of a dtype that is not converted",
+            tensor=stored.name,
+            expected=f"one of {', '.join(dtype.tag for dtype in dtypes.EXPERT_DTYPES)}",
+            found=stored.dtype.tag,
+            hint="start from the unquantised checkpoint",
+        )
+
+
+def check_layer_count(inventory: Inventory, config: ConfigFile) -> None:
+    """Check that the layers with experts are those that the config counts.
+
+    Raises:
+        IncompleteExpertsError: One that the config counts is not there.
+        ConfigError: One is there that the config does not count.
+    """
+    if config.layers is None:
+        return
+    for prefix in sorted({prefix for prefix, _ in inventory.layers}):
+        there = {layer for owner, layer in inventory.layers if owner == prefix}
+        missing = sorted(set(range(config.layers)) - there)
+        if missing:
+            raise IncompleteExpertsError(
+                f"Incomplete expert weights: no tensor of {len(missing)} layers",
+                tensor=f"{prefix}layers.{missing[0]}.experts",
+                expected=f"experts in {config.layers} layers, as {config.path} counts",
+                found=f"experts in {len(there)} layers; none in {missing[:8]}",
+                hint="a shard file of the checkpoint may be missing",
+            )
+        extra = sorted(there - set(range(config.layers)))
+        if extra:
+            raise ConfigError(
+                "more layers with experts than the config counts",
+                tensor=f"{prefix}layers.{extra[0]}.experts",
+                file=config.path,
+                expected=f"layers 0 to {config.layers - 1}",
+                found=f"layer {extra[0]}",
+                hint="check that the config and the tensors belong to the same model",
+            )

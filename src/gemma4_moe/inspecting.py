@@ -1,0 +1,139 @@
+"""What a checkpoint is, from headers and its small scales: layout, spelling, sizes, and everything wrong with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gemma4_moe.checking import check_dtype, check_layer_count, config_sizes
+from gemma4_moe.checkpoints.config_file import ConfigFile
+from gemma4_moe.checkpoints.directories import Checkpoint, open_checkpoint
+from gemma4_moe.errors import ConfigError, InputError, UnsupportedCheckpointError
+from gemma4_moe.folding import Fold, fold
+from gemma4_moe.inventory import Inventory
+from gemma4_moe.layouts import RULES, Layout, Operation, lookup
+from gemma4_moe.planning import natural_key
+from gemma4_moe.recognising import recognise
+from gemma4_moe.sources import locate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        source: The directory.
+        layout: Its layout, or None where it is neither or can't be told.
+        spelling: "current", "legacy", both, the name of a foreign form, or "none".
+        model_type: config.json's model_type, or None.
+        sizes: E, H and I, and L, the number of layers, as config.json gives them.
+        tensors: Number of tensors.
+        parameters: Number of their elements.
+        bytes: Their size.
+        folds: The tensors, folded over layers.
+        groups: Bytes by what they are for: experts, router, everything else by module.
+        problems: Why it can't be converted; empty if it can.
+        left_behind: Names in the directory that a conversion does not take along.
+    """
+
+    source: Path
+    layout: Layout | None
+    spelling: str
+    model_type: str | None
+    sizes: dict[str, int]
+    tensors: int
+    parameters: int
+    bytes: int
+    folds: tuple[Fold, ...]
+    groups: dict[str, int]
+    problems: tuple[InputError, ...]
+    left_behind: tuple[str, ...]
+
+
+def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
+    """Say what the checkpoint `source` is. Reads headers, index and config.json alone.
+
+    Args:
+        source: A directory, or a Hub id.
+        revision: Branch, tag or commit of a Hub id.
+
+    Raises:
+        InputError: The directory is no checkpoint, or a file in it breaks the rules of its format.
+        StorageError: The disk or its permissions refused.
+    """
+    path = locate(source, revision)
+    try:
+        checkpoint = open_checkpoint(path)
+    except UnsupportedCheckpointError as error:
+        return Inspection(path, None, error.form or "none", None, {}, 0, 0, 0, (), {}, (error,), ())
+    with checkpoint:
+        return _inspect(checkpoint)
+
+
+def _inspect(checkpoint: Checkpoint) -> Inspection:
+    problems: list[InputError] = []
+    config = _config(checkpoint, problems)
+    recognition = recognise(checkpoint.tensors, config)
+    if recognition.refusal is not None and config.document:
+        problems.append(recognition.refusal)
+    if recognition.layout is not None:
+        problems += _wrong_tensors(checkpoint, recognition.layout, config)
+    tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: natural_key(tensor.name))
+    groups: dict[str, int] = {}
+    for tensor in tensors:
+        group = _group(tensor.name, recognition.layout)
+        groups[group] = groups.get(group, 0) + tensor.nbytes
+    layers = {} if config.layers is None else {"L": config.layers}
+    return Inspection(
+        source=checkpoint.path,
+        layout=recognition.layout,
+        spelling=recognition.spelling,
+        model_type=config.model_type,
+        sizes=config_sizes(config) | layers,
+        tensors=len(tensors),
+        parameters=sum(tensor.nbytes * 8 // tensor.dtype.bits for tensor in tensors),
+        bytes=checkpoint.total_bytes,
+        folds=fold(tensors),
+        groups=groups,
+        problems=tuple(problems),
+        left_behind=checkpoint.left_behind,
+    )
+
+
+def _config(checkpoint: Checkpoint, problems: list[InputError]) -> ConfigFile:
+    try:
+        return checkpoint.read_config()
+    except ConfigError as error:
+        problems.append(error)
+        return ConfigFile(checkpoint.path / "config.json", {}, None, None, None, None, None)
+
+
+def _wrong_tensors(checkpoint: Checkpoint, layout: Layout, config: ConfigFile) -> Iterable[InputError]:
+    """Yield what the planner would stop at: every wrong tensor, then the first layer that is not complete."""
+    inventory = Inventory(layout, config_sizes(config))
+    for stored in checkpoint.tensors.values():
+        try:
+            name = inventory.add(stored.name, stored.shape)
+            if name is not None:
+                check_dtype(stored, name)
+        except InputError as error:
+            yield error
+    try:
+        inventory.require_complete([rule for rule in RULES if layout is Layout.HF or rule.in_nemo])
+        check_layer_count(inventory, config)
+    except InputError as error:
+        yield error
+
+
+def _group(name: str, layout: Layout | None) -> str:
+    found = None if layout is None else lookup(name, layout)
+    if found is None:
+        for part in ("vision_tower", "embed_vision", "self_attn", "mlp", "embed_tokens"):
+            if f".{part}." in f".{name}":
+                return part
+        return "norms and scalars"
+    return "router" if found.rule.operation is Operation.KEEP or not found.rule.in_nemo else "experts"

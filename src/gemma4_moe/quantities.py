@@ -1,0 +1,41 @@
+"""Sizes in bytes as people write and read them: 5GB is 5·10⁹ bytes, 1GiB is 2³⁰."""
+
+from __future__ import annotations
+
+import re
+
+from gemma4_moe.errors import UsageError
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + unit: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for unit, base in (("", 1000), ("B", 1000), ("iB", 1024))
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(size: int | str) -> int:
+    """Return a size in bytes from a number of bytes, or from text such as "5GB", "1.5 GiB" or "4096".
+
+    Raises:
+        UsageError: It is no such text, or not positive.
+    """
+    if isinstance(size, int):
+        amount = size
+    else:
+        match = _SIZE.fullmatch(size)
+        units = {unit.upper(): factor for unit, factor in _UNITS.items()}
+        if match is None or match[2].upper() not in units:
+            raise UsageError("not a size", expected="a number and a unit, such as 5GB or 512MiB", found=repr(size))
+        amount = int(float(match[1]) * units[match[2].upper()])
+    if amount < 1:
+        raise UsageError("a size must be positive", expected="at least 1 byte", found=repr(size))
+    return amount
+
+
+def format_size(amount: int) -> str:
+    """Return a size as a person reads it: "51.61 GB", or "812 B"."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if amount >= factor:
+            return f"{amount / factor:.2f} {unit}"
+    return f"{amount} B"

@@ -1,0 +1,58 @@
+"""Checkpoint directories for tests, written by the safetensors library, and what a directory holds as bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+
+def config_of(state: dict[str, torch.Tensor], **changes: Any) -> dict[str, Any]:
+    """A config.json for a state dict that `random_hf_state_dict` made."""
+    gate_up = next(tensor for name, tensor in state.items() if name.endswith("experts.gate_up_proj"))
+    layers = sum(name.endswith("experts.gate_up_proj") for name in state)
+    text = {
+        "model_type": "gemma4_text",
+        "num_experts": gate_up.shape[0],
+        "moe_intermediate_size": gate_up.shape[1] // 2,
+        "hidden_size": gate_up.shape[2],
+        "num_hidden_layers": layers,
+    }
+    return {"model_type": "gemma4", "text_config": text | changes}
+
+
+def write_checkpoint(
+    directory: Path, state: dict[str, torch.Tensor], config: dict[str, Any] | None = None, files: int = 2
+) -> Path:
+    """Write `state` into `files` safetensors files with an index, and config.json and a tokenizer beside them."""
+    directory.mkdir()
+    names = sorted(state)
+    weight_map = {}
+    for number in range(files):
+        file = f"model-{number + 1:05}-of-{files:05}.safetensors"
+        part = names[number::files]
+        save_file({name: state[name].contiguous() for name in part}, directory / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text(json.dumps(config or config_of(state)))
+    (directory / "tokenizer.json").write_bytes(b'{"version": "1.0"} \n')
+    return directory
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """The SHA-256 of every file below `directory`, hidden ones too, the names of its directories, and its links."""
+    return {str(path.relative_to(directory)): _content(path) for path in sorted(directory.rglob("*"))}
+
+
+def _content(path: Path) -> str:
+    if path.is_symlink():
+        return f"a link to {path.readlink()}"
+    return "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()

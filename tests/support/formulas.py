@@ -1,0 +1,89 @@
+"""Both layouts in plain torch, by explicit names: expected values that owe nothing to the code under test.
+
+E experts, H hidden size, I inner size of an expert.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def transposed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x [E, R, C] as contiguous [E, C, R] in `dtype`."""
+    return x.to(dtype).permute(0, 2, 1).contiguous()
+
+
+def folded(down: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """down [E, H, I] times scale [E] as contiguous [E, I, H]: product in fp32, rounded once to `dtype`."""
+    product = down.to(torch.float32) * scale.to(torch.float32)[:, None, None]
+    return product.to(dtype).permute(0, 2, 1).contiguous()
+
+
+def exact_fold(down: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """down [E, H, I] times scale [E] as [E, I, H] in fp64, where a product of two fp32 numbers is exact."""
+    return (down.to(torch.float64) * scale.to(torch.float64)[:, None, None]).permute(0, 2, 1).contiguous()
+
+
+def nemo_from_hf(hf: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The nemo state dict of an hf one in current spelling; experts in `dtype`, or in the dtype that they have."""
+    nemo = {}
+    for name, tensor in hf.items():
+        if name.endswith("experts.gate_up_proj"):
+            layer = name.removesuffix("experts.gate_up_proj")
+            nemo[layer + "moe.experts.gate_and_up_projs"] = transposed(tensor, dtype or tensor.dtype)
+        elif name.endswith("experts.down_proj"):
+            layer = name.removesuffix("experts.down_proj")
+            scale = hf[layer + "router.per_expert_scale"]
+            nemo[layer + "moe.experts.down_projs"] = folded(tensor, scale, dtype or tensor.dtype)
+        elif name.endswith("router.proj.weight"):
+            nemo[name.removesuffix("router.proj.weight") + "moe.gate.proj.weight"] = tensor
+        elif name.endswith("router.scale"):
+            nemo[name.removesuffix("router.scale") + "moe.gate.scale"] = tensor
+        elif not name.endswith("router.per_expert_scale"):
+            nemo[name] = tensor
+    return nemo
+
+
+def hf_from_nemo(nemo: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The hf state dict of a nemo one without a base: native bits, and a scale of ones in the dtype of down_proj."""
+    hf = {}
+    for name, tensor in nemo.items():
+        if name.endswith("moe.experts.gate_and_up_projs"):
+            layer = name.removesuffix("moe.experts.gate_and_up_projs")
+            hf[layer + "experts.gate_up_proj"] = transposed(tensor, dtype or tensor.dtype)
+        elif name.endswith("moe.experts.down_projs"):
+            layer = name.removesuffix("moe.experts.down_projs")
+            hf[layer + "experts.down_proj"] = transposed(tensor, dtype or tensor.dtype)
+            hf[layer + "router.per_expert_scale"] = torch.full((len(tensor),), 1.0, dtype=dtype or tensor.dtype)
+        elif name.endswith("moe.gate.proj.weight"):
+            hf[name.removesuffix("moe.gate.proj.weight") + "router.proj.weight"] = tensor
+        elif name.endswith("moe.gate.scale"):
+            hf[name.removesuffix("moe.gate.scale") + "router.scale"] = tensor
+        else:
+            hf[name] = tensor
+    return hf
+
+
+def legacy_name(name: str) -> str:
+    """The legacy spelling of an hf name in current spelling."""
+    for current, legacy in (
+        ("experts.gate_up_proj", "moe.gate_up_proj"),
+        ("experts.down_proj", "moe.down_proj"),
+        ("router.per_expert_scale", "moe.per_expert_scale"),
+    ):
+        if name.endswith(current):
+            return name.removesuffix(current) + legacy
+    return name
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Fail unless both have the same names, shapes, dtypes and bits; −0.0 is not 0.0, one NaN is not another."""
+    assert sorted(found) == sorted(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].shape == tensor.shape, name
+        assert torch.equal(_bits(found[name]), _bits(tensor)), f"{name} differs in its bits"
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)

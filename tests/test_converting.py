@@ -1,0 +1,267 @@
+"""`convert`: the right bits in the right files, whatever the block size, and a directory that is absent or complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gemma4_moe import convert
+from gemma4_moe.errors import SourceChangedError, StorageError, TargetBusyError, UsageError
+from support.checkpoints import contents, write_checkpoint
+from support.formulas import folded, hf_from_nemo, nemo_from_hf
+from support.models import random_hf_state_dict, read_directory, respell_as_legacy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    return random_hf_state_dict(layers=3)
+
+
+@pytest.fixture
+def source(tmp_path: Path, state: dict[str, torch.Tensor]) -> Path:
+    return write_checkpoint(tmp_path / "hf", state)
+
+
+def assert_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def test_nemo_is_the_fold_by_formula(source: Path, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    convert(source, tmp_path / "nemo")
+    assert_bits(read_directory(tmp_path / "nemo"), nemo_from_hf(state))
+
+
+def test_there_and_back_keeps_native_bits(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "nemo")
+    native = read_directory(tmp_path / "nemo")
+    convert(tmp_path / "nemo", tmp_path / "back")
+    assert_bits(read_directory(tmp_path / "back"), hf_from_nemo(native))
+    convert(tmp_path / "back", tmp_path / "again")
+    assert_bits(read_directory(tmp_path / "again"), native)
+
+
+def test_legacy_spelling_gives_the_same_target(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "from-current")
+    respell_as_legacy(source)
+    convert(source, tmp_path / "from-legacy")
+    assert_bits(read_directory(tmp_path / "from-legacy"), read_directory(tmp_path / "from-current"))
+
+
+def test_text_only_names_keep_their_prefix(tmp_path: Path) -> None:
+    state = random_hf_state_dict(prefix="model.")
+    source = write_checkpoint(tmp_path / "hf", state)
+    (source / "config.json").write_text(json.dumps({"model_type": "gemma4_text", "num_experts": 6}))
+    convert(source, tmp_path / "nemo")
+    assert_bits(read_directory(tmp_path / "nemo"), nemo_from_hf(state))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtype_casts_every_floating_point_tensor(tmp_path: Path, dtype: str) -> None:
+    state = random_hf_state_dict(dtype=torch.float32)
+    state["model.position_ids"] = torch.arange(5)
+    source = write_checkpoint(tmp_path / "hf", state)
+    done = convert(source, tmp_path / "nemo", dtype=dtype)
+    target = getattr(torch, dtype)
+    expected = {
+        name: tensor.to(target) if tensor.is_floating_point() else tensor
+        for name, tensor in nemo_from_hf(state, target).items()
+    }
+    assert_bits(read_directory(tmp_path / "nemo"), expected)
+    assert (dtype == "float32") == (done.notes == ())
+
+
+def test_fold_is_rounded_once_after_an_fp32_product(tmp_path: Path) -> None:
+    state = random_hf_state_dict(dtype=torch.float32)
+    source = write_checkpoint(tmp_path / "hf", state)
+    convert(source, tmp_path / "nemo", dtype="bfloat16")
+    layer = "model.language_model.layers.1."
+    down, scale = state[layer + "experts.down_proj"], state[layer + "router.per_expert_scale"]
+    twice_rounded = (down.bfloat16() * scale.bfloat16()[:, None, None]).transpose(1, 2)
+    found = read_directory(tmp_path / "nemo")[layer + "moe.experts.down_projs"]
+    assert torch.equal(found, folded(down, scale, torch.bfloat16))
+    assert not torch.equal(found, twice_rounded)
+
+
+@pytest.mark.parametrize("budget", [2_000, 10_000, 100_000])
+def test_block_size_does_not_show_in_the_bytes(source: Path, tmp_path: Path, budget: int) -> None:
+    convert(source, tmp_path / "whole")
+    done = convert(source, tmp_path / "blocks", max_memory=budget)
+    assert done.memory.peak_bytes <= budget
+    assert contents(tmp_path / "blocks") == contents(tmp_path / "whole")
+
+
+def test_source_sharding_does_not_show_in_the_weights(
+    source: Path, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    other = write_checkpoint(tmp_path / "other", state, files=5)
+    convert(source, tmp_path / "a")
+    convert(other, tmp_path / "b")
+    assert contents(tmp_path / "a")["model.safetensors"] == contents(tmp_path / "b")["model.safetensors"]
+
+
+def test_shard_size_bounds_files_and_a_larger_tensor_has_its_own(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "nemo", max_shard_size=1000)
+    index = json.loads((tmp_path / "nemo/model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "nemo").glob("*.safetensors"))
+    assert sorted(set(index["weight_map"].values())) == files
+    assert len(files) > 3
+    total = 0
+    for file in files:
+        tensors = load_file(tmp_path / "nemo" / file)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        total += size
+        assert size <= 1000 or len(tensors) == 1
+        assert {index["weight_map"][name] for name in tensors} == {file}
+    assert index["metadata"] == {"total_size": total}
+
+
+def test_side_files_are_copied_byte_for_byte_and_others_are_not(source: Path, tmp_path: Path) -> None:
+    (source / "modeling_custom.py").write_text("raise SystemExit")
+    (source / "LICENSE").write_bytes(b"as it is\r\n")
+    done = convert(source, tmp_path / "nemo")
+    assert done.left_behind == ("modeling_custom.py",)
+    assert sorted(path.name for path in (tmp_path / "nemo").iterdir()) == [
+        "LICENSE",
+        "config.json",
+        "gemma4_moe.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    for name in ("LICENSE", "config.json", "tokenizer.json"):
+        assert (tmp_path / "nemo" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_data_starts_at_a_page_and_modes_follow_the_umask(source: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        convert(source, tmp_path / "nemo")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "nemo").stat().st_mode & 0o777 == 0o750
+    for path in (tmp_path / "nemo").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o640, path
+    raw = (tmp_path / "nemo/model.safetensors").read_bytes()
+    assert (8 + int.from_bytes(raw[:8], "little")) % 4096 == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.5])
+def test_unusual_scales_are_kept_and_said(tmp_path: Path, value: float) -> None:
+    state = random_hf_state_dict()
+    layer = "model.language_model.layers.1."
+    state[layer + "router.per_expert_scale"][2] = value
+    source = write_checkpoint(tmp_path / "hf", state)
+    done = convert(source, tmp_path / "nemo")
+    found = read_directory(tmp_path / "nemo")[layer + "moe.experts.down_projs"]
+    expected = folded(state[layer + "experts.down_proj"], state[layer + "router.per_expert_scale"], torch.bfloat16)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    (note,) = done.notes
+    assert layer in note
+    assert "1 " in note
+
+
+def test_overwrite_replaces_a_checkpoint_and_only_that(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "nemo"
+    convert(source, target, max_shard_size=1000)
+    with pytest.raises(UsageError, match="exists"):
+        convert(source, target)
+    convert(source, target, overwrite=True)
+    assert [path.name for path in target.glob("*.safetensors")] == ["model.safetensors"]
+    (target / "notes.txt").write_text("mine")
+    before = contents(target)
+    with pytest.raises(UsageError, match="no checkpoint accounts for") as caught:
+        convert(source, target, overwrite=True)
+    assert "notes.txt" in str(caught.value)
+    assert contents(target) == before
+
+
+def test_an_empty_target_directory_is_filled(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "nemo").mkdir()
+    convert(source, tmp_path / "nemo")
+    assert (tmp_path / "nemo/model.safetensors").exists()
+
+
+def test_a_second_writer_is_told_who_holds_the_target(source: Path, tmp_path: Path) -> None:
+    program = """
+        import sys, time
+        from pathlib import Path
+        from gemma4_moe.checkpoints.transaction import Transaction
+        with Transaction(Path(sys.argv[1])):
+            print("locked", flush=True)
+            sys.stdin.read()
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), tmp_path / "nemo"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(TargetBusyError) as caught:
+            convert(source, tmp_path / "nemo")
+        assert str(holder.pid) in str(caught.value)
+        holder.communicate()
+    convert(source, tmp_path / "nemo")
+
+
+def test_a_failure_while_writing_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(StorageError, match="No space left"):
+        convert(source, tmp_path / "nemo")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(source: Path, tmp_path: Path) -> None:
+    def touch(done: int, total: int) -> None:
+        if done == total:
+            file = source / "model-00002-of-00002.safetensors"
+            raw = bytearray(file.read_bytes())
+            raw[-1] ^= 1
+            file.write_bytes(raw)
+
+    with pytest.raises(SourceChangedError):
+        convert(source, tmp_path / "nemo", progress=touch)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_interrupt_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "nemo", progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_peak_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
+    """Measured from outside, at 2 and at 8 layers that are each larger than all buffers together."""
+    program = """
+        import re, sys
+        from pathlib import Path
+        from gemma4_moe import convert
+        convert(sys.argv[1], sys.argv[2], max_memory="4MiB")
+        print(re.search(r"VmHWM:[^0-9]*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
+    """
+    peaks = []
+    for layers in (2, 8):
+        state = random_hf_state_dict(layers=layers, E=12, H=256, I=320)  # 5.9 MB a layer
+        source = write_checkpoint(tmp_path / f"hf{layers}", state)
+        command = [sys.executable, "-c", textwrap.dedent(program), source, tmp_path / f"nemo{layers}"]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True).stdout) * 1024)
+    assert abs(peaks[1] - peaks[0]) < 4 * 2**20, peaks
