@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gemma4_moe.configs import BackendConfig as BackendConfig
     from gemma4_moe.configs import MoEConfig as MoEConfig
+    from gemma4_moe.converting import convert as convert
+    from gemma4_moe.differing import diff as diff
     from gemma4_moe.errors import Gemma4MoEError as Gemma4MoEError
+    from gemma4_moe.inspecting import inspect as inspect
     from gemma4_moe.interface import StateDictAdapter as StateDictAdapter
     from gemma4_moe.layouts import Layout as Layout
+    from gemma4_moe.planning import plan as plan
     from gemma4_moe.state_dict_adapter import Gemma4MoEStateDictAdapter as Gemma4MoEStateDictAdapter
+    from gemma4_moe.verifying import verify as verify
 
 _HOME = {
     "BackendConfig": "configs",
@@ -24,6 +29,11 @@ _HOME = {
     "Layout": "layouts",
     "MoEConfig": "configs",
     "StateDictAdapter": "interface",
+    "convert": "converting",
+    "diff": "differing",
+    "inspect": "inspecting",
+    "plan": "planning",
+    "verify": "verifying",
 }
 
 __version__ = "0.1.0"

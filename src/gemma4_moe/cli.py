@@ -1,0 +1,284 @@
+"""The command `gemma4-moe`: stdout is data, stderr is talk, and the exit status says what kind of failure it was."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from gemma4_moe import __version__
+from gemma4_moe.errors import Gemma4MoEError, UsageError
+from gemma4_moe.layouts import Layout
+from gemma4_moe.quantities import parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import FrameType
+
+    from rich.console import Console
+
+#: Exit statuses beside those of the errors.
+_INTERRUPTED = 130
+_TERMINATED = 143
+_CLOSED_PIPE = 141
+_DIFFERS = 4
+
+#: Columns of a table that goes into a pipe or a file: wide enough that no name is cut.
+_PIPE_WIDTH = 200
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+class _Size(click.ParamType[int]):
+    """A size in bytes: 5GB, 512MiB, 4096."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value)
+        except UsageError as error:
+            self.fail(f"{error.facts.get('found')}: {error.problem}; {error.facts.get('expected')}", param, ctx)
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """Where a command's data and its talk go.
+
+    Attributes:
+        data: stdout.
+        talk: stderr; quiet if the user wants it so.
+        as_json: Whether data is JSON.
+    """
+
+    data: Console
+    talk: Console
+    as_json: bool
+
+    def give(self, result: Any, as_json: Callable[[Any], dict[str, Any]], as_text: Callable[..., None]) -> None:
+        """Print a result as data."""
+        if self.as_json:
+            click.echo(json.dumps(as_json(result), indent=1, ensure_ascii=True))
+        else:
+            as_text(self.data, result)
+
+    def say(self, *lines: str) -> None:
+        """Print lines as talk."""
+        from gemma4_moe.reporting import sentences
+
+        if lines:
+            self.talk.print(sentences(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _common(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that every command has, and hand them over as one `_Output`."""
+
+    def run(*, format: str, quiet: bool, verbose: bool, **arguments: Any) -> None:  # noqa: A002
+        from rich.console import Console
+
+        data = Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
+        output = _Output(data, Console(stderr=True, quiet=quiet), format == "json")
+        try:
+            command(output, **arguments)
+        except Gemma4MoEError:
+            if verbose:
+                traceback.print_exc()
+            raise
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Show where an error came from."),
+        click.option("-q", "--quiet", is_flag=True, help="No talk on stderr, only errors."),
+        click.option("--format", type=click.Choice(["human", "json"]), default="human", help="How stdout is written."),
+    ):
+        run = option(run)
+    return run
+
+
+_source = click.argument("source", metavar="SRC")
+_revision = click.option("--revision", help="Branch, tag or commit, where SRC is a Hub id.")
+_to = click.option("--to", type=click.Choice(list(Layout)), help="The layout to make; the other one by default.")
+_dtype = click.option(
+    "--dtype",
+    type=click.Choice(["keep", "bfloat16", "float16", "float32"]),
+    default="keep",
+    show_default=True,
+    help="Dtype of every floating-point tensor.",
+)
+_shard_size = click.option(
+    "--max-shard-size", type=_Size(), default="5GB", show_default=True, help="Most bytes in one file."
+)
+_memory = click.option("--max-memory", type=_Size(), default="1GiB", show_default=True, help="Most bytes of buffers.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="gemma4-moe")
+def cli() -> None:
+    """Gemma 4 mixture-of-experts checkpoints between the Hugging Face (hf) and NeMo (nemo) layouts.
+
+    SRC is a directory of safetensors files, or a model on the Hugging Face Hub such as google/gemma-4-26B-A4B.
+
+    Exit status: 0 fine, 2 usage, 3 bad input, 4 differs, 5 disk or permission, 6 target busy, 130 or 143 interrupted.
+    """
+
+
+@cli.command()
+@_source
+@_revision
+@_common
+def inspect(output: _Output, *, source: str, revision: str | None) -> None:
+    """Say what a checkpoint is: layout, tensors, bytes, and what is wrong with it."""
+    from gemma4_moe import inspecting, reporting
+
+    found = inspecting.inspect(source, revision=revision)
+    output.give(found, reporting.inspection_json, reporting.print_inspection)
+
+
+@cli.command()
+@_source
+@_to
+@_dtype
+@_shard_size
+@_memory
+@_revision
+@_common
+def plan(output: _Output, *, source: str, **options: Any) -> None:
+    """Say what convert would do: files, bytes, space, memory. Reads headers alone."""
+    _preview(output, source, None, options)
+
+
+@cli.command()
+@_source
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@_to
+@_dtype
+@_shard_size
+@_memory
+@click.option("--workers", type=click.IntRange(min=1), help="Threads of the kernel; all allowed cores by default.")
+@click.option("--overwrite", is_flag=True, help="Replace DST, if it is a checkpoint and nothing else.")
+@click.option("--dry-run", is_flag=True, help="Write nothing; print the plan.")
+@_revision
+@_common
+def convert(
+    output: _Output, *, source: str, target: Path, workers: int | None, overwrite: bool, dry_run: bool, **options: Any
+) -> None:
+    """Convert SRC into the new directory DST."""
+    from gemma4_moe import converting, reporting
+    from gemma4_moe.checkpoints.target import check_target
+    from gemma4_moe.progress import Talk
+    from gemma4_moe.sources import locate
+
+    if dry_run:
+        check_target(target, locate(source, options["revision"]), overwrite=overwrite)
+        _preview(output, source, target, options)
+        return
+    with Talk(output.talk, "converting") as progress:
+        done = converting.convert(source, target, workers=workers, overwrite=overwrite, progress=progress, **options)
+    output.say(*(f"note: {note}" for note in done.notes))
+    if done.left_behind:
+        output.say(f"left behind: {', '.join(done.left_behind)}")
+    output.give(done, reporting.conversion_json, reporting.print_conversion)
+    output.say(f"next: gemma4-moe verify {source} {target}")
+
+
+@cli.command()
+@_source
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@_revision
+@_common
+def verify(output: _Output, *, source: str, target: Path, revision: str | None) -> None:
+    """Recompute every tensor of DST from SRC and compare bits."""
+    from gemma4_moe import verifying
+    from gemma4_moe.progress import Talk
+    from gemma4_moe.sources import locate
+
+    with Talk(output.talk, "verifying") as progress:
+        found = verifying.verify(locate(source, revision), target, progress=progress)
+    _compare(output, found)
+
+
+@cli.command()
+@click.argument("first", metavar="A", type=click.Path(path_type=Path))
+@click.argument("second", metavar="B", type=click.Path(path_type=Path))
+@_common
+def diff(output: _Output, *, first: Path, second: Path) -> None:
+    """Compare two checkpoints of the same layout, tensor by tensor."""
+    from gemma4_moe import differing
+    from gemma4_moe.progress import Talk
+
+    with Talk(output.talk, "comparing") as progress:
+        found = differing.diff(first, second, progress=progress)
+    _compare(output, found)
+
+
+@cli.command()
+@click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@_common
+def demo(output: _Output, *, directory: Path | None) -> None:
+    """Convert a small random model there and back, and check every step. Needs torch and transformers."""
+    from gemma4_moe import demo as demonstration
+
+    demonstration.run_demo(directory, console=output.data)
+
+
+def _preview(output: _Output, source: str, target: Path | None, options: dict[str, Any]) -> None:
+    from gemma4_moe import planning, reporting
+
+    preview = planning.plan(source, target, **options)
+    output.give(preview, reporting.preview_json, reporting.print_preview)
+    if preview.missing_bytes:
+        output.say(f"note: {preview.missing_bytes:,} bytes of space are missing for the target")
+
+
+def _compare(output: _Output, found: Any) -> None:
+    from gemma4_moe import reporting
+
+    output.give(found, reporting.verification_json, reporting.print_verification)
+    if found.different:
+        click.get_current_context().exit(_DIFFERS)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and end the process with its exit status."""
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal can't encode is still shown
+    sys.exit(_status(arguments))
+
+
+def _status(arguments: Sequence[str] | None) -> int:
+    try:
+        status = cli.main(arguments, prog_name="gemma4-moe", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except Gemma4MoEError as error:
+        click.echo(f"gemma4-moe: error: {error}", err=True)
+        return error.exit_status
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("gemma4-moe: interrupted", err=True)
+        return _INTERRUPTED
+    except _Terminated:
+        click.echo("gemma4-moe: terminated", err=True)
+        return _TERMINATED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        return _CLOSED_PIPE
+    return status or 0

@@ -1,0 +1,182 @@
+"""Results as a person reads them, and as a program does: rich tables, and JSON with fixed names.
+
+Text from checkpoints goes through `printable` and never through rich's markup.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from gemma4_moe.errors import Gemma4MoEError, printable
+from gemma4_moe.quantities import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import Console
+
+    from gemma4_moe.converting import Conversion
+    from gemma4_moe.inspecting import Inspection
+    from gemma4_moe.planning import Preview
+    from gemma4_moe.verifying import Verification
+
+
+def inspection_json(found: Inspection) -> dict[str, Any]:
+    """Return the JSON of `inspect`."""
+    return {
+        "source": str(found.source),
+        "layout": found.layout,
+        "spelling": found.spelling,
+        "model_type": found.model_type,
+        "config": found.sizes,
+        "tensors": found.tensors,
+        "parameters": found.parameters,
+        "bytes": found.bytes,
+        "groups": found.groups,
+        "folds": [
+            {"name": f.name, "shape": list(f.shape), "dtype": f.dtype, "tensors": f.tensors, "bytes": f.bytes}
+            for f in found.folds
+        ],
+        "problems": [_error_json(problem) for problem in found.problems],
+        "left_behind": list(found.left_behind),
+    }
+
+
+def print_inspection(console: Console, found: Inspection) -> None:
+    """Print what `inspect` found."""
+    sizes = ", ".join(f"{axis} {size}" for axis, size in found.sizes.items())
+    _print_facts(
+        console,
+        ("source", str(found.source)),
+        ("layout", f"{found.layout or 'none'} ({found.spelling})"),
+        ("model", f"{found.model_type or 'unknown'}{', ' + sizes if sizes else ''}"),
+        ("tensors", f"{found.tensors:,} of {found.parameters:,} parameters"),
+        ("bytes", f"{found.bytes:,} ({format_size(found.bytes)})"),
+    )
+    table = Table("tensor", "shape", "dtype", "count", "bytes", box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for row in found.folds:
+        shape = "[" + ", ".join(map(str, row.shape)) + "]"
+        table.add_row(_text(row.name), shape, row.dtype, str(row.tensors), format_size(row.bytes))
+    console.print(table)
+    for group, size in sorted(found.groups.items(), key=lambda item: -item[1]):
+        console.print(_text(f"  {format_size(size):>12}  {size / max(1, found.bytes):6.1%}  {group}"))
+    if not found.problems and found.layout is not None:
+        console.print(f"no problems: can be converted to the {found.layout.other} layout")
+    for problem in found.problems:
+        console.print(Text("problem: ", "bold red") + _text(str(problem)))
+
+
+def preview_json(preview: Preview) -> dict[str, Any]:
+    """Return the JSON of `plan`."""
+    plan = preview.plan
+    return {
+        "source": {
+            "path": str(preview.source),
+            "layout": plan.source_layout,
+            "spelling": plan.spelling,
+            "tensors": preview.source_tensors,
+            "bytes": preview.source_bytes,
+        },
+        "target": {
+            "layout": plan.target_layout,
+            "tensors": len(plan.tensors),
+            "files": len(plan.files),
+            "bytes": plan.target_bytes,
+            "side_files": list(preview.side_files),
+        },
+        "inexact_casts": {f"{old.name} to {new.name}": count for (old, new), count in plan.inexact.items()},
+        "free_bytes": preview.free_bytes,
+        "missing_bytes": preview.missing_bytes,
+        "peak_memory_bytes": preview.memory.peak_bytes,
+        "left_behind": list(preview.left_behind),
+    }
+
+
+def print_preview(console: Console, preview: Preview) -> None:
+    """Print what `convert` would do."""
+    plan = preview.plan
+    space = f"{format_size(preview.free_bytes)} free"
+    if preview.missing_bytes:
+        space += f": {format_size(preview.missing_bytes)} short"
+    _print_facts(
+        console,
+        ("source", f"{preview.source}: {plan.source_layout} ({plan.spelling})"),
+        ("", f"{preview.source_tensors:,} tensors, {preview.source_bytes:,} bytes"),
+        ("target", f"{plan.target_layout}: {len(plan.tensors):,} tensors in {len(plan.files)} files"),
+        ("", f"{plan.target_bytes:,} bytes with headers; {space}"),
+        ("memory", f"{preview.memory.peak_bytes:,} bytes of buffers"),
+        ("taken along", ", ".join(preview.side_files) or "nothing"),
+        ("left behind", ", ".join(preview.left_behind) or "nothing"),
+    )
+    for (old, new), count in plan.inexact.items():
+        console.print(f"{count} tensors would be rounded from {old.name} to {new.name}")
+
+
+def conversion_json(conversion: Conversion) -> dict[str, Any]:
+    """Return the JSON of `convert`."""
+    plan = conversion.plan
+    return {
+        "target": str(conversion.target),
+        "layout": plan.target_layout,
+        "tensors": len(plan.tensors),
+        "files": len(plan.files),
+        "bytes": plan.target_bytes,
+        "peak_memory_bytes": conversion.memory.peak_bytes,
+        "notes": list(conversion.notes),
+        "left_behind": list(conversion.left_behind),
+    }
+
+
+def print_conversion(console: Console, conversion: Conversion) -> None:
+    """Print what `convert` did."""
+    plan = conversion.plan
+    _print_facts(
+        console,
+        ("target", f"{conversion.target}: {plan.target_layout}"),
+        ("", f"{len(plan.tensors):,} tensors in {len(plan.files)} files, {plan.target_bytes:,} bytes"),
+    )
+
+
+def verification_json(found: Verification) -> dict[str, Any]:
+    """Return the JSON of `verify` and of `diff`."""
+    return {
+        "tensors": found.tensors,
+        "equal": found.equal,
+        "different": len(found.different),
+        "differences": [difference.as_dict() for difference in found.different],
+    }
+
+
+def print_verification(console: Console, found: Verification, shown: int = 20) -> None:
+    """Print what `verify` or `diff` found, the first `shown` differences in full."""
+    console.print(f"{found.tensors:,} tensors: {found.equal:,} equal, {len(found.different):,} different")
+    for difference in found.different[:shown]:
+        console.print(_text(str(difference)))
+    if len(found.different) > shown:
+        console.print(f"and {len(found.different) - shown:,} more")
+
+
+def _print_facts(console: Console, *facts: tuple[str, str]) -> None:
+    width = max(len(label) for label, _ in facts)
+    for label, fact in facts:
+        console.print(Text(f"{label:<{width}}  ", "bold") + _text(fact))
+
+
+def _text(text: str) -> Text:
+    """Return text from outside for printing: no markup, no control characters but line breaks."""
+    return Text("\n".join(printable(line) for line in text.split("\n")))
+
+
+def _error_json(error: Gemma4MoEError) -> dict[str, Any]:
+    return {"kind": type(error).__name__, "problem": error.problem, **error.facts, "next": error.hint}
+
+
+def sentences(lines: Iterable[str]) -> str:
+    """Return lines from outside made printable, one below the other."""
+    return "\n".join(printable(line) for line in lines)

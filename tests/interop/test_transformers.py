@@ -1,0 +1,80 @@
+"""What transformers saves is converted there and back on disk, loaded with `from_pretrained`, and computes the same."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from gemma4_moe import convert
+from gemma4_moe.small_models import build_model, logits, save_model
+from support.formulas import assert_same_tensors, legacy_name, nemo_from_hf
+from support.models import read_directory, respell_as_legacy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOLERANCE = 5e-6
+KINDS = ["multimodal", "text"]
+PREFIXES = {"multimodal": "model.language_model.layers.0.", "text": "model.layers.0."}
+
+
+def load(model: Any, directory: Path) -> Any:
+    """`from_pretrained` in fp32 of the class of `model`, which must find every name and leave none over."""
+    loaded, names = type(model).from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
+    assert not any(names.values()), names
+    return loaded
+
+
+def difference(model: Any, other: Any) -> float:
+    return (logits(model) - logits(other)).abs().max().item()
+
+
+@pytest.mark.parametrize("spelling", ["current", "legacy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_computes_the_same_logits(kind: Any, spelling: str, tmp_path: Path) -> None:
+    source = build_model(kind, layers=3, seed=1)
+    save_model(source, tmp_path / "hf")
+    published = read_directory(tmp_path / "hf")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    if spelling == "legacy":
+        respell_as_legacy(tmp_path / "hf")
+        assert PREFIXES[kind] + "moe.per_expert_scale" in read_directory(tmp_path / "hf")
+
+    convert(tmp_path / "hf", tmp_path / "nemo")
+    native = read_directory(tmp_path / "nemo")
+    assert PREFIXES[kind] + "moe.experts.gate_and_up_projs" in native
+    assert_same_tensors(native, nemo_from_hf(published))
+
+    convert(tmp_path / "nemo", tmp_path / "back")
+    back = read_directory(tmp_path / "back")
+    assert sorted(back) == sorted(published)
+    assert_same_tensors(nemo_from_hf(back), native)  # the norm after the experts hides a factor that all have in common
+    assert difference(load(source, tmp_path / "back"), source) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_to_fp32_and_back_computes_the_same_logits(kind: Any, tmp_path: Path) -> None:
+    source = build_model(kind, seed=2, dtype="bfloat16")
+    save_model(source, tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "nemo", dtype="float32")
+    convert(tmp_path / "nemo", tmp_path / "back")
+    assert difference(load(source, tmp_path / "back"), load(source, tmp_path / "hf")) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nemo_to_hf_to_nemo_has_the_same_bits(kind: Any, dtype: str, tmp_path: Path) -> None:
+    save_model(build_model(kind, seed=3, dtype=dtype), tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "nemo")
+    convert(tmp_path / "nemo", tmp_path / "back")
+    convert(tmp_path / "back", tmp_path / "again")
+    assert_same_tensors(read_directory(tmp_path / "again"), read_directory(tmp_path / "nemo"))
+
+
+def test_the_legacy_helper_renames_the_experts_tensors_alone() -> None:
+    path = "model.layers.0."
+    assert legacy_name(path + "experts.down_proj") == path + "moe.down_proj"
+    assert legacy_name(path + "router.scale") == path + "router.scale"
+    assert legacy_name(path + "mlp.down_proj.weight") == path + "mlp.down_proj.weight"
