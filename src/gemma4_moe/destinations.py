@@ -1,8 +1,8 @@
 """Destinations: hf-layout views of a model's storage that a checkpoint reader fills, and how they are told apart.
 
 A destination carries a mark: an attribute of the tensor object itself. Whoever hands the same object back (as
-`torch.distributed.checkpoint.load` does) hands back the mark; `clone`, `detach` and `contiguous` lose it, and then the
-tensor is an ordinary one. So no adapter has to remember that a load is under way.
+`torch.distributed.checkpoint.load` does) hands back the mark; `clone`, `detach`, `contiguous`, `deepcopy` and pickle
+lose it, and then the tensor is an ordinary one. So no adapter has to remember that a load is under way.
 """
 
 from __future__ import annotations
@@ -12,16 +12,27 @@ import torch
 _MARK = "_gemma4_moe_destination_of"
 
 
+class _Mark:
+    """What a destination carries: the model's tensor behind it."""
+
+    def __init__(self, native: torch.Tensor) -> None:
+        self.native = native
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Become None in a deep copy or a pickle: those have storage of their own, which is no model's."""
+        return type(None), ()
+
+
 def mark(view: torch.Tensor, native: torch.Tensor) -> torch.Tensor:
     """Mark `view` as a destination whose storage belongs to `native`, and return it."""
-    setattr(view, _MARK, native)
+    setattr(view, _MARK, _Mark(native))
     return view
 
 
 def native_of(value: object) -> torch.Tensor | None:
     """Return the model's tensor behind a destination, None for any other value."""
-    native: torch.Tensor | None = getattr(value, _MARK, None)
-    return native
+    found: _Mark | None = getattr(value, _MARK, None)
+    return None if found is None else found.native
 
 
 def unfilled_scale(native: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from gemma4_moe import destinations
+from gemma4_moe import destinations, entries
 from gemma4_moe.configs import axis_sizes, conversion_of
 from gemma4_moe.errors import IncompleteExpertsError, TensorShapeError, UsageError
 from gemma4_moe.interface import StateDict, StateDictAdapter
 from gemma4_moe.inventory import Inventory, Owner
 from gemma4_moe.kernels import scale_in_place, transpose_scale_cast
-from gemma4_moe.layouts import DOWN, EXPERT_RULES, GATE_UP, SCALE, Layout, MoEName, Operation, Rule, parse
+from gemma4_moe.layouts import DOWN, GATE_UP, SCALE, Layout, MoEName, Operation, Rule, lookup, parse
+from gemma4_moe.transforms import converted_shape
 
 #: Says whether an entry is left out, by its hf name and its nemo name.
 Excluded = Callable[[str, str], bool]
@@ -79,14 +80,9 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         """
         del kwargs
         _refuse_mesh(device_mesh)
-        inventory = Inventory(Layout.HF, axis_sizes(self.config, self.moe_config))
-        named = _named(hf_state_dict, inventory)
-        if isinstance(hf_state_dict, Mapping):  # it can be read twice: check all of it before any work
-            named = iter(list(named))
-            inventory.require_complete(EXPERT_RULES[Layout.HF])
         result: dict[str, Any] = {}
         waiting: dict[Owner, dict[Rule, Any]] = {}
-        for parsed, name, value in named:
+        for parsed, name, value in entries.explained(hf_state_dict, self._inventory(Layout.HF)):
             if parsed is None or parsed.rule.operation is Operation.KEEP:
                 native = name if parsed is None else parsed.nemo
                 result[native] = _kept(native, value, out)
@@ -97,7 +93,7 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
                 pair[parsed.rule] = value
                 if len(pair) == 2:
                     result[parsed.nemo] = self._native(parsed.sibling(DOWN), pair.pop(DOWN), pair.pop(SCALE), out)
-        inventory.require_complete(EXPERT_RULES[Layout.HF])
+            del value  # or it would stay alive while the next one is made
         return result
 
     def to_hf(
@@ -134,14 +130,13 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         del kwargs
         _refuse_mesh(device_mesh)
         _refuse_quantization(quantization)
-        inventory = Inventory(Layout.NEMO, axis_sizes(self.config, self.moe_config))
-        named = list(_named(state_dict, inventory))
-        inventory.require_complete(EXPERT_RULES[Layout.NEMO])
         excluded = _excluding(exclude_key_regex)
+        convert = _destinations if for_checkpoint_load else _converted
         result: dict[str, Any] = {}
-        for parsed, name, value in named:
-            convert = _destinations if for_checkpoint_load else _converted
+        inventory = self._inventory(Layout.NEMO)
+        for parsed, name, value in entries.explained(state_dict, inventory, lambda name: excluded(name, name)):
             result.update(convert(parsed, name, value, excluded))
+            del value  # or it would stay alive while the next one is made
         return result
 
     def convert_single_tensor_to_hf(
@@ -159,13 +154,19 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         """
         del kwargs
         _refuse_quantization(quantization)
-        parsed = Inventory(Layout.NEMO, axis_sizes(self.config, self.moe_config)).add(fqn, _shape(tensor))
-        return list(_converted(parsed, fqn, tensor, _excluding(exclude_key_regex)))
+        excluded = _excluding(exclude_key_regex)
+        if lookup(fqn, Layout.NEMO) is None and excluded(fqn, fqn):
+            return []
+        parsed = entries.explain(fqn, tensor, self._inventory(Layout.NEMO))
+        return list(_converted(parsed, fqn, tensor, excluded))
 
     def get_hf_state_dict_keys(self, state_dict: StateDict) -> list[str]:
         """Return the hf names that `to_hf` gives for this state dict, in its order, without touching a value."""
         names = state_dict if isinstance(state_dict, Mapping) else (name for name, _ in state_dict)
         return [hf for name in names for hf in hf_names(parse(name, Layout.NEMO), name)]
+
+    def _inventory(self, layout: Layout) -> Inventory:
+        return Inventory(layout, axis_sizes(self.config, self.moe_config))
 
     def _native(
         self, name: MoEName, value: Any, scale: Any | None, out: Mapping[str, torch.Tensor] | None
@@ -174,11 +175,12 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         native = destinations.native_of(value)
         if native is not None:
             return native if scale is None else _folded_in_place(name, native, scale)
-        factor = None if scale is None else _read(scale)
+        factor = None if scale is None else entries.tensor(scale)
+        tensor = entries.tensor(value)
         if out is None:
-            return transpose_scale_cast(_read(value), scale=factor, dtype=self.dtype)  # type: ignore[no-any-return]
-        target = _out(out, name.nemo)
-        transpose_scale_cast(_read(value), scale=factor, dtype=target.dtype, out=target.detach())
+            return transpose_scale_cast(tensor, scale=factor, dtype=self.dtype)  # type: ignore[no-any-return]
+        target = _out(out, name.nemo, converted_shape(name.rule.operation, tuple(tensor.shape)))
+        transpose_scale_cast(tensor, scale=factor, dtype=target.dtype, out=target.detach())
         return target
 
 
@@ -189,60 +191,31 @@ def hf_names(parsed: MoEName | None, name: str) -> Iterator[str]:
         yield parsed.sibling(SCALE).hf
 
 
-def _named(state_dict: StateDict, inventory: Inventory) -> Iterator[tuple[MoEName | None, str, Any]]:
-    """Yield each entry with what its name means, checked against all entries before it."""
-    marked: dict[Owner, bool] = {}
-    for name, value in state_dict.items() if isinstance(state_dict, Mapping) else state_dict:
-        parsed = inventory.add(name, _shape(value))
-        if parsed is not None and parsed.rule.operation is not Operation.KEEP:
-            is_destination = destinations.native_of(value) is not None
-            if marked.setdefault(parsed.owner, is_destination) != is_destination:
-                raise UsageError(
-                    "a destination beside an ordinary tensor of its layer",
-                    tensor=name,
-                    expected="all of the layer's expert tensors as `to_hf(for_checkpoint_load=True)` returned them",
-                    found="one of them replaced, or copied by clone, detach or contiguous",
-                    hint="hand back the destinations themselves, or give ordinary tensors for the whole layer",
-                )
-        yield parsed, name, value
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    get_shape = getattr(value, "get_shape", None)
-    return tuple(value.shape if get_shape is None else get_shape())
-
-
-def _read(value: Any) -> torch.Tensor:
-    """Return a tensor for computing: a lazy value is read, a parameter leaves its graph."""
-    tensor: torch.Tensor = value.detach() if isinstance(value, torch.Tensor) else value[...]
-    return tensor
-
-
-def _kept(native: str, value: Any, out: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
-    """Return a tensor that is the same in both layouts: the same object, or copied to its place in `out`."""
-    tensor = value if isinstance(value, torch.Tensor) else _read(value)
-    if out is None:
-        return tensor
-    target = _out(out, native)
-    if target.shape != tensor.shape:
-        raise TensorShapeError(
-            "the tensor to write into has another shape",
-            tensor=native,
-            expected=list(tensor.shape),
-            found=list(target.shape),
-            hint="give `out` the tensors of the same model",
-        )
-    target.detach().copy_(tensor)
+def _kept(native: str, value: Any, out: Mapping[str, torch.Tensor] | None) -> Any:
+    """Return a value that is the same in both layouts: the same object, or copied to its place in `out`."""
+    kept = entries.kept(value)
+    if out is None or not isinstance(kept, torch.Tensor):
+        return kept
+    target = _out(out, native, tuple(kept.shape))
+    target.detach().copy_(kept)
     return target
 
 
-def _out(out: Mapping[str, torch.Tensor], native: str) -> torch.Tensor:
+def _out(out: Mapping[str, torch.Tensor], native: str, shape: tuple[int, ...]) -> torch.Tensor:
     if native not in out:
         raise UsageError(
             "no tensor to write into",
             tensor=native,
             expected="its nemo name in `out`",
             hint="give `out` every tensor of the state dict",
+        )
+    if out[native].shape != shape:
+        raise TensorShapeError(
+            "the tensor to write into has another shape",
+            tensor=native,
+            expected=list(shape),
+            found=list(out[native].shape),
+            hint="give `out` the tensors of the same model",
         )
     return out[native]
 
@@ -262,16 +235,17 @@ def _folded_in_place(name: MoEName, native: torch.Tensor, scale: torch.Tensor) -
     return native
 
 
-def _converted(parsed: MoEName | None, name: str, value: Any, excluded: Excluded) -> Iterator[tuple[str, torch.Tensor]]:
-    for hf in hf_names(parsed, name):
-        if excluded(hf, name):
-            continue
-        if parsed is None or parsed.rule.operation is Operation.KEEP:
-            yield hf, value
-        elif hf == parsed.hf:
-            yield hf, transpose_scale_cast(_read(value))
-        else:
-            yield hf, torch.ones(value.shape[:1], dtype=value.dtype, device=value.device)
+def _converted(parsed: MoEName | None, name: str, value: Any, excluded: Excluded) -> Iterator[tuple[str, Any]]:
+    wanted = [hf for hf in hf_names(parsed, name) if not excluded(hf, name)]
+    if parsed is None or parsed.rule.operation is Operation.KEEP:
+        yield from ((hf, entries.kept(value)) for hf in wanted)
+    elif wanted:
+        native = entries.tensor(value)
+        for hf in wanted:
+            if hf == parsed.hf:
+                yield hf, transpose_scale_cast(native)
+            else:
+                yield hf, torch.ones(native.shape[:1], dtype=native.dtype, device=native.device)
 
 
 def _destinations(

@@ -1,0 +1,123 @@
+"""The error tree: what a person reads, what a shell gets, and that no checkpoint can write to the terminal."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+from gemma4_moe import errors
+from gemma4_moe.errors import Gemma4MoEError, InputError, UnsupportedCheckpointError, printable
+
+#: Every error and the status with which the command line ends.
+EXIT_STATUS = {
+    "UsageError": 2,
+    "InputError": 3,
+    "UnknownTensorError": 3,
+    "TensorShapeError": 3,
+    "DuplicateTensorError": 3,
+    "IncompleteExpertsError": 3,
+    "UnsupportedCheckpointError": 3,
+    "CheckpointFormatError": 3,
+    "ConfigError": 3,
+    "SourceChangedError": 3,
+    "DifferenceError": 4,
+    "StorageError": 5,
+    "TargetBusyError": 6,
+}
+
+
+def every_error() -> dict[str, type[Gemma4MoEError]]:
+    found = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+    return {
+        name: value
+        for name, value in found.items()
+        if issubclass(value, Gemma4MoEError) and value is not Gemma4MoEError
+    }
+
+
+def test_every_error_has_its_exit_status() -> None:
+    assert {name: error.exit_status for name, error in every_error().items()} == EXIT_STATUS
+    assert Gemma4MoEError.exit_status == 1
+
+
+@pytest.mark.parametrize("name", EXIT_STATUS)
+def test_every_input_error_is_a_value_error(name: str) -> None:
+    error = every_error()[name]
+    assert issubclass(error, ValueError) == (EXIT_STATUS[name] == 3) == issubclass(error, InputError)
+
+
+def test_errors_are_what_callers_of_a_framework_or_the_system_catch() -> None:
+    assert issubclass(errors.IncompleteExpertsError, RuntimeError)
+    assert issubclass(errors.StorageError, OSError)
+
+
+def test_the_text_has_the_problem_then_each_fact_then_the_next_step() -> None:
+    error = InputError("it is wrong", hint="do this", found=2, expected=1, file="a.safetensors", tensor="w")
+    assert str(error).splitlines() == [
+        "it is wrong",
+        "  tensor: w",
+        "  file: a.safetensors",
+        "  expected: 1",
+        "  found: 2",
+        "  next: do this",
+    ]
+    assert list(error.facts) == ["tensor", "file", "expected", "found"]
+
+
+def test_facts_that_are_not_known_are_not_shown() -> None:
+    assert str(InputError("it is wrong")) == "it is wrong"
+    assert InputError("it is wrong", found=0).facts == {"found": "0"}
+    assert str(InputError("it is wrong", expected="", hint="")).splitlines() == [
+        "it is wrong",
+        "  expected: ",
+        "  next: ",
+    ]
+
+
+def test_a_form_without_a_name_is_none() -> None:
+    assert UnsupportedCheckpointError("refused").form is None
+    assert UnsupportedCheckpointError("refused", form="MLX", tensor="w").form == "MLX"
+
+
+@pytest.mark.parametrize("name", EXIT_STATUS)
+def test_errors_survive_the_way_between_processes(name: str) -> None:
+    error = every_error()[name]("it is wrong", tensor="w", expected=1, hint="do this")
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(again) is type(error)
+        assert str(again) == str(error)
+        assert again.facts == error.facts
+        assert again.hint == "do this"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("model.layers.0.router.scale", "model.layers.0.router.scale"),
+        ("größe 漢字 🙂", "größe 漢字 🙂"),
+        ("\x1b[31mred", r"\x1b[31mred"),
+        ("two\nlines\r\ttab\0nul\x7f", r"two\nlines\r\ttab\x00nul\x7f"),
+        ("\x9b31m", r"\x9b31m"),
+        ("abc\u202ecba\u2066\u200b\ufeff", r"abc\u202ecba\u2066\u200b\ufeff"),
+        ("half \ud800 a pair", r"half \ud800 a pair"),
+        ("\U000e0041 tag", r"\U000e0041 tag"),
+    ],
+)
+def test_printable_leaves_words_and_escapes_what_a_terminal_obeys(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_every_code_point_becomes_something_that_any_terminal_takes() -> None:
+    shown = printable("".join(map(chr, range(0x110000))))
+    assert shown.isprintable()
+    shown.encode()
+
+
+def test_no_part_of_a_message_carries_a_control_sequence() -> None:
+    evil = "\x1b]0;owned\x07\n  next: rm -rf"
+    error = UnsupportedCheckpointError(evil, tensor=evil, file=evil, expected=evil, found=evil, hint=evil)
+    text = str(error)
+    assert len(text.splitlines()) == 6
+    assert all(line.isprintable() for line in text.splitlines())
+    assert error.args == (printable(evil),)

@@ -1,0 +1,52 @@
+"""What an import loads: the command line and the converter must answer without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "huggingface_hub", "triton", "nemo_automodel")
+
+
+def loaded_by(program: str) -> list[str]:
+    """The heavy packages that a fresh process has loaded after `program`."""
+    report = f"import sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", f"{program}\n{report}"], check=True, capture_output=True, text=True)
+    return run.stdout.splitlines()[-1].split()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import gemma4_moe; gemma4_moe.__version__, dir(gemma4_moe)",
+        "from gemma4_moe import cli",
+        "from gemma4_moe import convert, plan, inspect",
+        "from gemma4_moe import verify, diff",
+        "from gemma4_moe import Layout, MoEConfig, BackendConfig, Gemma4MoEError, StateDictAdapter",
+        "import gemma4_moe.layouts, gemma4_moe.transforms, gemma4_moe.inventory, gemma4_moe.checkpoints.directories",
+        "import gemma4_moe.kernels",
+        "import gemma4_moe.demo, gemma4_moe.small_models",
+        "from gemma4_moe.cli import main\ntry: main(['--help'])\nexcept SystemExit as end: assert end.code == 0",
+    ],
+    ids=lambda program: program[:60],
+)
+def test_it_loads_nothing_heavy(program: str) -> None:
+    assert loaded_by(program) == []
+
+
+def test_the_adapter_loads_torch_and_nothing_else() -> None:
+    assert loaded_by("from gemma4_moe import Gemma4MoEStateDictAdapter") == ["torch"]
+
+
+def test_a_numpy_conversion_loads_no_torch() -> None:
+    program = "\n".join(
+        [
+            "import numpy as np",
+            "from gemma4_moe.kernels import transpose_scale_cast",
+            "x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)",
+            "assert transpose_scale_cast(x, scale=np.array([2, 3], np.float32))[1, 3, 2] == 69",
+        ]
+    )
+    assert loaded_by(program) == []

@@ -1,0 +1,80 @@
+"""The public names: all there, and the same before and after every submodule has been imported."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import gemma4_moe
+
+FUNCTIONS = ["convert", "diff", "inspect", "plan", "verify"]
+CLASSES = ["BackendConfig", "Gemma4MoEError", "Gemma4MoEStateDictAdapter", "Layout", "MoEConfig", "StateDictAdapter"]
+
+
+def import_every_submodule() -> list[str]:
+    names = [
+        module.name
+        for module in pkgutil.walk_packages(gemma4_moe.__path__, "gemma4_moe.")
+        if not module.name.endswith(("__main__", "triton_kernel"))
+    ]
+    for name in names:
+        importlib.import_module(name)
+    return names
+
+
+def test_the_list_of_public_names_is_complete() -> None:
+    assert sorted(gemma4_moe.__all__) == sorted([*FUNCTIONS, *CLASSES, "__version__"])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_functions_are_functions_before_and_after_all_submodules_are_imported(name: str) -> None:
+    first = getattr(gemma4_moe, name)
+    assert isinstance(first, types.FunctionType)
+    assert f"gemma4_moe.{name}" not in import_every_submodule()
+    assert getattr(gemma4_moe, name) is first
+    assert first.__doc__
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_public_classes_are_classes_before_and_after_all_submodules_are_imported(name: str) -> None:
+    first = getattr(gemma4_moe, name)
+    assert isinstance(first, type)
+    import_every_submodule()
+    assert getattr(gemma4_moe, name) is first
+    assert first.__doc__
+
+
+def test_a_fresh_process_takes_them_in_either_order() -> None:
+    take = f"from gemma4_moe import {', '.join(FUNCTIONS)}"
+    check = f"assert all(callable(f) for f in ({', '.join(FUNCTIONS)}))"
+    submodules = [f"gemma4_moe.{name}" for name in ("converting", "verifying", "inspecting", "planning", "differing")]
+    load = f"import {', '.join(submodules)}"
+    for order in ([take, load], [load, take]):
+        program = "\n".join([*order, check, take, check])
+        subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_every_name_is_imported_under_type_checking_from_where_it_is_found() -> None:
+    source = Path(gemma4_moe.__file__).read_text()
+    imported = dict(reversed(pair) for pair in re.findall(r"from gemma4_moe\.(\w+) import (\w+) as \2$", source, re.M))
+    assert imported == gemma4_moe._HOME
+
+
+def test_names_are_listed_and_unknown_ones_refused() -> None:
+    assert set(gemma4_moe.__all__) <= set(dir(gemma4_moe))
+    with pytest.raises(AttributeError, match="no attribute 'verifier'"):
+        gemma4_moe.verifier  # noqa: B018
+    with pytest.raises(ImportError):
+        from gemma4_moe import converter  # type: ignore[attr-defined]  # noqa: F401
+
+
+def test_the_version_is_the_distributions() -> None:
+    pyproject = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert f'\nversion = "{gemma4_moe.__version__}"\n' in pyproject
