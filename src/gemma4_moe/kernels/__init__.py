@@ -1,7 +1,10 @@
 """Move expert bytes: exchange the last two axes, multiply each expert by its scale in fp32, round once.
 
-Rounding is to nearest even; subnormals, −0.0 and infinities are kept. Where the dtype stays and the scale is absent or
-exactly one, bits are copied. Everywhere else a NaN becomes the target's quiet NaN with the sign of its element.
+Rounding is to nearest even; subnormals, −0.0 and infinities are kept, and float8_e4m3fn saturates. Where the dtype
+stays and the scale is absent or exactly one, bits are copied. Everywhere else a NaN becomes the target's quiet NaN with
+the sign of its element. Every kernel gives the same bits: `choice` takes the fastest that is there.
+
+No gradient flows through any of these functions.
 """
 
 from __future__ import annotations
@@ -10,44 +13,58 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma4_moe.errors import TensorShapeError
+from gemma4_moe.kernels import arrays
+from gemma4_moe.kernels.choice import Availability, available
+
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["Availability", "available", "scale_cast", "scale_in_place", "transpose_scale_cast"]
 
-def transpose_scale_cast(x: Any, *, scale: Any = None, dtype: Any = None, out: Any = None) -> Any:
+
+def transpose_scale_cast(
+    x: Any, *, scale: Any = None, dtype: Any = None, out: Any = None, kernel: str = "auto", threads: int | None = None
+) -> Any:
     """Return x [..., R, C] as [..., C, R], each x[e] times scale[e], in `dtype`.
 
     Args:
         x: A NumPy array or a torch tensor, bfloat16, float16 or float32; any strides.
         scale: [E] for x [E, ..., R, C], or None. The product is taken in fp32.
-        dtype: Dtype of the result, NumPy's or torch's as x is; x's own by default.
-        out: Where to write [..., C, R]; any strides. A new contiguous array by default.
+        dtype: Dtype of the result, NumPy's or torch's as x is; by default out's, or else x's own. float8_e4m3fn too.
+        out: Where to write [..., C, R]; any strides, but no memory of x. A new contiguous array by default.
+        kernel: "auto" or the name of a kernel. The environment variable GEMMA4_MOE_KERNEL takes the place of "auto".
+        threads: How many threads a kernel on the CPU uses; by default one for each core that the process may use.
 
     Raises:
-        ValueError: `scale` or `out` does not have the shape that x asks for.
+        TensorShapeError: `scale` or `out` does not have the shape or the dtype that x asks for.
+        UsageError: The kernel is not available, or can't work on x.
+    """
+    if x.ndim < (2 if scale is None else 3):
+        raise TensorShapeError("there are no two axes to exchange", expected="[..., R, C]", found=tuple(x.shape))
+    return scale_cast(x.swapaxes(-1, -2), scale=scale, dtype=dtype, out=out, kernel=kernel, threads=threads)
+
+
+def scale_cast(
+    x: Any, *, scale: Any = None, dtype: Any = None, out: Any = None, kernel: str = "auto", threads: int | None = None
+) -> Any:
+    """Return x [E, ...] in the same layout, each x[e] times scale[e], in `dtype`.
+
+    `out` may be x itself. Arguments and errors are those of `transpose_scale_cast`.
     """
     if isinstance(x, np.ndarray):
-        from gemma4_moe.kernels import numpy_kernel
+        return arrays.scale_cast(x, scale, dtype, out, kernel, threads)
+    from gemma4_moe.kernels import tensors
 
-        return numpy_kernel.scale_cast(x.swapaxes(-1, -2), scale, dtype, out)
-    from gemma4_moe.kernels import torch_kernel
-
-    return torch_kernel.scale_cast(x.transpose(-1, -2), scale, dtype, out)
+    return tensors.scale_cast(x, scale, dtype, out, kernel, threads)
 
 
-def scale_cast(x: Any, *, scale: Any = None, dtype: Any = None, out: Any = None) -> Any:
-    """Return x [E, ...] in the same layout, each x[e] times scale[e], in `dtype`. Arguments as above."""
-    if isinstance(x, np.ndarray):
-        from gemma4_moe.kernels import numpy_kernel
+def scale_in_place(
+    x: torch.Tensor, scale: torch.Tensor, *, kernel: str = "auto", threads: int | None = None
+) -> torch.Tensor:
+    """Multiply each x[e] of x [E, ...] by scale[e] in place, with the same rounding, and return x.
 
-        return numpy_kernel.scale_cast(x, scale, dtype, out)
-    from gemma4_moe.kernels import torch_kernel
-
-    return torch_kernel.scale_cast(x, scale, dtype, out)
-
-
-def scale_in_place(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Multiply each x[e] of x [E, ...] by scale[e] in place, with the same rounding, and return x."""
-    from gemma4_moe.kernels import torch_kernel
-
-    return torch_kernel.scale_cast(x, scale, None, x)
+    x may have any strides. Errors are those of `transpose_scale_cast`.
+    """
+    scale_cast(x, scale=scale, out=x, kernel=kernel, threads=threads)
+    return x

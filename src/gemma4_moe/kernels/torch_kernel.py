@@ -1,31 +1,49 @@
-"""The reference in torch, for tensors on any device, meta included."""
+"""The kernel in torch, for tensors on any device, meta and wrapped ones included."""
 
 from __future__ import annotations
 
 import torch
 
+#: Experts are taken in blocks of about this many elements, so that the fp32 product takes little memory.
+_BLOCK_ELEMENTS = 1 << 24
 
-def scale_cast(
-    x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype | None, out: torch.Tensor | None
-) -> torch.Tensor:
-    """Return x [E, ...], each x[e] times scale[e], in `dtype`, written to `out` if it is given."""
-    target = dtype or (x.dtype if out is None else out.dtype)
-    if out is None:
-        out = torch.empty(x.shape, dtype=target, device=x.device)
-    if out.shape != x.shape or out.dtype != target:
-        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, but the result is {target} {tuple(x.shape)}")
-    if scale is not None and scale.shape != x.shape[:1]:
-        raise ValueError(f"scale has shape {tuple(scale.shape)}, but there are {tuple(x.shape[:1])} experts")
-    if scale is None and x.dtype == target:
-        return out.copy_(x)
-    product = x.float()
-    factor = None if scale is None else scale.float().reshape(-1, *[1] * (x.ndim - 1))
-    if factor is not None:
-        product = product * factor
-    if target == torch.float8_e4m3fn:
+_CODES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_QUIET_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000, torch.float8_e4m3fn: 0x7F}
+
+
+def scale_cast(x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Write x [E, ...] to out, each x[e] times factors[e] (fp32), or as it is.
+
+    Raises nothing of its own: shapes are checked before.
+    """
+    if x.is_meta:
+        return
+    if factors is None and x.dtype == out.dtype:
+        out.copy_(x)
+        return
+    if x.ndim == 0 or x.numel() <= _BLOCK_ELEMENTS:
+        out.copy_(_converted(x, factors, out.dtype))
+        return
+    step = max(1, _BLOCK_ELEMENTS * x.shape[0] // x.numel())
+    for first in range(0, x.shape[0], step):
+        block = slice(first, first + step)
+        out[block].copy_(_converted(x[block], None if factors is None else factors[block], out.dtype))
+
+
+def _converted(x: torch.Tensor, factors: torch.Tensor | None, target: torch.dtype) -> torch.Tensor:
+    factor = None if factors is None else factors.reshape(-1, *[1] * (x.ndim - 1))
+    product = x.float() if factor is None else x.float() * factor
+    if target == torch.float8_e4m3fn:  # torch does not saturate on every device
         product = product.clamp(-448, 448)
-    quiet = torch.copysign(torch.tensor(float("nan"), device=x.device), x.float())
-    result = torch.where(product.isnan(), quiet, product).to(target)
-    if factor is not None and x.dtype == target:
-        result = torch.where(factor == 1, x, result)
-    return out.copy_(result)
+    result = product.to(target)
+    _make_quiet(result, product.isnan(), x)
+    return result if factor is None or x.dtype != target else torch.where(factor == 1, x, result)
+
+
+def _make_quiet(result: torch.Tensor, nan: torch.Tensor, x: torch.Tensor) -> None:
+    """Give each NaN of `result` the bits of the quiet NaN, with the sign of x. Torch's own casts vary in both."""
+    quiet = _QUIET_NAN[result.dtype]
+    negative = quiet - (1 << (8 * result.itemsize - 1))
+    bits = result.view(_CODES[result.itemsize])
+    codes = torch.where(x.view(_CODES[x.itemsize]) < 0, negative, quiet).to(bits.dtype)
+    bits.copy_(torch.where(nan, codes, bits))

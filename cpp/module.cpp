@@ -1,0 +1,72 @@
+// The Python binding. Everything is checked on the Python side; here addresses are trusted.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <sys/mman.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "move.hpp"
+
+namespace nb = nanobind;
+using namespace gemma4_moe;
+
+namespace {
+
+const Kernels* kernels_named(const std::string& name) {
+  for (const Kernels* each : available_kernels()) {
+    if (name.empty() || each->name == name) return each;
+  }
+  throw std::invalid_argument("no instruction set " + name + " here");
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Kernels* each : available_kernels()) names.emplace_back(each->name);
+  return names;
+}
+
+void scale_cast(const std::vector<int64_t>& shape, uintptr_t src, int in, const std::vector<int64_t>& src_strides,
+                uintptr_t dst, int out, const std::vector<int64_t>& dst_strides, uintptr_t scale, int threads,
+                const std::string& instruction_set) {
+  if (src_strides.size() != shape.size() || dst_strides.size() != shape.size() || in < 0 || in >= input_dtypes ||
+      out < 0 || out >= output_dtypes) {
+    throw std::invalid_argument("strides don't fit the shape, or unknown dtype");
+  }
+  const auto* factors = reinterpret_cast<const float*>(scale);
+  Move move{reinterpret_cast<const char*>(src), static_cast<DType>(in), reinterpret_cast<char*>(dst),
+            static_cast<DType>(out), factors, {}, threads, kernels_named(instruction_set)};
+  for (size_t i = 0; i < shape.size(); ++i) {
+    move.axes.push_back({shape[i], src_strides[i], dst_strides[i], i == 0 && factors != nullptr ? 1 : 0});
+  }
+  nb::gil_scoped_release released;
+  run(move);
+}
+
+// Fresh memory is mapped page by page as it is first written, which takes longer than the conversion itself; with huge
+// pages it takes a fraction. A request that the system doesn't grant changes nothing.
+void prefer_huge_pages(uintptr_t address, size_t nbytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096;
+  uintptr_t begin = (address + page - 1) / page * page, end = (address + nbytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)address, (void)nbytes;
+#endif
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "Transposes, scales and casts raw buffers. Use gemma4_moe.kernels, which checks what it passes on.";
+  m.def("instruction_sets", &instruction_sets, "Names of what this processor can run, best first.");
+  m.def("prefer_huge_pages", &prefer_huge_pages, nb::arg("address"), nb::arg("nbytes"),
+        "Ask the system to back fresh memory with huge pages, where it has them.");
+  m.def("scale_cast", &scale_cast, nb::arg("shape"), nb::arg("src"), nb::arg("src_dtype"), nb::arg("src_strides"),
+        nb::arg("dst"), nb::arg("dst_dtype"), nb::arg("dst_strides"), nb::arg("scale"), nb::arg("threads"),
+        nb::arg("instruction_set"),
+        "Write round(src * scale) to dst. Strides are in bytes; scale is the address of one fp32 for each index of "
+        "axis 0, or 0; instruction_set is a name or \"\" for the best. Releases the GIL.");
+}

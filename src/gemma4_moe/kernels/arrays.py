@@ -1,0 +1,66 @@
+"""The work on NumPy arrays: check the arguments, choose the kernel, call it."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from gemma4_moe.dtypes import BFLOAT16, EXPERT_DTYPES, FLOAT8_E4M3, FLOAT16, FLOAT32
+from gemma4_moe.errors import TensorShapeError
+from gemma4_moe.kernels import choice, numpy_kernel
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+#: Results that we allocate begin at a multiple of this many bytes: whole lines can then be written past the caches.
+_ALIGNMENT = 64
+
+#: The compiled kernels' numbers for the dtypes they write. All but the last they also read.
+_CODES = {dtype.numpy(): code for code, dtype in enumerate((BFLOAT16, FLOAT16, FLOAT32, FLOAT8_E4M3))}
+_READABLE = frozenset(dtype.numpy() for dtype in EXPERT_DTYPES)
+
+
+def scale_cast(x: Array, scale: Any, dtype: Any, out: Array | None, kernel: str, threads: int | None) -> Array:
+    """Return x [E, ...], each x[e] times scale[e], in `dtype`, written to `out` if it is given."""
+    target = np.dtype(dtype) if dtype is not None else (x.dtype if out is None else out.dtype)
+    out = _aligned(x.shape, target) if out is None else _checked(out, x.shape, target)
+    factors = None if scale is None else np.ascontiguousarray(scale, np.float32)
+    if factors is not None and factors.shape != x.shape[:1]:
+        raise TensorShapeError("one scale an expert is needed", expected=x.shape[:1], found=factors.shape)
+    if choice.for_array(kernel, x.dtype in _READABLE and target in _CODES) == "numpy":
+        return numpy_kernel.scale_cast(x, factors, out)
+    from gemma4_moe.kernels import _cpu
+
+    _cpu.scale_cast(
+        x.shape,
+        x.ctypes.data,
+        _CODES[x.dtype],
+        x.strides,
+        out.ctypes.data,
+        _CODES[target],
+        out.strides,
+        0 if factors is None else factors.ctypes.data,
+        choice.allowed_cores() if threads is None else threads,
+        "",
+    )
+    return out
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    nbytes = prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    choice.prepare(raw.ctypes.data, raw.nbytes)
+    skipped = -raw.ctypes.data % _ALIGNMENT
+    return raw[skipped : skipped + nbytes].view(dtype).reshape(shape)
+
+
+def _checked(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    if out.shape != shape or out.dtype != dtype:
+        raise TensorShapeError(
+            "out is not what the result needs", expected=f"{dtype} {shape}", found=f"{out.dtype} {out.shape}"
+        )
+    overlaps = any(stride == 0 and size > 1 for stride, size in zip(out.strides, shape, strict=True))
+    if overlaps or not out.flags.writeable:
+        raise TensorShapeError("out can't be written", expected="writable memory, each element its own")
+    return out

@@ -1,0 +1,83 @@
+"""The work on torch tensors: check the arguments, choose the kernel, call it."""
+
+from __future__ import annotations
+
+import torch
+
+from gemma4_moe.errors import TensorShapeError
+from gemma4_moe.kernels import choice, torch_kernel
+
+#: The compiled kernels' numbers for the dtypes they write. All but the last they also read.
+_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float8_e4m3fn: 3}
+_READABLE = frozenset({torch.bfloat16, torch.float16, torch.float32})
+
+#: Only these have nothing but memory behind them. Other subclasses go through torch's own operations.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def scale_cast(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    dtype: torch.dtype | None,
+    out: torch.Tensor | None,
+    kernel: str,
+    threads: int | None,
+) -> torch.Tensor:
+    """Return x [E, ...], each x[e] times scale[e], in `dtype`, written to `out` if it is given."""
+    target = dtype or (x.dtype if out is None else out.dtype)
+    x = x.detach()
+    out = _fresh(x, target) if out is None else _checked(out, x.shape, target)
+    if scale is not None and scale.shape != x.shape[:1]:
+        raise TensorShapeError("one scale an expert is needed", expected=tuple(x.shape[:1]), found=tuple(scale.shape))
+    factors = None if scale is None else scale.detach().to(x.device, torch.float32).contiguous()
+    chosen = choice.for_tensor(kernel, x.device.type, _supported(x, out))
+    if chosen == "triton":
+        from gemma4_moe.kernels import triton_kernel
+
+        triton_kernel.scale_cast(x, factors, out.detach())
+    elif chosen == "cpu":
+        _on_cpu(x, factors, out, choice.allowed_cores() if threads is None else threads)
+    else:
+        torch_kernel.scale_cast(x, factors, out.detach())
+    return out
+
+
+def _fresh(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if type(out) in _PLAIN and out.device.type == "cpu":
+        choice.prepare(out.data_ptr(), out.nbytes)
+    return out
+
+
+def _on_cpu(x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor, threads: int) -> None:
+    from gemma4_moe.kernels import _cpu
+
+    _cpu.scale_cast(
+        x.shape,
+        x.data_ptr(),
+        _CODES[x.dtype],
+        [stride * x.itemsize for stride in x.stride()],
+        out.data_ptr(),
+        _CODES[out.dtype],
+        [stride * out.itemsize for stride in out.stride()],
+        0 if factors is None else factors.data_ptr(),
+        threads,
+        "",
+    )
+
+
+def _supported(x: torch.Tensor, out: torch.Tensor) -> bool:
+    plain = type(x) in _PLAIN and type(out) in _PLAIN and x.layout == out.layout == torch.strided
+    return plain and x.device == out.device and x.dtype in _READABLE and out.dtype in _CODES
+
+
+def _checked(out: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    if out.shape != shape or out.dtype != dtype:
+        raise TensorShapeError(
+            "out is not what the result needs",
+            expected=f"{dtype} {tuple(shape)}",
+            found=f"{out.dtype} {tuple(out.shape)}",
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), shape, strict=True)):
+        raise TensorShapeError("out can't be written", expected="each element its own memory")
+    return out

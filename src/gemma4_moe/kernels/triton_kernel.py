@@ -1,0 +1,196 @@
+"""The kernel in Triton, for CUDA tensors: one tile a program, converted in registers, both sides coalesced.
+
+It loads and stores codes as integers, so that NaNs and plain copies keep the bits that they should have. Launches are
+stream-ordered, read the scale on the device and never synchronise, so they may be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from gemma4_moe.kernels.choice import interpreted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: The formats' numbers inside the kernel, and the integers of their size.
+_FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float8_e4m3fn: 3}
+_CODES = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+#: Rows (along the output's contiguous axis), columns (along the input's) and warps of a tile, by the bytes of an input
+#: and an output element. Measured on an H100; see docs/benchmarks.md.
+_TILES = {
+    (2, 2): (64, 64, 8),
+    (2, 4): (64, 64, 16),
+    (4, 2): (64, 64, 16),
+    (4, 4): (64, 64, 16),
+    (2, 1): (64, 64, 2),
+    (4, 1): (64, 64, 2),
+}
+
+#: Elements of a tile where both sides are contiguous along the same axis, and its warps.
+_ROW_ELEMENTS, _ROW_WARPS = 1024, 8
+
+
+def scale_cast(x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Write x [E, ...] to out, each x[e] times factors[e] (fp32), or as it is."""
+    if x.numel() == 0:
+        return
+    if factors is None and x.dtype == out.dtype and x.stride() == out.stride():
+        out.copy_(x)
+        return
+    if x.ndim > 4:
+        for index in range(x.shape[1]):
+            scale_cast(x.select(1, index), factors, out.select(1, index))
+        return
+    x, out = _matrices(x, out, scaled=factors is not None)
+    rows, columns, warps = _tile(x, out)
+    tiles = prod(x.shape[:2]) * triton.cdiv(x.shape[2], rows) * triton.cdiv(x.shape[3], columns)
+    with _on_device(x):
+        _move[(tiles,)](
+            x.view(_CODES[x.itemsize]),
+            x if factors is None else factors,
+            out.view(_CODES[out.itemsize]),
+            *x.shape[1:],
+            *x.stride(),
+            *out.stride(),
+            IN=_FORMATS[x.dtype],
+            OUT=_FORMATS[out.dtype],
+            SCALED=factors is not None,
+            ROWS=rows,
+            COLUMNS=columns,
+            WHOLE=x.shape[2] % rows == 0 and x.shape[3] % columns == 0,
+            WIDE=max(map(abs, (*x.stride()[2:], *out.stride()[2:]))) * max(rows, columns) >= 1 << 30,
+            INTERPRETED=interpreted(),
+            num_warps=warps,
+        )
+
+
+def _matrices(x: torch.Tensor, out: torch.Tensor, *, scaled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both as [E, B, R, C] such that x is contiguous along C if it is along R or C."""
+    while x.ndim < 4:
+        axis = 1 if scaled else 0
+        x, out = x.unsqueeze(axis), out.unsqueeze(axis)
+    if x.stride(2) == 1 or (x.stride(3) != 1 and out.stride(2) != 1):
+        x, out = x.transpose(2, 3), out.transpose(2, 3)
+    if all(each.stride(3) == 1 and each.stride(2) == each.shape[3] for each in (x, out)):
+        return x.flatten(2).unsqueeze(2), out.flatten(2).unsqueeze(2)
+    return x, out
+
+
+def _tile(x: torch.Tensor, out: torch.Tensor) -> tuple[int, int, int]:
+    if out.stride(3) == 1:
+        columns = min(_ROW_ELEMENTS, triton.next_power_of_2(x.shape[3]))
+        return min(_ROW_ELEMENTS // columns, triton.next_power_of_2(x.shape[2])), columns, _ROW_WARPS
+    return _TILES[x.itemsize, out.itemsize]
+
+
+def _on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    return triton.jit(function)
+
+
+@_jit
+def _move(
+    x_ptr,
+    factor_ptr,
+    out_ptr,
+    B,
+    R,
+    C,
+    x_stride_e,
+    x_stride_b,
+    x_stride_r,
+    x_stride_c,
+    out_stride_e,
+    out_stride_b,
+    out_stride_r,
+    out_stride_c,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # type: ignore[no-untyped-def]
+    tile = tl.program_id(0)
+    tiles_across = tl.cdiv(C, COLUMNS)
+    tiles_down = tl.cdiv(R, ROWS)
+    matrix = tile // (tiles_across * tiles_down)
+    expert = (matrix // B).to(tl.int64)
+    batch = (matrix % B).to(tl.int64)
+    row = ((tile // tiles_across) % tiles_down).to(tl.int64) * ROWS
+    column = (tile % tiles_across).to(tl.int64) * COLUMNS
+    # The tile's origin in 64 bits, what lies within it in 32 wherever that is enough.
+    x_ptr += expert * x_stride_e + batch * x_stride_b + row * x_stride_r + column * x_stride_c
+    out_ptr += expert * out_stride_e + batch * out_stride_b + row * out_stride_r + column * out_stride_c
+    r = tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, COLUMNS)[None, :]
+    inside = None if WHOLE else (row + r < R) & (column + c < C)
+    if WIDE:
+        r = r.to(tl.int64)
+        c = c.to(tl.int64)
+    codes = tl.load(x_ptr + (r * x_stride_r + c * x_stride_c), mask=inside)
+    if SCALED:
+        factor = tl.load(factor_ptr + expert)
+        result = _encode(_decode(codes, IN) * factor, codes < 0, OUT, INTERPRETED)
+        if IN == OUT:
+            result = tl.where(factor == 1.0, codes, result)
+    elif IN == OUT:
+        result = codes
+    else:
+        result = _encode(_decode(codes, IN), codes < 0, OUT, INTERPRETED)
+    tl.store(out_ptr + (r * out_stride_r + c * out_stride_c), result, mask=inside)
+
+
+@_jit
+def _decode(codes, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
+    if FORMAT == 0:
+        return (codes.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif FORMAT == 1:  # noqa: RET505  Triton compiles the branch that is taken, and only in this form
+        return codes.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return codes.to(tl.float32, bitcast=True)
+
+
+@_jit
+def _encode(value, negative, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
+    if FORMAT == 0:
+        if INTERPRETED:  # it cuts bits off where the device rounds
+            word = value.to(tl.uint32, bitcast=True)
+            code = ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
+        else:
+            code = value.to(tl.bfloat16).to(tl.int16, bitcast=True)
+        quiet = tl.where(negative, -0x40, 0x7FC0)
+    elif FORMAT == 1:
+        code = value.to(tl.float16).to(tl.int16, bitcast=True)
+        quiet = tl.where(negative, -0x200, 0x7E00)
+    elif FORMAT == 2:
+        code = value.to(tl.int32, bitcast=True)
+        quiet = tl.where(negative, -0x400000, 0x7FC00000)
+    else:
+        code = _encode_e4m3(value.to(tl.uint32, bitcast=True))
+        quiet = tl.where(negative, -1, 0x7F)
+    return tl.where(value != value, quiet.to(code.dtype), code)
+
+
+@_jit
+def _encode_e4m3(word):  # type: ignore[no-untyped-def]
+    magnitude = word & 0x7FFFFFFF
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    # Adding 2^14 lets the adder round to a multiple of 2^-9, the subnormals' step.
+    subnormal = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - (141 << 23)
+    code = tl.where(magnitude < (121 << 23), subnormal, normal)
+    code = tl.where(magnitude > 0x43E00000, 0x7E, code) | ((word >> 24) & 0x80)  # 448, the largest
+    return code.to(tl.uint8).to(tl.int8, bitcast=True)

@@ -1,0 +1,70 @@
+"""Every bf16 and fp16 value, and fp32 values around every kind of tie, times every factor, into every dtype."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gemma4_moe import kernels
+from support.raw_kernels import KERNELS
+from support.rounding import BF16, FACTORS, FORMATS, FP8, FP16, FP32, INPUTS, assert_same_bits, expected
+
+
+def every_value(dtype):
+    """All codes of a 16-bit dtype as [1, 128, 512]; of fp32, those near the ties of each narrower format."""
+    if dtype != FP32:
+        return np.arange(1 << 16, dtype=np.uint16).view(dtype).reshape(1, 128, 512)
+    exponents = np.arange(512, dtype=np.uint32) << 23  # sign and exponent
+    ties = [base + delta for shift in (12, 15, 19) for base in (1 << shift, 3 << shift) for delta in (-1, 0, 1)]
+    mantissas = np.array([0, 1, 0x7FFFFF, 0x7FF000, 0x7FC000, *ties], np.int64).astype(np.uint32)
+    grid = exponents[:, None] | mantissas[None, :]
+    subnormals = np.arange(1 << 14, dtype=np.uint32)
+    flat = np.concatenate([grid.ravel(), subnormals, subnormals | np.uint32(1 << 31)])
+    return flat[: len(flat) // 512 * 512].view(FP32).reshape(1, -1, 512)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("target", FORMATS, ids=str)
+@pytest.mark.parametrize("source", INPUTS, ids=str)
+def test_every_value_is_rounded_once(source, target, name):
+    values = every_value(source)
+    x = np.broadcast_to(values, (len(FACTORS), *values.shape[1:])).swapaxes(1, 2)
+    out = np.empty(x.shape, target)
+    KERNELS[name](x, FACTORS, out)
+    assert_same_bits(out, expected(x, FACTORS, target))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("target", FORMATS, ids=str)
+@pytest.mark.parametrize("source", INPUTS, ids=str)
+def test_every_value_is_cast_without_a_factor(source, target, name):
+    x = every_value(source)
+    for view in (x, x.swapaxes(1, 2)):
+        out = np.empty(view.shape, target)
+        KERNELS[name](view, None, out)
+        assert_same_bits(out, expected(view, None, target))
+
+
+def test_the_formula_agrees_with_ml_dtypes_where_that_rounds_too():
+    x = every_value(FP32)
+    finite = np.isfinite(x)
+    for target in (BF16, FP16):
+        with np.errstate(over="ignore", invalid="ignore"):
+            cast = x.astype(target)
+        assert_same_bits(expected(x, None, target)[finite], cast[finite])
+    with np.errstate(invalid="ignore"):
+        narrow = x.astype(FP8)
+    small = finite & (np.abs(np.where(finite, x, 0)) < 440)
+    assert_same_bits(expected(x, None, FP8)[small], narrow[small])
+
+
+def test_arithmetic_does_not_depend_on_the_thread_that_calls():
+    torch = pytest.importorskip("torch")
+    x = np.full((3, 40, 40), 1e-39, np.float32)
+    factors = np.array([1.5, 0.3, 2.0], np.float32)
+    assert torch.set_flush_denormal(True)
+    try:
+        found = kernels.transpose_scale_cast(x, scale=factors, kernel="cpu")
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bits(found, expected(x, factors, FP32).swapaxes(1, 2))
