@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoints.directories import open_checkpoint
-from gemma4_moe.comparison import (
+from gemma4_moe.verification.comparison import (
     DEFAULT_MEMORY,
     by_current_name,
     compare_form,
@@ -20,7 +20,7 @@ from gemma4_moe.comparison import (
 from gemma4_moe.errors import UnsupportedCheckpointError
 
 if TYPE_CHECKING:
-    from gemma4_moe.comparison import Progress, Verification
+    from gemma4_moe.verification.comparison import Progress, Verification
 
 
 def diff(

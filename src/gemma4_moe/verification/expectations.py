@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gemma4_moe.comparison import compare_form
-from gemma4_moe.differences import Difference
+from gemma4_moe.verification.comparison import compare_form
+from gemma4_moe.verification.differences import Difference
 from gemma4_moe.dtypes import EXPERT_DTYPES, DType
 from gemma4_moe.layouts import DOWN, SCALE, Layout, MoEName
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gemma4_moe.dtypes import BFLOAT16, FLOAT8_E4M3, FLOAT16, FLOAT32
-from gemma4_moe.reference import element_bits, reference, widen
+from gemma4_moe.verification.reference import element_bits, reference, widen
 
 TORCH = {BFLOAT16: torch.bfloat16, FLOAT16: torch.float16, FLOAT32: torch.float32}
 NUMPY = {BFLOAT16: ml_dtypes.bfloat16, FLOAT16: np.float16, FLOAT32: np.float32}

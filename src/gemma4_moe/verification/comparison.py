@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma4_moe.differences import Difference, Mismatches
+from gemma4_moe.verification.differences import Difference, Mismatches
 from gemma4_moe.errors import DuplicateTensorError, UnsupportedCheckpointError, UsageError
 from gemma4_moe.layouts import Layout, lookup
-from gemma4_moe.reference import element_bits, reference
+from gemma4_moe.verification.reference import element_bits, reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoints.directories import Checkpoint, StoredTensor
     from gemma4_moe.dtypes import DType
-    from gemma4_moe.reference import Bits
+    from gemma4_moe.verification.reference import Bits
 
     #: Told of the bytes of the target that were compared so far, and of their total.
     Progress = Callable[[int, int], object]

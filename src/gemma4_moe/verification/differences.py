@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from gemma4_moe.reference import element_bits, widen
+from gemma4_moe.verification.reference import element_bits, widen
 
 if TYPE_CHECKING:
     from gemma4_moe.dtypes import DType
-    from gemma4_moe.reference import Bits
+    from gemma4_moe.verification.reference import Bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,16 @@ class Difference:
 
     def __str__(self) -> str:
         if self.index is None:
-            return f"{self.name}: {self.kind}: expected {self.expected}, found {self.found}"
-        subject = "what it folds to" if self.kind == "fold" else "values"
+            sides = {"expected": self.expected, "found": self.found}
+            return f"{self.name}: {self.kind}: " + ", ".join(f"{side} {text}" for side, text in sides.items() if text)
+        folded = ", folded with its scale" if self.kind == "fold" else ""
+        first = f"  first at {list(self.index)}: expected {self.expected}, found {self.found}"
         lines = [
-            f"{self.name}: {subject} differ in {self.count:,} elements",
-            f"  first at {list(self.index)}: expected {self.expected}, found {self.found}",
+            f"{self.name}{folded}: elements that differ: {self.count:,}",
+            first if self.ulps is None else f"{first}, distance in ulps: {self.ulps:,}",
         ]
-        if self.ulps is not None:
-            lines[1] += f", {self.ulps:,} ulps apart"
         if self.max_ulps is not None:
-            lines.append(f"  largest distance: {self.max_ulps:,} ulps")
+            lines.append(f"  largest distance in ulps: {self.max_ulps:,}")
         return "\n".join(lines)
 
 

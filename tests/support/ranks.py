@@ -1,0 +1,67 @@
+"""Run a function on several gloo ranks, each a process of its own, and bring back what it raised."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "gemma4_moe.state_dict_adapter"])
+
+
+def run(
+    world: int, function: Callable[..., None], *arguments: Any, seconds: float = 120, meet_at_end: bool = True
+) -> None:
+    """Call `function(*arguments)` on `world` ranks; raise the first rank's error, or for one that does not end.
+
+    `meet_at_end` is False where a rank is to be lost on the way.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = _CONTEXT.SimpleQueue()
+    processes = [
+        _CONTEXT.Process(target=_rank, args=(rank, world, port, results, function, arguments, meet_at_end))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(seconds)
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    failures = []
+    while not results.empty():
+        failures.append(results.get())
+    assert not failures, "\n".join(failures)
+    assert not hung, f"ranks {hung} did not end within {seconds} s"
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+def _rank(
+    rank: int, world: int, port: int, results: Any, function: Callable[..., None], arguments: Any, meet_at_end: bool
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    try:
+        function(*arguments)
+        if meet_at_end:
+            dist.barrier()  # the first rank holds the store that the others may still be asking
+    except BaseException:  # noqa: BLE001 - brought back to the test, whatever it is
+        results.put(f"rank {rank}:\n{traceback.format_exc()}")
+        raise SystemExit(1) from None
+    if meet_at_end:
+        dist.destroy_process_group()

@@ -1,0 +1,57 @@
+"""One state dict verified against another, and the ways in which tests damage tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma4_moe.verifying import verify
+from support.checkpoints import config_of, write_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gemma4_moe.verification.differences import Difference
+    from gemma4_moe.verifying import Verification
+
+State = dict[str, torch.Tensor]
+
+LAYER = "model.language_model.layers.1."
+DOWN, GATE_UP, SCALE = (
+    LAYER + rest for rest in ("experts.down_proj", "experts.gate_up_proj", "router.per_expert_scale")
+)
+DOWNS, GATE_UPS = LAYER + "moe.experts.down_projs", LAYER + "moe.experts.gate_and_up_projs"
+
+UNSIGNED = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
+
+
+def checked(tmp_path: Path, source: State, target: State, *, hf: State | None = None, **options: Any) -> Verification:
+    """Write both state dicts, the target in another number of files, and verify the one against the other.
+
+    Args:
+        tmp_path: Where "source" and "target" are made.
+        source: What was converted.
+        target: What is judged.
+        hf: The hf state dict that the config is taken from, if the source is not one.
+        options: Of `verify`.
+    """
+    config = config_of(source if hf is None else hf)
+    write_checkpoint(tmp_path / "source", source, config, files=2)
+    write_checkpoint(tmp_path / "target", target, config, files=3)
+    return verify(tmp_path / "source", tmp_path / "target", **options)
+
+
+def sole(result: Verification) -> Difference:
+    """The only difference of a verification."""
+    assert len(result.different) == 1, [str(difference) for difference in result.different]
+    assert result.equal == result.tensors - 1
+    return result.different[0]
+
+
+def flip(tensor: torch.Tensor, flat: int, bit: int) -> torch.Tensor:
+    """A copy of `tensor` in which one bit of one element, counted in the flat tensor, is the other one."""
+    bits = tensor.contiguous().view(UNSIGNED[tensor.dtype]).clone()
+    value = int(bits.view(-1)[flat]) ^ (1 << bit)
+    bits.view(-1)[flat] = value
+    return bits.view(tensor.dtype)
