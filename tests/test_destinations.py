@@ -78,6 +78,7 @@ def test_the_scale_destination_is_fp32_and_says_that_nothing_was_loaded(
 def test_a_load_in_place_gives_the_bits_of_a_load_in_memory(
     hf: State, adapter: Gemma4MoEStateDictAdapter, dtype: torch.dtype
 ) -> None:
+    hf[SCALE] = torch.rand(6) + 0.5  # fp32: rounding it to bf16 first would show
     expected = {name: tensor.to(dtype) for name, tensor in nemo_from_hf(hf, dtype).items()}
     model = {name: torch.nn.Parameter(torch.full_like(tensor, -3)) for name, tensor in expected.items()}
     views = adapter.to_hf(model, for_checkpoint_load=True)

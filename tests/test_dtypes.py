@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from gemma4_moe import dtypes
-from gemma4_moe.dtypes import ALL, BFLOAT16, EXPERT_DTYPES, FLOAT8_E4M3, FLOAT16, FLOAT32, DType, is_exact
+from gemma4_moe.dtypes import ALL, BFLOAT16, EXPERT_DTYPES, FLOAT8_E4M3, FLOAT16, FLOAT32, DType, FloatFormat, is_exact
 from gemma4_moe.errors import InputError
 
 COMPUTED = (*EXPERT_DTYPES, FLOAT8_E4M3)
@@ -87,3 +87,18 @@ def test_formats_are_those_of_the_dtype(dtype: DType) -> None:
     assert dtype.float_format.precision == info.nmant + 1
     assert dtype.float_format.min_exponent == info.minexp
     assert 2.0**dtype.float_format.max_exponent <= float(info.max) < 2.0 ** (dtype.float_format.max_exponent + 1)
+
+
+@pytest.mark.parametrize(
+    ("wide", "held"),
+    [
+        (FloatFormat(8, 127, -126), True),
+        (FloatFormat(9, 127, -125), True),  # one more bit reaches as far down as one more exponent
+        (FloatFormat(7, 127, -126), False),
+        (FloatFormat(8, 126, -126), False),
+        (FloatFormat(8, 127, -125), False),
+        (FloatFormat(24, 1023, -100), False),
+    ],
+)
+def test_a_format_holds_another_up_and_down_to_its_last_subnormal(wide: FloatFormat, held: bool) -> None:
+    assert wide.holds(FloatFormat(8, 127, -126)) == held

@@ -144,6 +144,18 @@ def test_a_lazy_value_is_read_once_and_only_after_the_whole_mapping_is_checked(h
     assert log == []
 
 
+def test_a_lazy_native_value_is_read_once(hf: dict[str, torch.Tensor]) -> None:
+    log: list[str] = []
+    nemo = nemo_from_hf(hf)
+    lazy = {name: Recorded(name, tensor, log) for name, tensor in nemo.items()}
+    assert_same_tensors(ADAPTER.to_hf(lazy), hf_from_nemo(nemo))
+    assert sorted(log) == sorted(nemo)
+    log.clear()
+    for name, value in lazy.items():
+        ADAPTER.convert_single_tensor_to_hf(name, value)
+    assert sorted(log) == sorted(nemo)
+
+
 def test_an_excluded_lazy_value_is_not_read(hf: dict[str, torch.Tensor]) -> None:
     log: list[str] = []
     lazy = {name: Recorded(name, tensor, log) for name, tensor in nemo_from_hf(hf).items()}

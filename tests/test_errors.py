@@ -25,6 +25,7 @@ EXIT_STATUS = {
     "DifferenceError": 4,
     "StorageError": 5,
     "TargetBusyError": 6,
+    "ParallelError": 1,
 }
 
 

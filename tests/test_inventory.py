@@ -80,6 +80,16 @@ def test_every_wrong_size_of_every_axis_is_refused(layout: Layout, rest: str, si
         assert str(list(shape)) in raised.value.facts["expected"]
 
 
+@pytest.mark.parametrize(
+    ("layout", "rest"), [(layout, rest) for layout in Layout for rest in SHAPES[layout]], ids=lambda value: str(value)
+)
+def test_an_axis_of_nothing_is_refused_though_nothing_else_is_known(layout: Layout, rest: str) -> None:
+    shape = SHAPES[layout][rest]
+    for axis in range(len(shape)):
+        with pytest.raises(TensorShapeError, match="wrong shape"):
+            Inventory(layout).add(LAYER + rest, (*shape[:axis], 0, *shape[axis + 1 :]))
+
+
 def test_a_message_says_where_each_size_comes_from() -> None:
     inventory = filled(Layout.HF, {"E": 6}, {"experts.down_proj": (6, 10, 7)})
     with pytest.raises(TensorShapeError) as raised:

@@ -254,6 +254,23 @@ def test_no_name_of_the_two_layouts_is_foreign(prefix: str) -> None:
     assert foreign_spelling(f"{prefix}layers.0.mlp.down_proj.weight") is None
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.weight_scale_norm",
+        "model.layers.0.mlp.input_scale.weight",
+        "model.layers.0.mlp.weight_packed_shape",
+        "model.layers.0.mlp.weight_scale_20",
+        "model.layers.0.experts.0.gate_proj.weight_sum",
+        "model.decoder.layers.0.mlp.up_proj.weight",
+        "model.exploration_A.weight",
+        "model.switch_glut.weight",
+    ],
+)
+def test_a_name_that_only_resembles_a_foreign_one_is_not_foreign(name: str) -> None:
+    assert foreign_spelling(name) is None
+
+
 def test_no_two_rows_share_a_name() -> None:
     for layout in Layout:
         names = [name for rule in RULES for name in rule.names(layout)]

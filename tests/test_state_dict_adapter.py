@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig, StateDictAdapter
 from gemma4_moe.errors import (
@@ -21,9 +23,13 @@ from support.formulas import (
     hf_from_nemo,
     legacy_name,
     nemo_from_hf,
-    transposed,
 )
 from support.models import random_hf_state_dict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.distributed.device_mesh import DeviceMesh
 
 P = "model.language_model."
 LAYER = f"{P}layers.0."
@@ -228,6 +234,20 @@ def test_what_a_framework_hands_to_every_adapter_changes_nothing(
     assert [name for name, _ in single] == [DOWN, SCALE]
 
 
+@pytest.fixture
+def mesh_of_one() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("ep_shard", "ep"))
+    dist.destroy_process_group()
+
+
+def test_a_mesh_of_one_rank_is_no_mesh(
+    hf: dict[str, torch.Tensor], nemo: dict[str, torch.Tensor], mesh_of_one: DeviceMesh
+) -> None:
+    assert_same_tensors(adapter().from_hf(hf, device_mesh=mesh_of_one), nemo_from_hf(hf))
+    assert_same_tensors(adapter().to_hf(nemo, device_mesh=mesh_of_one), hf_from_nemo(nemo))
+
+
 def test_converting_tensor_by_tensor_is_to_hf(nemo: dict[str, torch.Tensor]) -> None:
     whole = adapter().to_hf(nemo)
     pairs = [pair for name in nemo for pair in adapter().convert_single_tensor_to_hf(name, nemo[name])]
@@ -299,9 +319,3 @@ def test_out_may_be_strided(hf: dict[str, torch.Tensor]) -> None:
     out = {name: torch.zeros(*t.shape, 2, dtype=t.dtype)[..., 1] for name, t in expected.items()}
     assert not out[NATIVE_DOWN].is_contiguous()
     assert_same_tensors(adapter().from_hf(hf, out=out), expected)
-
-
-def test_formulas_of_this_file_are_not_symmetric(hf: dict[str, torch.Tensor]) -> None:
-    assert not torch.equal(transposed(hf[DOWN], torch.bfloat16), folded(hf[DOWN], hf[SCALE], torch.bfloat16))
-    assert len({6, 10, 7, 14}) == 4
-    assert not bool((hf[SCALE] == 1).any())

@@ -36,9 +36,8 @@ def native_of(value: object) -> torch.Tensor | None:
 
 
 def unfilled_scale(native: torch.Tensor) -> torch.Tensor:
-    """Return a destination [E] for the per-expert scale of `native` [E, I, H].
+    """Return a scale [E] for `native` [E, I, H] that says "not loaded".
 
-    It is fp32, so that no scale is rounded on its way in, and filled with NaN, which says "not loaded".
+    It is fp32, so that no scale is rounded on its way in, and full of NaN.
     """
-    scale = torch.full(native.shape[:1], float("nan"), dtype=torch.float32, device=native.device)
-    return mark(scale, native)
+    return torch.full(native.shape[:1], float("nan"), dtype=torch.float32, device=native.device)

@@ -7,26 +7,45 @@ has the same name in both layouts may also be no tensor at all, as the `_extra_s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+from torch.distributed.tensor import DTensor
 
 from gemma4_moe import destinations, dtypes
 from gemma4_moe.errors import TensorShapeError, UsageError
-from gemma4_moe.layouts import EXPERT_RULES, MoEName, Operation, lookup
+from gemma4_moe.layouts import EXPERT_RULES, Layout, MoEName, Operation, lookup
+from gemma4_moe.parallel import placed_on, whole_shape
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from gemma4_moe.interface import StateDict
     from gemma4_moe.inventory import Inventory, Owner
 
 _EXPERT_DTYPES = tuple(dtype.name for dtype in dtypes.EXPERT_DTYPES)
 
-#: One entry: what its name means (None where it is the same in both layouts), the name, the value.
-Entry = tuple[MoEName | None, str, Any]
+
+class Entry(NamedTuple):
+    """One entry of a state dict.
+
+    Attributes:
+        parsed: What its name means; None where it is the same in both layouts.
+        name: Its name.
+        value: Its value.
+        shape: The whole tensor's shape, also where the value is only a rank's part of it.
+    """
+
+    parsed: MoEName | None
+    name: str
+    value: Any
+    shape: tuple[int, ...]
 
 
 def explained(
-    state_dict: StateDict, inventory: Inventory, dropped: Callable[[str], bool] = lambda _: False
+    state_dict: StateDict,
+    inventory: Inventory,
+    mesh: DeviceMesh | None = None,
+    dropped: Callable[[str], bool] = lambda _: False,
 ) -> Iterator[Entry]:
     """Yield the entries of `state_dict` in its order, each checked against `inventory`.
 
@@ -36,26 +55,32 @@ def explained(
     Args:
         state_dict: The entries.
         inventory: Where they are taken in; it knows the layout and the sizes.
+        mesh: What plain values may be a rank's part on.
         dropped: Says of a name that the layout does not know that it is left out, not refused.
 
     Raises:
         IncompleteExpertsError: A layer lacks one of its expert tensors.
         UsageError: A destination stands beside an ordinary tensor of its layer.
+        ParallelError: A plain tensor beside a mesh of which nothing tells whether it is whole.
         UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`.
     """
     required = EXPERT_RULES[inventory.layout]
     if isinstance(state_dict, Mapping):
-        entries = list(_explained_singly(state_dict.items(), inventory, dropped))
+        entries = list(_explained_singly(state_dict.items(), inventory, mesh, dropped))
         inventory.require_complete(required)
         yield from entries
     else:
-        yield from _explained_singly(state_dict, inventory, dropped)
+        yield from _explained_singly(state_dict, inventory, mesh, dropped)
         inventory.require_complete(required)
 
 
-def explain(name: str, value: Any, inventory: Inventory) -> MoEName | None:
-    """Return what `name` means, with the shape and dtype of `value` checked. Errors are those of `explained`."""
-    parsed = inventory.add(name, _shape(value))
+def explain(name: str, value: Any, inventory: Inventory, mesh: DeviceMesh | None = None) -> Entry:
+    """Return one entry with its name, shape and dtype checked. Errors are those of `explained`."""
+    shape = _shape(value)
+    found = lookup(name, inventory.layout)
+    if found is not None and mesh is not None and not isinstance(value, DTensor):
+        shape = _whole_shape(found, name, shape, inventory, mesh)
+    parsed = inventory.add(name, shape)
     if parsed is not None and parsed.rule.operation is not Operation.KEEP and _dtype(value) not in _EXPERT_DTYPES:
         raise TensorShapeError(
             "an expert tensor of a dtype that is not converted",
@@ -64,13 +89,7 @@ def explain(name: str, value: Any, inventory: Inventory) -> MoEName | None:
             found=_dtype(value),
             hint="start from the unquantised checkpoint",
         )
-    return parsed
-
-
-def tensor(value: Any) -> torch.Tensor:
-    """Return a tensor for computing: a lazy value is read, a parameter leaves its graph."""
-    read: torch.Tensor = value.detach() if isinstance(value, torch.Tensor) else value[...]
-    return read
+    return Entry(parsed, name, value, shape)
 
 
 def kept(value: Any) -> Any:
@@ -78,16 +97,31 @@ def kept(value: Any) -> Any:
     return value[...] if hasattr(value, "get_shape") else value
 
 
-def _explained_singly(pairs: Any, inventory: Inventory, dropped: Callable[[str], bool]) -> Iterator[Entry]:
+def _explained_singly(
+    pairs: Any, inventory: Inventory, mesh: DeviceMesh | None, dropped: Callable[[str], bool]
+) -> Iterator[Entry]:
     marked: dict[Owner, bool] = {}
     for name, value in pairs:
         if lookup(name, inventory.layout) is None and dropped(name):
             continue
-        parsed = explain(name, value, inventory)
-        if parsed is not None and parsed.rule.operation is not Operation.KEEP:
-            _refuse_mixture(parsed, name, value, marked)
-        yield parsed, name, value
-        del value  # or it would stay alive while the next one is made
+        entry = explain(name, value, inventory, mesh)
+        if entry.parsed is not None and entry.parsed.rule.operation is not Operation.KEEP:
+            _refuse_mixture(entry.parsed, name, value, marked)
+        yield entry
+        del entry, value  # or it would stay alive while the next one is made
+
+
+def _whole_shape(
+    found: MoEName, name: str, shape: tuple[int, ...], inventory: Inventory, mesh: DeviceMesh
+) -> tuple[int, ...]:
+    """Return the shape of the expert tensor that a plain value beside a mesh is, or is a part of."""
+    rule = found.rule
+    if rule.operation is Operation.KEEP:
+        return shape
+    where = placed_on(mesh, name)
+    if inventory.layout is Layout.HF:
+        where = where.converted(rule.operation, len(rule.hf_axes)) if rule.in_nemo else where.of_experts()
+    return whole_shape(shape, rule.axes(inventory.layout), inventory.sizes(found.prefix), where, name)
 
 
 def _refuse_mixture(parsed: MoEName, name: str, value: Any, marked: dict[Owner, bool]) -> None:

@@ -187,7 +187,7 @@ def make_plan(
         UsageError: The source is in the layout `to` already; or an argument has no meaning.
     """
     sources, config = checkpoint.tensors, checkpoint.read_config()
-    cast = None if dtype == "keep" else _cast_dtype(dtype)
+    cast = None if dtype == "keep" else target_dtype(dtype)
     recognition = recognise(sources, config)
     if recognition.refusal is not None:
         raise recognition.refusal
@@ -211,7 +211,7 @@ def make_plan(
         spelling=recognition.spelling,
         target_layout=layout.other,
         tensors=ordered,
-        files=_files(list(ordered.values()), parse_size(max_shard_size)),
+        files=layout_files(list(ordered.values()), parse_size(max_shard_size)),
         inexact=_inexact(ordered.values()),
     )
 
@@ -221,7 +221,12 @@ def natural_key(name: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name))
 
 
-def _cast_dtype(name: str) -> DType:
+def target_dtype(name: str) -> DType:
+    """Return the dtype that `--dtype` names.
+
+    Raises:
+        UsageError: It is none that an expert tensor may have.
+    """
     for dtype in dtypes.EXPERT_DTYPES:
         if dtype.name == name:
             return dtype
@@ -266,7 +271,7 @@ def _inexact(tensors: Iterable[PlannedTensor]) -> dict[tuple[DType, DType], int]
     return dict(Counter(cast for cast in casts if not dtypes.is_exact(*cast)))
 
 
-def _files(tensors: Sequence[PlannedTensor], max_shard_size: int) -> tuple[PlannedFile, ...]:
+def layout_files(tensors: Sequence[PlannedTensor], max_shard_size: int) -> tuple[PlannedFile, ...]:
     """Spread tensors over files in their order, each file as full as `max_shard_size` allows."""
     groups: list[list[PlannedTensor]] = []
     room = 0

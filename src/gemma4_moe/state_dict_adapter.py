@@ -11,22 +11,29 @@ The table itself is in `layouts`; what an operation does to shapes in `transform
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from gemma4_moe import destinations, entries
+from gemma4_moe import entries, gathering
 from gemma4_moe.configs import axis_sizes, conversion_of
-from gemma4_moe.errors import IncompleteExpertsError, TensorShapeError, UsageError
+from gemma4_moe.errors import TensorShapeError, UsageError
+from gemma4_moe.gathering import STAGING_BYTES, agree
 from gemma4_moe.interface import StateDict, StateDictAdapter
+from gemma4_moe.into_hf import IntoHf, hf_names
+from gemma4_moe.into_nemo import IntoNemo
 from gemma4_moe.inventory import Inventory, Owner
-from gemma4_moe.kernels import scale_in_place, transpose_scale_cast
-from gemma4_moe.layouts import DOWN, GATE_UP, SCALE, Layout, MoEName, Operation, Rule, lookup, parse
-from gemma4_moe.transforms import converted_shape
+from gemma4_moe.layouts import DOWN, GATE_UP, SCALE, Layout, Operation, Rule, lookup, parse
+from gemma4_moe.parallel import expert_mesh, local_of, placed, placed_on, whole_shape
 
-#: Says whether an entry is left out, by its hf name and its nemo name.
-Excluded = Callable[[str, str], bool]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from gemma4_moe.entries import Entry
 
 
 class Gemma4MoEStateDictAdapter(StateDictAdapter):
@@ -56,7 +63,7 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
     def from_hf(
         self,
         hf_state_dict: StateDict,
-        device_mesh: Any = None,
+        device_mesh: DeviceMesh | None = None,
         *,
         out: Mapping[str, torch.Tensor] | None = None,
         **kwargs: Any,
@@ -70,30 +77,36 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         Args:
             hf_state_dict: A mapping, or an iterable of (name, tensor) that is consumed tensor by tensor. A value may
                 be lazy, as the slices of safetensors are: anything with `get_shape` and `__getitem__`.
-            device_mesh: The mesh over which plain tensors are sharded.
-            out: Native tensors to write into, by nemo name, instead of making new ones. Their dtype decides.
+            device_mesh: The mesh over which plain tensors are sharded, or are this rank's parts of; the results are
+                DTensors. DTensors know their own mesh.
+            out: Native tensors to write into, by nemo name, instead of making new ones. Their dtype and, where they
+                are DTensors, their placements decide.
             **kwargs: What a framework hands to every adapter; without effect here.
 
         Raises:
             IncompleteExpertsError: A layer lacks gate_up_proj, down_proj or per_expert_scale.
             UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`.
+            ParallelError: A mesh or a placement that is not known, or tensors of one layer that lie differently.
         """
         del kwargs
-        _refuse_mesh(device_mesh)
+        mesh = expert_mesh(device_mesh)
+        into_nemo = IntoNemo(conversion_of(self.backend), self.dtype, mesh, out)
         result: dict[str, Any] = {}
-        waiting: dict[Owner, dict[Rule, Any]] = {}
-        for parsed, name, value in entries.explained(hf_state_dict, self._inventory(Layout.HF)):
+        waiting: dict[Owner, dict[Rule, Entry]] = {}
+        for entry in entries.explained(hf_state_dict, self._inventory(Layout.HF), mesh):
+            parsed = entry.parsed
             if parsed is None or parsed.rule.operation is Operation.KEEP:
-                native = name if parsed is None else parsed.nemo
-                result[native] = _kept(native, value, out)
+                native = entry.name if parsed is None else parsed.nemo
+                result[native] = into_nemo.kept(native, entries.kept(entry.value))
             elif parsed.rule is GATE_UP:
-                result[parsed.nemo] = self._native(parsed, value, None, out)
+                result[parsed.nemo] = into_nemo.expert(parsed, entry, None)
             else:
                 pair = waiting.setdefault(parsed.owner, {})
-                pair[parsed.rule] = value
+                pair[parsed.rule] = entry
                 if len(pair) == 2:
-                    result[parsed.nemo] = self._native(parsed.sibling(DOWN), pair.pop(DOWN), pair.pop(SCALE), out)
-            del value  # or it would stay alive while the next one is made
+                    down = parsed.sibling(DOWN)
+                    result[down.nemo] = into_nemo.expert(down, pair.pop(DOWN), pair.pop(SCALE))
+            del entry  # or its value would stay alive while the next one is made
         return result
 
     def to_hf(
@@ -102,8 +115,10 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         exclude_key_regex: str | None = None,
         quantization: bool = False,
         *,
-        device_mesh: Any = None,
+        device_mesh: DeviceMesh | None = None,
         for_checkpoint_load: bool = False,
+        gather: bool = False,
+        staging_bytes: int = STAGING_BYTES,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the state dict in the hf layout, `per_expert_scale` as ones.
@@ -113,30 +128,46 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
             exclude_key_regex: Leave out what this matches (`re.match`) by its hf name or by its nemo name; the nemo
                 name of the scale is that of `down_projs`.
             quantization: Must be False: quantised output is not supported.
-            device_mesh: The mesh of plain local shards.
+            device_mesh: The mesh of plain local shards; DTensors know their own.
             for_checkpoint_load: Return destinations instead of copies: transposed views of the given tensors'
                 storage for a checkpoint reader to fill, and an fp32 scale full of NaN, both for `from_hf` to finish.
+            gather: Return whole tensors on every rank. All ranks of the tensors' meshes must call; they agree on what
+                to do first.
+            staging_bytes: The most bytes of staging that a gather takes.
             **kwargs: What a framework hands to every adapter; without effect here.
 
         Returns:
-            hf names and tensors in the order of the input: contiguous expert tensors of the input's dtype on its
-            device; all other tensors are the same objects.
+            hf names and tensors in the order of the input. Whole expert tensors become contiguous ones of the input's
+            dtype on its device; without `gather`, DTensors become DTensors that view the same storage, and a plain
+            local shard one that copies nothing. All other tensors are the same objects.
 
         Raises:
             IncompleteExpertsError: A layer has only one of its two expert tensors.
             UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`.
-            UsageError: `quantization` is asked for.
+            ParallelError: Ranks disagree, a collective failed, or a placement is not known.
+            UsageError: `quantization` is asked for, or both `gather` and `for_checkpoint_load`.
         """
         del kwargs
-        _refuse_mesh(device_mesh)
         _refuse_quantization(quantization)
-        excluded = _excluding(exclude_key_regex)
-        convert = _destinations if for_checkpoint_load else _converted
+        if gather and for_checkpoint_load:
+            raise UsageError("a destination can't be gathered", hint="leave out gather or for_checkpoint_load")
+        mesh, excluded = expert_mesh(device_mesh), _excluding(exclude_key_regex)
+        found: Iterable[Entry] = entries.explained(
+            state_dict, self._inventory(Layout.NEMO), mesh, lambda name: excluded(name, name)
+        )
+        if gather:
+            found = list(found)
+            _agree(found, mesh)
+        into_hf = IntoHf(conversion_of(self.backend), mesh, excluded, staging_bytes)
         result: dict[str, Any] = {}
-        inventory = self._inventory(Layout.NEMO)
-        for parsed, name, value in entries.explained(state_dict, inventory, lambda name: excluded(name, name)):
-            result.update(convert(parsed, name, value, excluded))
-            del value  # or it would stay alive while the next one is made
+        for entry in found:
+            if gather:
+                result.update(into_hf.as_gathered(entry))
+            elif for_checkpoint_load:
+                result.update(into_hf.as_destinations(entry))
+            else:
+                result.update(into_hf.as_sharded(entry))
+            del entry  # or its value would stay alive while the next one is made
         return result
 
     def convert_single_tensor_to_hf(
@@ -146,123 +177,87 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         *,
         exclude_key_regex: str | None = None,
         quantization: bool = False,
+        device_mesh: DeviceMesh | None = None,
         **kwargs: Any,
     ) -> list[tuple[str, Any]]:
-        """Return one native tensor as (hf name, tensor) pairs: two for `down_projs`, which carries the scale, else one.
+        """Return one native tensor as (hf name, whole tensor): two pairs for `down_projs`, which carries the scale.
 
-        Arguments and errors are those of `to_hf`; a tensor on the meta device gives meta tensors.
+        A DTensor, or a plain shard beside `device_mesh`, is gathered: all ranks of its mesh must call. A tensor on the
+        meta device gives meta tensors, and nothing communicates. Arguments and errors are those of `to_hf`.
         """
         del kwargs
         _refuse_quantization(quantization)
-        excluded = _excluding(exclude_key_regex)
+        mesh, excluded = expert_mesh(device_mesh), _excluding(exclude_key_regex)
         if lookup(fqn, Layout.NEMO) is None and excluded(fqn, fqn):
             return []
-        parsed = entries.explain(fqn, tensor, self._inventory(Layout.NEMO))
-        return list(_converted(parsed, fqn, tensor, excluded))
+        entry = entries.explain(fqn, tensor, self._inventory(Layout.NEMO), mesh)
+        _agree([entry], mesh)
+        return list(IntoHf(conversion_of(self.backend), mesh, excluded).as_gathered(entry))
 
     def get_hf_state_dict_keys(self, state_dict: StateDict) -> list[str]:
         """Return the hf names that `to_hf` gives for this state dict, in its order, without touching a value."""
         names = state_dict if isinstance(state_dict, Mapping) else (name for name, _ in state_dict)
         return [hf for name in names for hf in hf_names(parse(name, Layout.NEMO), name)]
 
+    def _gather_expert_tensor(
+        self, tensor: torch.Tensor, device_mesh: DeviceMesh | None, n_experts: int
+    ) -> torch.Tensor:
+        """Return a native expert tensor [n_experts, ...] whole on every rank.
+
+        Args:
+            tensor: A DTensor, a rank's plain part of `device_mesh`, or the whole tensor.
+            device_mesh: The mesh of a plain part.
+            n_experts: E.
+
+        Raises:
+            TensorShapeError: The whole tensor does not have `n_experts` rows.
+            ParallelError: See `to_hf`.
+        """
+        mesh = expert_mesh(device_mesh)
+        if mesh is not None and not isinstance(tensor, DTensor):
+            shape = self._whole_native_shape(tuple(tensor.shape), mesh, n_experts)
+            if shape != tuple(tensor.shape):
+                tensor = placed_on(mesh, "experts").wrap(tensor, shape)
+        if tensor.shape[0] != n_experts:
+            raise TensorShapeError(
+                "an expert tensor of the wrong number of experts",
+                expected=f"{n_experts} experts",
+                found=list(tensor.shape),
+                hint="give the mesh over which the experts are sharded",
+            )
+        if not isinstance(tensor, DTensor):
+            return tensor
+        where = placed(tensor, "experts")
+        agree(where.mesh, ["gather", list(tensor.shape), str(where.placements), str(tensor.dtype)])
+        return gathering.gather(local_of(tensor), where, tensor.shape)
+
+    def _whole_native_shape(self, shape: tuple[int, ...], mesh: DeviceMesh, n_experts: int) -> tuple[int, ...]:
+        """Return the shape of the native tensor, gate_and_up or down, that a plain tensor is or is a part of."""
+        where = placed_on(mesh, "experts")
+        sizes = axis_sizes(self.config, self.moe_config) | {"E": n_experts}
+        whole = {whole_shape(shape, rule.nemo_axes, sizes, where, "experts") for rule in (GATE_UP, DOWN)}
+        parts = whole - {shape}
+        return parts.pop() if len(parts) == 1 else shape
+
     def _inventory(self, layout: Layout) -> Inventory:
         return Inventory(layout, axis_sizes(self.config, self.moe_config))
 
-    def _native(
-        self, name: MoEName, value: Any, scale: Any | None, out: Mapping[str, torch.Tensor] | None
-    ) -> torch.Tensor:
-        """Make, fill or finish the native tensor of one row; `scale` is None for a row without one."""
-        native = destinations.native_of(value)
-        if native is not None:
-            return native if scale is None else _folded_in_place(name, native, scale)
-        factor = None if scale is None else entries.tensor(scale)
-        tensor = entries.tensor(value)
-        if out is None:
-            return transpose_scale_cast(tensor, scale=factor, dtype=self.dtype)  # type: ignore[no-any-return]
-        target = _out(out, name.nemo, converted_shape(name.rule.operation, tuple(tensor.shape)))
-        transpose_scale_cast(tensor, scale=factor, dtype=target.dtype, out=target.detach())
-        return target
+
+def _agree(found: Iterable[Entry], mesh: DeviceMesh | None) -> None:
+    """Let the ranks of every mesh on which a DTensor or a part lies agree on names, shapes, placements and dtypes."""
+    plans: dict[DeviceMesh, list[list[Any]]] = {}
+    for entry in found:
+        value = entry.value
+        if isinstance(value, DTensor) and not value.is_meta:
+            line = [entry.name, list(entry.shape), str(value.placements), str(value.dtype)]
+            plans.setdefault(value.device_mesh, []).append(line)
+        elif mesh is not None and isinstance(value, torch.Tensor) and tuple(value.shape) != entry.shape:
+            plans.setdefault(mesh, []).append([entry.name, list(entry.shape), "a part", str(value.dtype)])
+    for own, plan in plans.items():
+        agree(own, plan)
 
 
-def hf_names(parsed: MoEName | None, name: str) -> Iterator[str]:
-    """Yield the hf names that the native tensor `name` becomes; `parsed` is what the grammar says of it."""
-    yield name if parsed is None else parsed.hf
-    if parsed is not None and parsed.rule is DOWN:
-        yield parsed.sibling(SCALE).hf
-
-
-def _kept(native: str, value: Any, out: Mapping[str, torch.Tensor] | None) -> Any:
-    """Return a value that is the same in both layouts: the same object, or copied to its place in `out`."""
-    kept = entries.kept(value)
-    if out is None or not isinstance(kept, torch.Tensor):
-        return kept
-    target = _out(out, native, tuple(kept.shape))
-    target.detach().copy_(kept)
-    return target
-
-
-def _out(out: Mapping[str, torch.Tensor], native: str, shape: tuple[int, ...]) -> torch.Tensor:
-    if native not in out:
-        raise UsageError(
-            "no tensor to write into",
-            tensor=native,
-            expected="its nemo name in `out`",
-            hint="give `out` every tensor of the state dict",
-        )
-    if out[native].shape != shape:
-        raise TensorShapeError(
-            "the tensor to write into has another shape",
-            tensor=native,
-            expected=list(shape),
-            found=list(out[native].shape),
-            hint="give `out` the tensors of the same model",
-        )
-    return out[native]
-
-
-def _folded_in_place(name: MoEName, native: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Multiply a loaded `down_projs` by its loaded scale, and leave ones there: a second time changes nothing."""
-    if bool(torch.isnan(scale).any()):
-        raise IncompleteExpertsError(
-            "Incomplete expert weights: a destination was not loaded",
-            tensor=name.sibling(SCALE).hf,
-            expected="a scale for each expert",
-            found=f"NaN for {int(torch.isnan(scale).sum())} of {scale.numel()} experts",
-            hint="load the checkpoint into all destinations before from_hf, and check that it holds the scale",
-        )
-    scale_in_place(native.detach(), scale)
-    scale.fill_(1)
-    return native
-
-
-def _converted(parsed: MoEName | None, name: str, value: Any, excluded: Excluded) -> Iterator[tuple[str, Any]]:
-    wanted = [hf for hf in hf_names(parsed, name) if not excluded(hf, name)]
-    if parsed is None or parsed.rule.operation is Operation.KEEP:
-        yield from ((hf, entries.kept(value)) for hf in wanted)
-    elif wanted:
-        native = entries.tensor(value)
-        for hf in wanted:
-            if hf == parsed.hf:
-                yield hf, transpose_scale_cast(native)
-            else:
-                yield hf, torch.ones(native.shape[:1], dtype=native.dtype, device=native.device)
-
-
-def _destinations(
-    parsed: MoEName | None, name: str, value: torch.Tensor, excluded: Excluded
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for hf in hf_names(parsed, name):
-        if excluded(hf, name):
-            continue
-        if parsed is None or parsed.rule.operation is Operation.KEEP:
-            yield hf, value
-        elif hf == parsed.hf:
-            yield hf, destinations.mark(value.detach().transpose(-1, -2), value)
-        else:
-            yield hf, destinations.unfilled_scale(value)
-
-
-def _excluding(regex: str | None) -> Excluded:
+def _excluding(regex: str | None) -> Callable[[str, str], bool]:
     if regex is None:
         return lambda _hf, _nemo: False
     try:
@@ -279,13 +274,4 @@ def _refuse_quantization(quantization: bool) -> None:
             expected="quantization=False",
             found="quantization=True",
             hint="convert without it, then quantise the hf checkpoint with the tool of your engine",
-        )
-
-
-def _refuse_mesh(device_mesh: Any) -> None:
-    if device_mesh is not None and device_mesh.size() > 1:
-        raise UsageError(
-            "sharding over several ranks is not supported",
-            expected="device_mesh=None, or a mesh of one rank",
-            found=f"a mesh of {device_mesh.size()} ranks",
         )

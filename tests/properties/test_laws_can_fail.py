@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, layouts, state_dict_adapter
+from gemma4_moe import Gemma4MoEStateDictAdapter, kernels, layouts
 from gemma4_moe.errors import DuplicateTensorError
 from properties.adapter_laws import (
     LAWS,
@@ -30,8 +31,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
 NARROW = Model(6, 10, 7, file=BF16, scale=FP32, target=BF16, prefix="tower.", layers=(3, 11), seed=5)
 WIDE = Model(6, 10, 7, file=BF16, scale=BF16, target=FP32, prefix="tower.", layers=(3, 11), seed=5)
 
-convert = state_dict_adapter.transpose_scale_cast
-fold_in_place = state_dict_adapter.scale_in_place
+convert = kernels.transpose_scale_cast
+fold_in_place = kernels.scale_in_place
 
 
 def scale_is_forgotten(x: Any, *, scale: Any = None, **how: Any) -> Any:
@@ -90,12 +91,12 @@ class ScaleOfTheCallBefore:
         return convert(x, scale=scale if used is None or scale is None else used, **how)
 
 
-def fold_is_forgotten(x: Any, scale: Any) -> Any:
+def fold_is_forgotten(x: Any, scale: Any, **how: Any) -> Any:
     return x
 
 
-def fold_rounds_the_scale_first(x: Any, scale: Any) -> Any:
-    return fold_in_place(x, scale.to(BF16).float())
+def fold_rounds_the_scale_first(x: Any, scale: Any, **how: Any) -> Any:
+    return fold_in_place(x, scale.to(BF16).float(), **how)
 
 
 BROKEN_KERNELS: list[tuple[Callable[[Model], None], Callable[..., Any], Model]] = [
@@ -126,8 +127,10 @@ BROKEN_KERNELS: list[tuple[Callable[[Model], None], Callable[..., Any], Model]] 
 def test_a_broken_kernel_breaks_the_law(
     monkeypatch: pytest.MonkeyPatch, law: Callable[[Model], None], broken: Callable[..., Any], model: Model
 ) -> None:
-    name = "scale_in_place" if broken in (fold_is_forgotten, fold_rounds_the_scale_first) else "transpose_scale_cast"
-    monkeypatch.setattr(state_dict_adapter, name, broken)
+    whole = fold_in_place if broken in (fold_is_forgotten, fold_rounds_the_scale_first) else convert
+    for module in [module for name, module in sys.modules.items() if name.startswith("gemma4_moe")]:
+        if vars(module).get(whole.__name__) is whole:
+            monkeypatch.setattr(module, whole.__name__, broken)
     with pytest.raises(AssertionError, match="differs in its bits"):
         law(model)
 

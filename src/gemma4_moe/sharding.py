@@ -1,0 +1,94 @@
+"""Which indices of an axis a rank holds: DTensor's own rules as a formula, for any rank, without torch.
+
+The dimensions of a mesh are taken from left to right. `Shard` cuts what is left of the axis as `torch.chunk` does: the
+first parts have ceil(size / ranks), the last may be short or empty. `StridedShard` (FSDP over an axis that is already
+sharded further right) cuts it into `split_factor` pieces first, and takes its part of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """One dimension of a mesh cuts an axis.
+
+    Attributes:
+        axis: The axis, counted from the front.
+        split_factor: 1 for `Shard`; for `StridedShard`, how many parts it cuts first.
+    """
+
+    axis: int
+    split_factor: int = 1
+
+
+#: What a dimension of a mesh does to a tensor: cut one axis, or nothing (None: each rank has a replica).
+Placement = Sharded | None
+
+#: How NeMo AutoModel's native expert tensors lie on its meshes, by the name of the dimension. Axis 0 is E; axis 1 is H
+#: of `gate_and_up_projs` and I of `down_projs`.
+NAMED_DIMENSIONS: dict[str, Placement] = {
+    "ep": Sharded(0),
+    "ep_shard": Sharded(1),
+    "dp_shard": Sharded(0),
+    "dp_shard_cp": Sharded(0),
+    "ep_replicate": None,
+    "dp_replicate": None,
+}
+
+
+def local_runs(
+    size: int, axis: int, mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
+) -> tuple[range, ...]:
+    """Return the indices of `axis` that the rank at `coordinate` holds, in its order, as non-empty runs.
+
+    Args:
+        size: The axis' whole size.
+        axis: The axis.
+        mesh_shape: Ranks along each dimension of the mesh.
+        coordinate: The rank's place in each.
+        placements: What each dimension does.
+    """
+    runs = [range(size)]
+    for ranks, place, placement in zip(mesh_shape, coordinate, placements, strict=True):
+        if placement is not None and placement.axis == axis:
+            pieces = [_chunk(runs, placement.split_factor, number) for number in range(placement.split_factor)]
+            runs = [run for piece in pieces for run in _chunk(piece, ranks, place)]
+    return tuple(_joined(runs))
+
+
+def count(runs: Iterable[range]) -> int:
+    """Return how many indices runs hold together."""
+    return sum(map(len, runs))
+
+
+def _chunk(runs: Sequence[range], chunks: int, number: int) -> list[range]:
+    """Return part `number` of `chunks` of a sequence of indices, sized as `torch.chunk` sizes them."""
+    step = -(-count(runs) // chunks)
+    return list(part_of(runs, number * step, (number + 1) * step))
+
+
+def part_of(runs: Sequence[range], first: int, last: int) -> tuple[range, ...]:
+    """Return the indices at positions [first, last) of a sequence of indices."""
+    part = []
+    before = 0
+    for run in runs:
+        piece = run[max(first - before, 0) : max(last - before, 0)]
+        if piece:
+            part.append(piece)
+        before += len(run)
+    return tuple(part)
+
+
+def _joined(runs: Sequence[range]) -> list[range]:
+    """Return runs with those that continue each other made one."""
+    if not runs:
+        return []
+    starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(runs)) if a.stop != b.start), len(runs)]
+    return [range(runs[a].start, runs[b - 1].stop) for a, b in pairwise(starts)]

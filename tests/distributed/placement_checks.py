@@ -1,0 +1,205 @@
+"""What every placement must hold to, run on each rank: expected shards come from torch's own distribute_tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig
+from support.formulas import hf_from_nemo, nemo_from_hf
+from support.models import random_hf_state_dict
+
+E, H, I = 6, 10, 7  # noqa: E741
+State = dict[str, torch.Tensor]
+#: A mesh's shape, the placements of a native expert tensor on it, and names for its dimensions if NeMo has them.
+Case = tuple[tuple[int, ...], tuple[Placement, ...], tuple[str, ...] | None]
+
+CASES: dict[int, list[Case]] = {
+    1: [((1,), (Shard(0),), ("ep",)), ((1,), (Replicate(),), None)],
+    2: [((2,), (Shard(0),), ("ep",)), ((2,), (Shard(1),), None), ((1, 2), (Shard(1), Shard(0)), ("ep_shard", "ep"))],
+    3: [((3,), (Shard(0),), ("dp_shard",)), ((3,), (Shard(1),), None)],
+    4: [
+        ((4,), (Shard(0),), ("ep",)),
+        ((2, 2), (Shard(1), Shard(0)), ("ep_shard", "ep")),
+        ((2, 2), (Replicate(), Shard(0)), ("dp_replicate", "dp_shard")),
+        ((2, 2), (_StridedShard(0, split_factor=2), Shard(0)), None),
+        ((2, 2), (Shard(0), Shard(0)), None),
+        ((2, 2), (Replicate(), Replicate()), None),
+    ],
+    8: [
+        ((8,), (Shard(0),), ("dp_shard_cp",)),
+        ((2, 4), (Shard(1), Shard(0)), ("ep_shard", "ep")),
+        ((4, 2), (Shard(1), Shard(0)), ("ep_shard", "ep")),
+        ((2, 2, 2), (Replicate(), Shard(1), Shard(0)), ("ep_replicate", "ep_shard", "ep")),
+    ],
+}
+#: Experts, hidden size, inner size: even, uneven, and fewer experts than ranks.
+SIZES = [(8, 12, 16), (6, 10, 7), (5, 9, 11), (3, 4, 5)]
+
+
+class Lazy:
+    """A value in the protocol of safetensors' slices, which counts the elements that were read."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.read = 0
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def get_dtype(self) -> str:
+        return {torch.bfloat16: "BF16", torch.float32: "F32"}[self.tensor.dtype]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        part = self.tensor[index].clone()
+        self.read += part.numel()
+        return part
+
+
+def is_expert(name: str) -> bool:
+    return "experts" in name or "per_expert_scale" in name
+
+
+def hf_placements(placements: tuple[Placement, ...]) -> tuple[Placement, ...]:
+    """Of a native tensor's placements, those of the hf tensor: axes 1 and 2 change places."""
+    swapped = {0: 0, 1: 2, 2: 1}
+
+    def turned(placement: Placement) -> Placement:
+        if isinstance(placement, _StridedShard):
+            return _StridedShard(swapped[placement.dim], split_factor=placement.split_factor)
+        return Shard(swapped[placement.dim]) if isinstance(placement, Shard) else placement
+
+    return tuple(turned(placement) for placement in placements)
+
+
+def on_experts(placements: tuple[Placement, ...]) -> tuple[Placement, ...]:
+    return tuple(p if isinstance(p, Shard | _StridedShard) and p.dim == 0 else Replicate() for p in placements)
+
+
+def shard(state: State, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> dict[str, Any]:
+    """Shard expert tensors as torch does it, each rank from its own copy; others stay."""
+    return {
+        name: distribute_tensor(
+            tensor, mesh, on_experts(placements) if tensor.ndim == 1 else placements, src_data_rank=None
+        )
+        if is_expert(name)
+        else tensor
+        for name, tensor in state.items()
+    }
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compare keys, global shapes, strides, placements and every bit of the local parts."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert type(found[name]) is type(tensor), (name, type(found[name]))
+        assert found[name].shape == tensor.shape, name
+        assert found[name].dtype == tensor.dtype, name
+        if isinstance(tensor, DTensor):
+            assert found[name].placements == tensor.placements, (name, found[name].placements)
+            assert torch.equal(found[name].to_local(), tensor.to_local()), name
+        else:
+            assert torch.equal(found[name], tensor), name
+
+
+def check_placements(world: int, sizes: tuple[int, int, int], file: torch.dtype, model: torch.dtype) -> None:
+    for shape, placements, names in CASES[world]:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        check_placement(mesh, placements, sizes, file, model)
+
+
+def check_placement(
+    mesh: DeviceMesh,
+    placements: tuple[Placement, ...],
+    sizes: tuple[int, int, int],
+    file: torch.dtype,
+    model: torch.dtype,
+) -> None:
+    experts, hidden, inner = sizes
+    adapter = Gemma4MoEStateDictAdapter(None, MoEConfig(experts, hidden, inner), None, dtype=model)
+    hf = random_hf_state_dict(E=experts, H=hidden, I=inner, dtype=file, layers=2)
+    nemo = nemo_from_hf(hf, model)
+    back = hf_from_nemo(nemo)
+    sharded_hf, sharded_nemo = shard(hf, mesh, hf_placements(placements)), shard(nemo, mesh, placements)
+    untouched = {name: tensor.clone() for name, tensor in hf.items()}
+
+    same(adapter.from_hf(sharded_hf), sharded_nemo)
+    if mesh.mesh_dim_names is not None and mesh.size() > 1:
+        same(adapter.from_hf(hf, mesh), sharded_nemo)
+        parts = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in sharded_hf.items()}
+        same(adapter.from_hf(parts, mesh), sharded_nemo)
+        check_lazy(adapter, hf, sharded_nemo, mesh)
+        native_parts = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in sharded_nemo.items()}
+        same({k: whole(v) for k, v in adapter.to_hf(native_parts, device_mesh=mesh).items()}, back)
+        same(adapter.to_hf(native_parts, device_mesh=mesh, gather=True), back)
+        for name, part in native_parts.items():
+            if is_expert(name):
+                assert torch.equal(adapter._gather_expert_tensor(part, mesh, experts), nemo[name]), name
+        same(adapter.to_hf(nemo, device_mesh=mesh), back)
+    check_out(adapter, hf, sharded_nemo)
+
+    shared = adapter.to_hf(sharded_nemo)
+    same(shared, shard(back, mesh, hf_placements(placements)))
+    for name, tensor in shared.items():
+        if isinstance(tensor, DTensor) and tensor.ndim == 3:
+            native = {
+                "experts.gate_up_proj": "moe.experts.gate_and_up_projs",
+                "experts.down_proj": "moe.experts.down_projs",
+            }
+            source = next(sharded_nemo[name.replace(a, b)] for a, b in native.items() if name.endswith(a))
+            assert tensor.to_local().untyped_storage().data_ptr() == source.to_local().untyped_storage().data_ptr()
+    same({name: whole(tensor) for name, tensor in shared.items()}, back)
+    same(adapter.from_hf(shared), sharded_nemo)
+    for staging in (1, 1000, 2**20):
+        same(adapter.to_hf(sharded_nemo, gather=True, staging_bytes=staging), back)
+    singly = {k: v for name, t in sharded_nemo.items() for k, v in adapter.convert_single_tensor_to_hf(name, t)}
+    same(singly, back)
+    for name, tensor in sharded_nemo.items():
+        if is_expert(name):
+            assert torch.equal(adapter._gather_expert_tensor(tensor, None, experts), nemo[name]), name
+    check_destinations(adapter, hf, sharded_nemo, mesh, placements)
+    same(hf, untouched)
+
+
+def whole(tensor: Any) -> Any:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_lazy(adapter: Any, hf: State, expected: dict[str, Any], mesh: DeviceMesh) -> None:
+    """Lazy values give the same, and no more of an expert tensor is read than this rank holds."""
+    lazy = {name: Lazy(tensor) for name, tensor in hf.items()}
+    same(adapter.from_hf(iter(lazy.items()), mesh), expected)
+    held = sum(t.to_local().numel() for t in expected.values() if isinstance(t, DTensor))
+    assert sum(value.read for name, value in lazy.items() if is_expert(name) and value.tensor.ndim == 3) == held
+
+
+def check_out(adapter: Any, hf: State, expected: dict[str, Any]) -> None:
+    """Given native tensors are filled, whatever their placements, and nothing else is made."""
+    out = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
+    found = adapter.from_hf(hf, out=out)
+    assert all(found[name] is out[name] for name in out)
+    same(found, expected)
+
+
+def check_destinations(
+    adapter: Any, hf: State, expected: dict[str, Any], mesh: DeviceMesh, placements: tuple[Placement, ...]
+) -> None:
+    """Destinations alias the model; once filled as a checkpoint reader does it, from_hf makes them the fold, once."""
+    model = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
+    destinations = adapter.to_hf(model, for_checkpoint_load=True)
+    assert destinations.keys() == hf.keys()
+    for name, tensor in shard(hf, mesh, hf_placements(placements)).items():
+        if isinstance(tensor, DTensor):
+            assert destinations[name].placements == tensor.placements, name
+            assert destinations[name].shape == tensor.shape
+            destinations[name].to_local().copy_(tensor.to_local())
+        else:
+            destinations[name].copy_(tensor)
+    for _ in range(2):  # the second time changes nothing
+        found = adapter.from_hf(destinations)
+        assert all(found[name] is model[name] for name in model)
+        same(found, expected)
