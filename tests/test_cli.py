@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,27 +137,67 @@ def test_a_closed_pipe_ends_quietly(source: Path) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_a_conversion_without_a_trace(
-    source: Path, tmp_path: Path, number: signal.Signals, status: int
-) -> None:
-    program = """
+INTERRUPTED = """
 import os, sys
-from gemma4_moe import cli, converting
-original = converting._Steps.write
-def write(self, block, source):
-    original(self, block, source)
-    os.kill(os.getpid(), int(os.environ["SIGNAL"]))
-converting._Steps.write = write
+from gemma4_moe import cli, ledger
+from gemma4_moe.checkpoints import hashing
+hashing.CHUNK_BYTES = 4096
+original = ledger.Ledger.wrote
+def wrote(self, *arguments):
+    original(self, *arguments)
+    if self._done > 4096:
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+ledger.Ledger.wrote = wrote
 cli.main(sys.argv[1:])
 """
-    command = [sys.executable, "-c", program, "convert", source, tmp_path / "nemo"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_conversion_without_a_trace_and_it_can_be_resumed(
+    source: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, "convert", source, tmp_path / "nemo"]
     environment = os.environ | {"SIGNAL": str(int(number))}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode != 0
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "nemo").exists()
     assert done.returncode == status, done.stderr
+    assert not (tmp_path / "nemo").exists()
+    left = tmp_path / ".nemo.gemma4-moe"
+    assert re.search(rf"stays on disk: {re.escape(str(left))}, [1-9][0-9,]* bytes", done.stderr)
+    assert f"resume with: gemma4-moe convert {source} {tmp_path / 'nemo'} --resume" in done.stderr
+    assert f"remove with: gemma4-moe clean {tmp_path / 'nemo'}" in done.stderr
+    refused = run("convert", source, tmp_path / "nemo")
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+    cleaned = run("clean", tmp_path / "nemo")
+    assert cleaned.returncode == 0, cleaned.stderr
+    assert str(left) in cleaned.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert ask("clean", tmp_path / "nemo") == {"removed": None, "bytes": 0}
+
+
+def test_verify_of_a_target_alone_checks_its_manifest(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "nemo"
+    run("convert", source, target)
+    assert ask("verify", target)["wrong"] == []
+    (target / "notes.txt").write_text("mine")
+    raw = bytearray((target / "model.safetensors").read_bytes())
+    raw[4097] ^= 1
+    (target / "model.safetensors").write_bytes(raw)
+    (target / "tokenizer.json").unlink()
+    (target / "config.json").write_text("{}")
+    done = run("verify", target)
+    assert done.returncode == 4
+    for words in (
+        "model.safetensors: other bytes in [0, ",
+        "notes.txt: the manifest does not name it",
+        "tokenizer.json: missing",
+        "config.json: 2 bytes, not ",
+    ):
+        assert words in done.stdout
+    without = run("verify", source)
+    assert without.returncode == 3
+    assert "gemma4_moe.json" in without.stderr
 
 
 def test_the_version_and_completion(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -11,9 +12,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file
 
-from gemma4_moe import convert
+from gemma4_moe import convert, finishing
+from gemma4_moe.checkpoints import hashing
+from gemma4_moe.checkpoints.beside import copy_side_files
 from gemma4_moe.errors import SourceChangedError, StorageError, TargetBusyError, UsageError
 from support.checkpoints import contents, write_checkpoint
 from support.formulas import folded, hf_from_nemo, nemo_from_hf
@@ -96,7 +100,7 @@ def test_fold_is_rounded_once_after_an_fp32_product(tmp_path: Path) -> None:
     assert not torch.equal(found, twice_rounded)
 
 
-@pytest.mark.parametrize("budget", [2_000, 10_000, 100_000])
+@pytest.mark.parametrize("budget", [24_576, 50_000, 100_000])
 def test_block_size_does_not_show_in_the_bytes(source: Path, tmp_path: Path, budget: int) -> None:
     convert(source, tmp_path / "whole")
     done = convert(source, tmp_path / "blocks", max_memory=budget)
@@ -217,11 +221,13 @@ def test_a_second_writer_is_told_who_holds_the_target(source: Path, tmp_path: Pa
     convert(source, tmp_path / "nemo")
 
 
-def test_a_failure_while_writing_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_before_anything_is_journalled_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(StorageError, match="No space left"):
         convert(source, tmp_path / "nemo")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -240,13 +246,57 @@ def test_a_source_that_changes_meanwhile_is_noticed(source: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_an_interrupt_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    def interrupt(done: int, total: int) -> None:
-        raise KeyboardInterrupt
+def test_buffered_and_direct_make_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "direct", max_shard_size=2000)
+    convert(source, tmp_path / "buffered", max_shard_size=2000, buffered=True)
+    assert contents(tmp_path / "buffered") == contents(tmp_path / "direct")
 
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "nemo", progress=interrupt)
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+def test_the_manifest_has_hashes_of_both_sides_and_what_was_done(
+    source: Path, state: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hashing, "CHUNK_BYTES", 4096)
+    convert(source, tmp_path / "nemo", sha256=True, read_back=False)
+    manifest = json.loads((tmp_path / "nemo/gemma4_moe.json").read_text())
+    assert manifest["options"] == {"dtype": "keep", "max_shard_size": 5 * 10**9, "to": "nemo", "read_back": False}
+    assert manifest["files"].keys() | {"gemma4_moe.json"} == {path.name for path in (tmp_path / "nemo").iterdir()}
+    for where, directory in ((manifest["files"], tmp_path / "nemo"), (manifest["source"]["files"], source)):
+        for name, said in where.items():
+            raw = (directory / name).read_bytes()
+            assert said["bytes"] == len(raw)
+            assert said["sha256"] == hashlib.sha256(raw).hexdigest()
+            if "blake3" in said:
+                chunks = [raw[start : start + 4096] for start in range(0, len(raw), 4096)]
+                assert said["blake3"] == [blake3(chunk).hexdigest() for chunk in chunks]
+    assert len(manifest["files"]["model.safetensors"]["blake3"]) > 2
+    assert manifest["source"]["tensors"].keys() == state.keys()
+    for name, said in manifest["source"]["tensors"].items():
+        raw = state[name].view(torch.uint8).numpy().tobytes()
+        assert said == {"bytes": len(raw), "blake3": [blake3(raw).hexdigest()]}
+    for name, scale in manifest["folded_scales"].items():
+        layer = name.removesuffix("moe.experts.down_projs")
+        assert scale == state[layer + "router.per_expert_scale"].float().tolist()
+
+
+def test_what_the_disk_gives_back_is_compared_before_the_target_appears(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flip_a_bit(*arguments: object) -> None:
+        (file,) = (tmp_path / ".nemo.gemma4-moe/out").glob("*.safetensors")
+        raw = bytearray(file.read_bytes())
+        raw[5000] ^= 4
+        file.write_bytes(raw)
+        return copy_side_files(*arguments)
+
+    monkeypatch.setattr(finishing, "copy_side_files", flip_a_bit)
+    with pytest.raises(StorageError, match="gives back other bytes") as caught:
+        convert(source, tmp_path / "nemo")
+    assert "model.safetensors: other bytes in [0, " in str(caught.value)
+    assert not (tmp_path / "nemo").exists()
+    monkeypatch.undo()
+    convert(source, tmp_path / "nemo", resume=True)
+    convert(source, tmp_path / "again")
+    assert contents(tmp_path / "nemo") == contents(tmp_path / "again")
 
 
 def test_peak_memory_does_not_grow_with_layers(tmp_path: Path) -> None:

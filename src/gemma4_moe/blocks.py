@@ -1,7 +1,8 @@
 """A plan cut into blocks: each one contiguous range to read, at most one kernel call, one contiguous range to write.
 
-Experts lead in both layouts, so a run of experts is one range in the source and one in the target. Blocks are
-independent of each other: they may run in any order, and their size does not show in the bytes written.
+Experts lead in both layouts, so a run of experts is one range in the source and one in the target. What a run has to
+write is a list of spans of the target's files, whose edges are pages. A block at a span's edge is made whole and
+written in part, so that neither the size of blocks nor the number of ranks shows in the bytes.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gemma4_moe.checkpoints.direct_io import PAGE, SLACK, whole_pages
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layouts import Operation
 from gemma4_moe.transforms import transposes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from gemma4_moe.checkpoints.header import TensorEntry
     from gemma4_moe.planning import Plan, PlannedTensor
@@ -30,6 +32,21 @@ MOST_BUFFERS = 4
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """A range of bytes of a target file that one run has to write.
+
+    Attributes:
+        file: The file's bare name.
+        start: The first byte, at the start of a page.
+        end: The byte after the last: at the start of a page, or the file's end.
+    """
+
+    file: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """Rows [first, last) of one target tensor; a row is an expert, or one element where no axes are exchanged.
 
@@ -39,6 +56,7 @@ class Block:
         file: The bare name of that file.
         first: The first row.
         last: The row after the last.
+        span: What of the file is to be written; the block may reach beyond it.
     """
 
     tensor: PlannedTensor
@@ -46,6 +64,7 @@ class Block:
     file: str
     first: int
     last: int
+    span: Span
 
     @property
     def is_copy(self) -> bool:
@@ -64,6 +83,12 @@ class Block:
         """Offset in the target file and size, both in bytes."""
         offset, size = self._span(self.entry.nbytes)
         return self.entry.start + offset, size
+
+    @property
+    def written_range(self) -> tuple[int, int]:
+        """What is written: the first byte of the target file, and the byte after the last."""
+        start, size = self.target_span
+        return max(start, self.span.start), min(start + size, self.span.end)
 
     def _span(self, nbytes: int) -> tuple[int, int]:
         row = nbytes // _rows(self.tensor)
@@ -98,8 +123,9 @@ def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
     """
     tensors = plan.tensors.values()
     largest_row = max(_row_bytes(tensor) for tensor in tensors)
-    block_bytes = max(largest_row, min(BLOCK_BYTES, budget // (2 * MOST_BUFFERS)))
-    buffer_bytes = max(_rows_in(tensor, block_bytes) * _row_bytes(tensor) for tensor in tensors)
+    block_bytes = max(largest_row, min(BLOCK_BYTES, budget // (2 * MOST_BUFFERS) // PAGE * PAGE - SLACK))
+    most = max(_rows_in(tensor, block_bytes) * _row_bytes(tensor) for tensor in tensors)
+    buffer_bytes = whole_pages(most) + SLACK
     if 2 * buffer_bytes > budget:
         widest = max(tensors, key=_row_bytes)
         raise UsageError(
@@ -112,14 +138,20 @@ def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
     return Memory(block_bytes, buffer_bytes, min(MOST_BUFFERS, budget // (2 * buffer_bytes)))
 
 
-def blocks(plan: Plan, block_bytes: int) -> Iterator[Block]:
-    """Yield every block of a plan, in the order of the files and of their data."""
-    for file in plan.files:
-        for entry in file.entries:
+def blocks(plan: Plan, block_bytes: int, spans: Sequence[Span]) -> Iterator[Block]:
+    """Yield every block that has bytes in one of `spans`, in the order of the spans and of their data."""
+    files = {file.name: file for file in plan.files}
+    for span in spans:
+        for entry in files[span.file].entries:
+            if entry.end <= span.start or entry.start >= span.end:
+                continue
             tensor = plan.tensors[entry.name]
             rows, step = _rows(tensor), _rows_in(tensor, block_bytes)
             for first in range(0, rows, step):
-                yield Block(tensor, entry, file.name, first, min(first + step, rows))
+                block = Block(tensor, entry, span.file, first, min(first + step, rows), span)
+                start, end = block.written_range
+                if start < end:
+                    yield block
 
 
 def _rows(tensor: PlannedTensor) -> int:

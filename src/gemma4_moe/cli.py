@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from gemma4_moe import __version__
+from gemma4_moe.coordination import launched_as_one_of_several
 from gemma4_moe.errors import Gemma4MoEError, UsageError
 from gemma4_moe.layouts import Layout
 from gemma4_moe.quantities import parse_size
@@ -120,6 +121,12 @@ _shard_size = click.option(
     "--max-shard-size", type=_Size(), default="5GB", show_default=True, help="Most bytes in one file."
 )
 _memory = click.option("--max-memory", type=_Size(), default="1GiB", show_default=True, help="Most bytes of buffers.")
+_break_lock = click.option(
+    "--break-lock", is_flag=True, help="Take DST from a process that can't be shown to live, on another host."
+)
+
+#: Those options of convert that say what is made.
+_PLANNED = ("to", "dtype", "max_shard_size", "max_memory", "revision")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -151,11 +158,15 @@ def inspect(output: _Output, *, source: str, revision: str | None) -> None:
 @_dtype
 @_shard_size
 @_memory
+@click.option("--mesh", metavar="DIM=RANKS,...", help="Say what each rank of a mesh would hold: ep_shard=2,ep=8.")
 @_revision
 @_common
-def plan(output: _Output, *, source: str, **options: Any) -> None:
+def plan(output: _Output, *, source: str, mesh: str | None, **options: Any) -> None:
     """Say what convert would do: files, bytes, space, memory. Reads headers alone."""
-    _preview(output, source, None, options)
+    if mesh is None:
+        _preview(output, source, None, options)
+    else:
+        _predict(output, source, mesh, options)
 
 
 @cli.command()
@@ -166,25 +177,29 @@ def plan(output: _Output, *, source: str, **options: Any) -> None:
 @_shard_size
 @_memory
 @click.option("--workers", type=click.IntRange(min=1), help="Threads of the kernel; all allowed cores by default.")
+@click.option("--buffered", is_flag=True, help="Go through the page cache, even where direct I/O works.")
+@click.option("--no-read-back", is_flag=True, help="Don't read the files back before DST appears.")
+@click.option("--sha256", is_flag=True, help="Put the SHA-256 of each file into the manifest too.")
 @click.option("--overwrite", is_flag=True, help="Replace DST, if it is a checkpoint and nothing else.")
+@click.option("--resume", is_flag=True, help="Go on with an earlier run to DST, if there is one.")
+@_break_lock
 @click.option("--dry-run", is_flag=True, help="Write nothing; print the plan.")
 @_revision
 @_common
-def convert(
-    output: _Output, *, source: str, target: Path, workers: int | None, overwrite: bool, dry_run: bool, **options: Any
-) -> None:
-    """Convert SRC into the new directory DST."""
+def convert(output: _Output, *, source: str, target: Path, dry_run: bool, no_read_back: bool, **options: Any) -> None:
+    """Convert SRC into the new directory DST. Under torchrun, all ranks work on it together."""
     from gemma4_moe import converting, reporting
     from gemma4_moe.checkpoints.target import check_target
-    from gemma4_moe.progress import Talk
+    from gemma4_moe.coordination import under_torchrun
+    from gemma4_moe.progress import Talk, saying_what_stays
     from gemma4_moe.sources import locate
 
     if dry_run:
-        check_target(target, locate(source, options["revision"]), overwrite=overwrite)
-        _preview(output, source, target, options)
+        check_target(target, locate(source, options["revision"]), overwrite=options["overwrite"])
+        _preview(output, source, target, {name: options[name] for name in _PLANNED})
         return
-    with Talk(output.talk, "converting") as progress:
-        done = converting.convert(source, target, workers=workers, overwrite=overwrite, progress=progress, **options)
+    with under_torchrun(), saying_what_stays(output.say, target), Talk(output.talk, "converting") as progress:
+        done = converting.convert(source, target, read_back=not no_read_back, progress=progress, **options)
     output.say(*(f"note: {note}" for note in done.notes))
     if done.left_behind:
         output.say(f"left behind: {', '.join(done.left_behind)}")
@@ -193,19 +208,39 @@ def convert(
 
 
 @cli.command()
-@_source
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@_break_lock
+@_common
+def clean(output: _Output, *, target: Path, break_lock: bool) -> None:
+    """Remove what an unfinished conversion to DST has left beside it. DST itself stays as it is."""
+    from gemma4_moe import reporting
+    from gemma4_moe.checkpoints import unfinished
+
+    output.give(unfinished.clean(target, break_lock=break_lock), reporting.remains_json, reporting.print_remains)
+
+
+@cli.command()
+@click.argument("source", metavar="[SRC]")
+@click.argument("target", metavar="DST", required=False, type=click.Path(path_type=Path))
 @_revision
 @_common
-def verify(output: _Output, *, source: str, target: Path, revision: str | None) -> None:
-    """Recompute every tensor of DST from SRC and compare bits."""
-    from gemma4_moe import verifying
+def verify(output: _Output, *, source: str, target: Path | None, revision: str | None) -> None:
+    """Recompute every tensor of DST from SRC and compare bits. Without SRC, check DST against its manifest."""
+    from gemma4_moe import reporting, verifying
+    from gemma4_moe.checkpoints.recheck import check_manifest
+    from gemma4_moe.checkpoints.unfinished import heal
     from gemma4_moe.progress import Talk
     from gemma4_moe.sources import locate
 
+    heal(Path(source) if target is None else target)
     with Talk(output.talk, "verifying") as progress:
-        found = verifying.verify(locate(source, revision), target, progress=progress)
-    _compare(output, found)
+        if target is not None:
+            _compare(output, verifying.verify(locate(source, revision), target, progress=progress))
+            return
+        found = check_manifest(Path(source), progress=progress)
+    output.give(found, reporting.recheck_json, reporting.print_recheck)
+    if found.wrong:
+        click.get_current_context().exit(_DIFFERS)
 
 
 @cli.command()
@@ -241,6 +276,14 @@ def _preview(output: _Output, source: str, target: Path | None, options: dict[st
         output.say(f"note: {preview.missing_bytes:,} bytes of space are missing for the target")
 
 
+def _predict(output: _Output, source: str, mesh: str, options: dict[str, Any]) -> None:
+    from gemma4_moe import planning, predicting, reporting
+
+    ranks = predicting.parse_mesh(mesh)
+    prediction = predicting.predict(planning.plan(source, **options).plan, ranks)
+    output.give(prediction, reporting.prediction_json, reporting.print_prediction)
+
+
 def _compare(output: _Output, found: Any) -> None:
     from gemma4_moe import reporting
 
@@ -254,8 +297,10 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and end the process with its exit status."""
+    """Run the command line and end the process with its exit status. Of several ranks, only the first speaks."""
     signal.signal(signal.SIGTERM, _terminate)
+    if launched_as_one_of_several() and os.environ["RANK"] != "0":
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process lives
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal can't encode is still shown
@@ -264,7 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _status(arguments: Sequence[str] | None) -> int:
     try:
-        status = cli.main(arguments, prog_name="gemma4-moe", standalone_mode=False)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        status = cli.main(given, prog_name="gemma4-moe", standalone_mode=False, obj=given)
         sys.stdout.flush()
     except click.ClickException as error:
         error.show()

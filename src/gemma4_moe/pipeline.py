@@ -1,16 +1,17 @@
-"""Three threads, read, compute and write, joined by fixed buffers: while one block is computed, others are on the disk.
+"""Four threads, read, compute, hash and write, joined by fixed buffers: the disk works while blocks are computed.
 
 A failure in one thread, or an interrupt in the caller's, stops the others at their next step.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections import deque
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from threading import Condition
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from gemma4_moe.checkpoints.direct_io import allocate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -18,19 +19,23 @@ if TYPE_CHECKING:
     from gemma4_moe.blocks import Block, Memory
 
 _T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
-class Steps(Protocol):
-    """What is done with a block. Each method runs in a thread of its own."""
+class Steps(Protocol[_R]):
+    """What is done with a block. Each method runs in a thread of its own, and sees the blocks in their order."""
 
-    def read(self, block: Block, into: memoryview) -> None:
-        """Fill the start of `into` with the block's source bytes."""
+    def read(self, block: Block, buffer: memoryview) -> memoryview:
+        """Read the block's source bytes, and return where in `buffer` they are."""
 
-    def compute(self, block: Block, source: memoryview, into: memoryview) -> None:
-        """Fill the start of `into` with the block's target bytes. Not called for a block that is copied."""
+    def compute(self, block: Block, source: memoryview, buffer: memoryview) -> None:
+        """Make the block's target bytes in `buffer`."""
 
-    def write(self, block: Block, source: memoryview) -> None:
-        """Write the block's target bytes, the start of `source`."""
+    def digest(self, block: Block, buffer: memoryview) -> _R:
+        """Return what is to be known of the block's target bytes."""
+
+    def write(self, block: Block, buffer: memoryview, digest: _R) -> None:
+        """Write the block's target bytes."""
 
 
 class Stopped(Exception):  # noqa: N818 - a signal between threads, not an error
@@ -81,12 +86,8 @@ class _Channel(Generic[_T]):
             return self._items.popleft()
 
 
-#: A block and the buffer that holds it; None ends the run.
-_Filled = tuple["Block", memoryview] | None
-
-
-def run(blocks: Iterable[Block], steps: Steps, memory: Memory) -> None:
-    """Take every block through the three steps.
+def run(blocks: Iterable[Block], steps: Steps[_R], memory: Memory) -> None:
+    """Take every block through the four steps. A channel carries None after its last block.
 
     Raises:
         Whatever a step raised first.
@@ -94,45 +95,48 @@ def run(blocks: Iterable[Block], steps: Steps, memory: Memory) -> None:
     line = _Line()
     free_in = _Channel(line, _buffers(memory))
     free_out = _Channel(line, _buffers(memory))
-    was_read: _Channel[_Filled] = _Channel(line)
-    computed: _Channel[tuple[Block, memoryview, _Channel[memoryview]] | None] = _Channel(line)
+    was_read: _Channel[tuple[Block, memoryview, memoryview] | None] = _Channel(line)
+    computed: _Channel[tuple[Block, memoryview] | None] = _Channel(line)
+    digested: _Channel[tuple[Block, memoryview, _R] | None] = _Channel(line)
 
     def read() -> None:
         with line.stopping_on_failure():
             for block in blocks:
                 buffer = free_in.take()
-                steps.read(block, buffer)
-                was_read.put((block, buffer))
+                was_read.put((block, buffer, steps.read(block, buffer)))
             was_read.put(None)
 
     def compute() -> None:
         with line.stopping_on_failure():
             while (item := was_read.take()) is not None:
-                block, source = item
-                if block.is_copy:
-                    computed.put((block, source, free_in))
-                    continue
+                block, buffer, source = item
                 target = free_out.take()
                 steps.compute(block, source, target)
-                free_in.put(source)
-                computed.put((block, target, free_out))
+                free_in.put(buffer)
+                computed.put((block, target))
             computed.put(None)
+
+    def digest() -> None:
+        with line.stopping_on_failure():
+            while (item := computed.take()) is not None:
+                block, buffer = item
+                digested.put((block, buffer, steps.digest(block, buffer)))
+            digested.put(None)
 
     def write() -> None:
         with line.stopping_on_failure():
-            while (item := computed.take()) is not None:
-                block, buffer, home = item
-                steps.write(block, buffer)
-                home.put(buffer)
+            while (item := digested.take()) is not None:
+                block, buffer, found = item
+                steps.write(block, buffer, found)
+                free_out.put(buffer)
 
-    with ThreadPoolExecutor(3, "gemma4-moe") as threads, line.stopping_on_failure():
-        futures = [threads.submit(step) for step in (read, compute, write)]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        failures = [failure for future in futures if future.done() and (failure := future.exception()) is not None]
+    with ThreadPoolExecutor(4, "gemma4-moe") as threads, line.stopping_on_failure():
+        futures = [threads.submit(step) for step in (read, compute, digest, write)]
+        wait(futures)  # each that fails stops the others
+        failures = [failure for future in futures if (failure := future.exception()) is not None]
         for failure in sorted(failures, key=lambda failure: isinstance(failure, Stopped)):
             raise failure
 
 
 def _buffers(memory: Memory) -> list[memoryview]:
-    """Return buffers that start on a page; their memory is taken when it is first written."""
-    return [memoryview(mmap.mmap(-1, max(1, memory.buffer_bytes))) for _ in range(memory.buffers)]
+    return [allocate(memory.buffer_bytes) for _ in range(memory.buffers)]

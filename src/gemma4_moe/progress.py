@@ -1,15 +1,22 @@
-"""How far a long run is, said on stderr: a bar on a terminal, a line every few seconds elsewhere."""
+"""What is said of a long run: how far it is, and after a failure what stays on the disk."""
 
 from __future__ import annotations
 
+import shlex
 import time
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Self
 
+import click
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from gemma4_moe.checkpoints.unfinished import remains
+from gemma4_moe.errors import Gemma4MoEError, TargetBusyError
 from gemma4_moe.quantities import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
     from types import TracebackType
 
     from rich.console import Console
@@ -19,7 +26,10 @@ _INTERVAL = 5.0
 
 
 class Talk:
-    """A progress callback for `convert` and `verify`. Use it as a context manager."""
+    """A progress callback for `convert` and `verify`: a bar on a terminal, a line every few seconds elsewhere.
+
+    Use it as a context manager.
+    """
 
     def __init__(self, console: Console, what: str) -> None:
         self._console = console
@@ -55,3 +65,22 @@ class Talk:
                 f"{self._what}: {format_size(done)} of {format_size(total)}, {format_size(int(rate))}/s",
                 highlight=False,
             )
+
+
+@contextmanager
+def saying_what_stays(say: Callable[[str], None], target: Path) -> Iterator[None]:
+    """After a failure, say what stays on the disk beside `target`, and which commands go on with it or remove it."""
+    try:
+        yield
+    except TargetBusyError:
+        raise
+    except BaseException:
+        with suppress(Gemma4MoEError):  # the first error is the one to tell
+            left = remains(target)
+            if left is not None:
+                say(f"stays on disk: {left.path}, {left.nbytes:,} bytes")
+            if left is not None and left.resumable:
+                command = [argument for argument in click.get_current_context().obj if argument != "--resume"]
+                say(f"resume with: gemma4-moe {shlex.join([*command, '--resume'])}")
+                say(f"remove with: gemma4-moe clean {shlex.quote(str(target))}")
+        raise

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from gemma4_moe.checkpoints.recheck import Recheck
+    from gemma4_moe.checkpoints.unfinished import Remains
     from gemma4_moe.converting import Conversion
     from gemma4_moe.inspecting import Inspection
     from gemma4_moe.planning import Preview
+    from gemma4_moe.predicting import Prediction
     from gemma4_moe.verifying import Verification
 
 
@@ -118,6 +121,41 @@ def print_preview(console: Console, preview: Preview) -> None:
         console.print(f"{count} tensors would be rounded from {old.name} to {new.name}")
 
 
+def prediction_json(found: Prediction) -> dict[str, Any]:
+    """Return the JSON of `plan --mesh`."""
+    return {
+        "mesh": dict(found.mesh),
+        "ranks": len(found.shares),
+        "expert_bytes": _extremes(share.expert_bytes for share in found.shares),
+        "experts": _extremes(share.experts for share in found.shares),
+        "read_bytes": _extremes(share.read_bytes for share in found.shares),
+        "other_bytes": found.other_bytes,
+        "peak_memory_bytes": found.peak_bytes,
+        "balance": found.balance,
+    }
+
+
+def print_prediction(console: Console, found: Prediction) -> None:
+    """Print what each rank of a mesh would hold."""
+    held = _extremes(share.expert_bytes for share in found.shares)
+    experts = _extremes(share.experts for share in found.shares)
+    read = _extremes(share.read_bytes for share in found.shares)
+    _print_facts(
+        console,
+        ("mesh", f"{', '.join(f'{name} {size}' for name, size in found.mesh.items())}: {len(found.shares)} ranks"),
+        ("experts", f"{experts['least']} to {experts['most']} of each layer on a rank"),
+        ("", f"{held['least']:,} to {held['most']:,} bytes; fullest over mean {found.balance:.3f}"),
+        ("others", f"{found.other_bytes:,} bytes on every rank that does not shard them"),
+        ("read", f"{read['least']:,} to {read['most']:,} bytes of experts a rank"),
+        ("memory", f"{found.peak_bytes:,} bytes at the peak of a load ({format_size(found.peak_bytes)})"),
+    )
+
+
+def _extremes(values: Iterable[int]) -> dict[str, int]:
+    values = list(values)
+    return {"least": min(values), "most": max(values)}
+
+
 def conversion_json(conversion: Conversion) -> dict[str, Any]:
     """Return the JSON of `convert`."""
     plan = conversion.plan
@@ -160,6 +198,30 @@ def print_verification(console: Console, found: Verification, shown: int = 20) -
         console.print(_text(str(difference)))
     if len(found.different) > shown:
         console.print(f"and {len(found.different) - shown:,} more")
+
+
+def recheck_json(found: Recheck) -> dict[str, Any]:
+    """Return the JSON of `verify` with a target alone."""
+    return {"files": found.files, "bytes": found.nbytes, "wrong": list(found.wrong)}
+
+
+def print_recheck(console: Console, found: Recheck) -> None:
+    """Print what a check against the manifest found."""
+    state = "as the manifest says" if not found.wrong else f"{len(found.wrong)} not as the manifest says"
+    console.print(f"{found.files:,} files, {found.nbytes:,} bytes: {state}")
+    for sentence in found.wrong:
+        console.print(_text(sentence))
+
+
+def remains_json(found: Remains | None) -> dict[str, Any]:
+    """Return the JSON of `clean`."""
+    return {"removed": None if found is None else str(found.path), "bytes": 0 if found is None else found.nbytes}
+
+
+def print_remains(console: Console, found: Remains | None) -> None:
+    """Print what `clean` removed."""
+    said = "nothing was left" if found is None else f"removed {found.path}, {found.nbytes:,} bytes"
+    console.print(_text(said))
 
 
 def _print_facts(console: Console, *facts: tuple[str, str]) -> None:

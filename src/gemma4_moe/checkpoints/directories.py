@@ -14,6 +14,7 @@ from gemma4_moe.checkpoints.config_file import ConfigFile, read_config
 from gemma4_moe.checkpoints.files import SafetensorsFile
 from gemma4_moe.checkpoints.foreign import refuse_foreign_files, refuse_partial_tensors
 from gemma4_moe.checkpoints.index import INDEX_NAME, LONGEST_INDEX, parse_index
+from gemma4_moe.checkpoints.manifest import MANIFEST_NAME
 from gemma4_moe.checkpoints.side_files import check_side_file, is_side_file
 from gemma4_moe.checkpoints.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError
@@ -76,7 +77,7 @@ class Checkpoint:
         tensors: The tensors by name, in the order of the files and of their data.
         index_bytes: The index as it stands in the directory, or None where a single file needs none.
         side_files: What a conversion takes along unchanged, sorted.
-        left_behind: Names of all other entries, sorted; those of directories end in "/".
+        left_behind: Names of all other entries but our manifest, sorted; those of directories end in "/".
     """
 
     path: Path
@@ -145,7 +146,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if weight_map is not None:
             _compare_tensors(path, weight_map, tensors)
         stack.pop_all()
-    left = [name for name in files if name not in opened and name != INDEX_NAME and not is_side_file(name)]
+    known = {*opened, INDEX_NAME, MANIFEST_NAME}
+    left = [name for name in files if name not in known and not is_side_file(name)]
     left += [f"{name}/" for name in directories]
     return Checkpoint(path, opened, tensors, index_bytes, side_files, tuple(sorted(left)))
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from gemma4_moe.checkpoints.header import LENGTH, Header, header_size, parse_header
-from gemma4_moe.checkpoints.storage import open_regular, refusals
-from gemma4_moe.errors import CheckpointFormatError, SourceChangedError
+from gemma4_moe.checkpoints.storage import open_regular, read_at, refusals
+from gemma4_moe.errors import SourceChangedError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,20 +96,7 @@ class SafetensorsFile:
             CheckpointFormatError: The file ends too early: it was cut off after it was opened.
             StorageError: The disk refused.
         """
-        view = destination if destination.nbytes == 0 else destination.cast("B")
-        while view.nbytes:
-            with refusals("read the file", self.path):
-                count = os.preadv(self._descriptor, [view], offset)
-            if count == 0:
-                raise CheckpointFormatError(
-                    "the file is truncated, or changed while it was read",
-                    file=self.path,
-                    expected=f"{view.nbytes} more bytes at byte {offset}",
-                    found="the end of the file",
-                    hint="let nothing write the source, and start again",
-                )
-            view = view[count:]
-            offset += count
+        read_at(self._descriptor, self.path, offset, destination)
 
     def check_unchanged(self) -> None:
         """Check that the file, and whatever its path names now, are what was opened.

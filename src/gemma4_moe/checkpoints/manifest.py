@@ -1,4 +1,4 @@
-"""`gemma4_moe.json`: what a converted directory says of how it came to be.
+"""`gemma4_moe.json`: what a converted directory says of how it came to be, and the hashes that it can be checked by.
 
 It holds nothing that changes from run to run, no time and no path, so that equal conversions give equal bytes.
 """
@@ -9,10 +9,17 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from gemma4_moe.checkpoints import hashing
+from gemma4_moe.checkpoints.hashing import Chunk, chunk_count
+from gemma4_moe.checkpoints.storage import read_whole
+from gemma4_moe.errors import CheckpointFormatError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from gemma4_moe.checkpoints.files import SafetensorsFile
+    from gemma4_moe.checkpoints.journal import Journalled
     from gemma4_moe.planning import Plan
     from gemma4_moe.scales import Scales
 
@@ -21,39 +28,100 @@ MANIFEST_NAME = "gemma4_moe.json"
 #: Raised when a reader of the old form would misunderstand the new one.
 FORMAT = 1
 
+#: The longest manifest that is read, in bytes. The real model's has about 0.4 MB.
+LONGEST_MANIFEST = 64 * 2**20
+
 
 def build_manifest(
     plan: Plan,
     sources: Mapping[str, SafetensorsFile],
     scales: Scales,
-    version: str,
-) -> bytes:
+    hashes: Journalled,
+    beside: Mapping[str, Any],
+    *,
+    plan_digest: str,
+    **facts: Any,
+) -> dict[str, Any]:
     """Return the manifest of a conversion.
 
     Args:
         plan: What was done.
         sources: The source's safetensors files by name.
         scales: For each target tensor that a scale was folded into, the scale [E], fp32.
-        version: The version of this package.
+        hashes: The hash of each chunk of the target's weight files and of the source's tensors.
+        beside: What is said of each file of the target that holds no weights.
+        plan_digest: The plan's hash.
+        facts: What the caller has to say besides: versions, options.
     """
-    document: dict[str, Any] = {
+    used = [tensor for planned in plan.tensors.values() for tensor in (planned.source, planned.scale) if tensor]
+    return {
         "format": FORMAT,
-        "gemma4_moe": version,
+        **facts,
+        "plan": plan_digest,
+        "hashes": {"algorithm": "blake3", "chunk_bytes": hashing.CHUNK_BYTES},
+        "layout": plan.target_layout,
+        "files": {
+            file.name: {"bytes": file.size, "blake3": _digests(hashes.target, file.name, file.size)}
+            for file in plan.files
+        }
+        | dict(beside),
         "source": {
             "layout": plan.source_layout,
             "spelling": plan.spelling,
             "files": {
                 name: {"bytes": file.size, "header_sha256": file.header.digest} for name, file in sources.items()
             },
+            "tensors": {
+                tensor.name: {"bytes": tensor.nbytes, "blake3": _digests(hashes.source, tensor.name, tensor.nbytes)}
+                for tensor in sorted(used, key=lambda tensor: tensor.name)
+            },
         },
-        "layout": plan.target_layout,
-        "files": {file.name: {"bytes": file.size} for file in plan.files},
         "source_dtypes": {
             tensor.name: tensor.source.dtype.name for tensor in plan.tensors.values() if tensor.source is not None
         },
         "folded_scales": {name: [_number(value) for value in scale.tolist()] for name, scale in scales.items()},
     }
+
+
+def encode_manifest(document: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a manifest."""
     return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a directory that we wrote.
+
+    Raises:
+        CheckpointFormatError: There is none, it is not JSON, or one of another form.
+        StorageError: The disk or its permissions refused.
+    """
+    path = directory / MANIFEST_NAME
+    raw = read_whole(path, LONGEST_MANIFEST)
+    try:
+        document = json.loads(raw)
+        known = document["format"] == FORMAT and all(
+            isinstance(file["bytes"], int) and isinstance(file["blake3"], list) for file in document["files"].values()
+        )
+        chunk_bytes = document["hashes"]["chunk_bytes"]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise _foreign(path, str(error)) from error
+    if not known or chunk_bytes != hashing.CHUNK_BYTES:
+        raise _foreign(path, f"format {document['format']!r}, chunks of {chunk_bytes!r} bytes")
+    return dict(document)
+
+
+def _foreign(path: Path, found: str) -> CheckpointFormatError:
+    return CheckpointFormatError(
+        "not a manifest that this version reads",
+        file=path,
+        expected=f"format {FORMAT}, chunks of {hashing.CHUNK_BYTES} bytes",
+        found=found,
+        hint="check the directory against its source: gemma4-moe verify SRC DST",
+    )
+
+
+def _digests(hashes: Mapping[Chunk, str], name: str, size: int) -> list[str]:
+    return [hashes[Chunk(name, number)] for number in range(chunk_count(size))]
 
 
 def _number(value: float) -> float | str:

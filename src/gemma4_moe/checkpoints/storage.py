@@ -1,4 +1,4 @@
-"""Opening files that may be anything, and turning what the disk says into this package's errors."""
+"""Opening files that may be anything, small durable writes, and the disk's refusals as this package's errors."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def read_whole(path: Path, longest: int) -> bytes:
     """
     descriptor = open_regular(path)
     with refusals("read the file", path), os.fdopen(descriptor, "rb") as file:
-        content = file.read(longest + 1)
         size = os.fstat(descriptor).st_size
+        content = file.read(min(longest, size) + 1)  # a read reserves what it asks for
     if len(content) > longest:
         raise CheckpointFormatError(
             "a file that is far larger than such a file can be",
@@ -95,6 +95,55 @@ def read_whole(path: Path, longest: int) -> bytes:
             found=f"{size} bytes",
         )
     return content
+
+
+def read_at(descriptor: int, path: Path, offset: int, destination: memoryview) -> None:
+    """Fill `destination` (C-contiguous) with an open file's bytes from `offset` on.
+
+    Raises:
+        CheckpointFormatError: The file ends too early: it was cut off after it was opened.
+        StorageError: The disk refused.
+    """
+    view = destination if destination.nbytes == 0 else destination.cast("B")
+    while view.nbytes:
+        with refusals("read the file", path):
+            count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            raise CheckpointFormatError(
+                "the file is truncated, or changed while it was read",
+                file=path,
+                expected=f"{view.nbytes} more bytes at byte {offset}",
+                found="the end of the file",
+                hint="let nothing write the source, and start again",
+            )
+        view = view[count:]
+        offset += count
+
+
+def sync_directory(path: Path) -> None:
+    """Bring a directory's own entries to the device.
+
+    Raises:
+        StorageError: The disk or its permissions refused.
+    """
+    with refusals("bring the directory to the disk", path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a new small file and bring it to the device.
+
+    Raises:
+        StorageError: The disk or its permissions refused, or the file exists.
+    """
+    with refusals("write the file", path), path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

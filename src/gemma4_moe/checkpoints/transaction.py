@@ -1,190 +1,145 @@
 """A target directory that is absent, or complete: everything is written beside it and published by one rename.
 
-While a conversion runs, `.NAME.gemma4-moe/` stands beside the target NAME. It holds the lock and `out/`, which becomes
-the target. Whoever holds the lock owns the target; a lock dies with its process.
+After a failure what was written goes, or stays where there is something that a later run can go on from.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
-import os
-import shutil
-import socket
-import sys
-from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, Self
+import json
+from typing import TYPE_CHECKING, Self
 
-from gemma4_moe.checkpoints.storage import refusal, refusals
-from gemma4_moe.errors import TargetBusyError, UsageError
+from gemma4_moe.checkpoints.journal import read_journals
+from gemma4_moe.checkpoints.renaming import exchange, rename_new
+from gemma4_moe.checkpoints.storage import refusals, sync_directory, write_file
+from gemma4_moe.checkpoints.unfinished import (
+    OLD,
+    OUT,
+    PUBLISHING,
+    control_directory,
+    heal,
+    remove,
+    remove_work,
+    size_on_disk,
+    take_lock,
+)
+from gemma4_moe.errors import StorageError, UsageError
+from gemma4_moe.quantities import format_size
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-_RENAME_NOREPLACE = 1
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
-
-
-def control_directory(target: Path) -> Path:
-    """Return the directory that stands beside `target` while it is written."""
-    return target.with_name(f".{target.name}.gemma4-moe")
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """The process that holds a target.
-
-    Attributes:
-        pid: Its number on its host.
-        host: The host's name.
-    """
-
-    pid: int
-    host: str
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
-
 
 class Transaction:
-    """The writing of one target. As a context manager it takes everything back unless `publish` was called.
+    """The writing of one target. As a context manager it leaves the published target, or what a journal vouches for.
 
     Attributes:
         target: The directory that `publish` makes appear.
+        control: The directory beside it.
         out: Where its files are written.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, *, resume: bool = False, break_lock: bool = False) -> None:
+        """Name the target; nothing is touched yet.
+
+        Args:
+            target: The directory to make.
+            resume: Go on with what an earlier run has journalled. Otherwise that is an error.
+            break_lock: Take the lock from an owner that can't be shown to live.
+        """
         self.target = target.resolve()
-        self._control = control_directory(self.target)
-        self.out = self._control / "out"
-        self._lock = -1
+        self.control = control_directory(self.target)
+        self.out = self.control / OUT
+        self._resume = resume
+        self._break_lock = break_lock
 
     def __enter__(self) -> Self:
-        """Take the lock and make an empty `out`.
+        """Take the lock and make `out`: empty, or as the run that is resumed has left it.
 
         Raises:
             TargetBusyError: Another process is writing this target.
+            UsageError: An earlier run can be resumed, and that was not asked for.
             StorageError: The disk or its permissions refused.
         """
-        with refusals("make the directory", self._control):
-            self._control.mkdir(exist_ok=True)
-        self._take_lock()
+        heal(self.target)
+        self._lock = take_lock(self.control, break_lock=self._break_lock)
         try:
-            self._sign_lock()
-            with refusals("make the directory", self.out):
-                if self.out.exists():  # of a run that was killed
-                    shutil.rmtree(self.out)
-                self.out.mkdir()
-        except BaseException:
-            self._remove()
+            self._prepare()
+        except BaseException as error:
+            self._leave(error)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._remove()
+        if error is None:
+            remove(self.control, self._lock)
+        else:
+            self._leave(error)
+
+    def confirm(self) -> None:
+        """Give others a sign of life, and check that the lock was not broken. Raises what `Lock.confirm` raises."""
+        self._lock.confirm()
 
     def publish(self, *, overwrite: bool) -> None:
         """Make `out` the target, in one step, once its files are on the device.
 
         Raises:
             UsageError: The target has come into being since it was checked.
+            TargetBusyError: The lock was broken.
             StorageError: The disk or its permissions refused.
         """
+        self.confirm()
         sync_directory(self.out)
         with refusals("publish the target", self.target):
-            if overwrite and self.target.exists():
-                _rename(self.out, self.target, _RENAME_EXCHANGE)
+            (self.control / PUBLISHING).unlink(missing_ok=True)
+            write_file(self.control / PUBLISHING, json.dumps({"inode": self.out.stat().st_ino}).encode())
+            sync_directory(self.control)
+            if overwrite and self.target.is_dir() and any(self.target.iterdir()):
+                _replace(self.out, self.target, self.control / OLD)
             else:
                 self._publish_new()
         sync_directory(self.target.parent)
 
     def _publish_new(self) -> None:
-        if self.target.is_dir() and not any(self.target.iterdir()):
-            self.out.rename(self.target)
-            return
         try:
-            _rename(self.out, self.target, _RENAME_NOREPLACE)
+            rename_new(self.out, self.target)
         except FileExistsError as error:
             raise UsageError(
                 "the target has come into being since it was checked", file=self.target, hint="name another directory"
             ) from error
 
-    def _take_lock(self) -> None:
-        path = self._control / "owner"
-        with refusals("open the lock", path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    def _leave(self, error: BaseException) -> None:
+        """Keep what a later run can go on from, or else remove all; `error` stays the one to tell."""
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            found = os.pread(descriptor, 200, 0).decode(errors="backslashreplace")
-            os.close(descriptor)
-            raise TargetBusyError(
-                "another process is writing this target",
-                file=self.target,
-                found=found or "a process that has not given its name yet",
-                hint="wait until it has ended, or name another directory",
-            ) from error
-        except OSError as error:
-            os.close(descriptor)
-            raise refusal("lock the target", path, error) from error
-        self._lock = descriptor
+            if read_journals(self.control).target:
+                self._lock.release()
+            else:
+                remove(self.control, self._lock)
+        except StorageError as trouble:
+            error.add_note(str(trouble))
 
-    def _sign_lock(self) -> None:
-        with refusals("sign the lock", self._control):
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, str(Owner(os.getpid(), socket.gethostname())).encode(), 0)
-
-    def _remove(self) -> None:
-        with refusals("remove the directory", self._control):
-            shutil.rmtree(self._control)
-        os.close(self._lock)
-
-
-def sync_directory(path: Path) -> None:
-    """Bring a directory's own entries to the device.
-
-    Raises:
-        StorageError: The disk or its permissions refused.
-    """
-    with refusals("bring the directory to the disk", path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def _prepare(self) -> None:
+        begun = bool(read_journals(self.control).target)
+        if begun and not self._resume:
+            raise UsageError(
+                "an earlier run to this target was not finished",
+                file=self.control,
+                found=f"{format_size(size_on_disk(self.control))} on the disk",
+                hint=f"give --resume to go on with it, or remove it: gemma4-moe clean {self.target}",
+            )
+        with refusals("make the directory", self.out):
+            (self.control / PUBLISHING).unlink(missing_ok=True)
+            if not begun:
+                remove_work(self.control)
+            self.out.mkdir(exist_ok=True)
+        sync_directory(self.control)
+        sync_directory(self.control.parent)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a new small file and bring it to the device.
-
-    Raises:
-        StorageError: The disk or its permissions refused, or the file exists.
-    """
-    with refusals("write the file", path), path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _rename(old: Path, new: Path, flags: int) -> None:
-    """Rename with renameat2's flags, which decide inside the filesystem what a check beforehand can't."""
-    renameat2 = _renameat2()
-    if renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(new))
-
-
-@cache
-def _renameat2() -> Any:
-    if sys.platform != "linux":
-        raise OSError(errno.ENOSYS, "renameat2 is Linux's")
-    function = ctypes.CDLL(None, use_errno=True).renameat2
-    function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    return function
+def _replace(out: Path, target: Path, old: Path) -> None:
+    """Put `out` in the place of `target`. Where that takes two steps, `heal` does the second after a kill."""
+    if not exchange(out, target):
+        target.rename(old)
+        rename_new(out, target)

@@ -56,6 +56,24 @@ class SafetensorsWriter:
             path.unlink()
             raise
 
+    @classmethod
+    def reopen(cls, path: Path, size: int) -> Self:
+        """Open a file that another writer has created, here or on another rank, to write more of its data.
+
+        Raises:
+            StorageError: It does not exist, or the disk or its permissions refused.
+            ValueError: It has another size.
+        """
+        writer = cls.__new__(cls)
+        writer.path, writer.size, writer._failure = path, size, None
+        with refusals("open the file", path):
+            writer._descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            found = os.fstat(writer._descriptor).st_size
+        if found != size:
+            writer.abandon()
+            raise ValueError(f"{path} has {found} bytes, not {size}")
+        return writer
+
     def __enter__(self) -> Self:
         return self
 

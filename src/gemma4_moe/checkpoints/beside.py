@@ -1,0 +1,41 @@
+"""What stands beside the weights in a directory that we write: the index, and the files that are taken along."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+from gemma4_moe.checkpoints.index import INDEX_NAME, write_index
+from gemma4_moe.checkpoints.storage import refusals, write_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from gemma4_moe.checkpoints.header import TensorEntry
+
+
+def copy_side_files(paths: Iterable[Path], out: Path) -> None:
+    """Copy files byte for byte into `out`, and bring them to the device.
+
+    Raises:
+        StorageError: The disk or its permissions refused.
+    """
+    for path in paths:
+        with refusals("copy the file", path):
+            shutil.copyfile(path, out / path.name)
+            with (out / path.name).open("rb") as copy:
+                os.fsync(copy.fileno())
+
+
+def write_index_file(files: Mapping[str, Iterable[TensorEntry]], out: Path) -> None:
+    """Write the index of several files into `out`; a single file needs none.
+
+    Raises:
+        StorageError: The disk or its permissions refused.
+    """
+    if len(files) > 1:
+        weight_map = {entry.name: file for file, entries in files.items() for entry in entries}
+        total = sum(entry.nbytes for entries in files.values() for entry in entries)
+        write_file(out / INDEX_NAME, write_index(weight_map, total))

@@ -1,0 +1,165 @@
+"""Hash what is on the device: files are read past the page cache, a chunk at a time, on a few threads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, Self
+
+from blake3 import blake3
+
+from gemma4_moe.checkpoints.direct_io import PAGE, SLACK, PageReader, allocate, drop_cache
+from gemma4_moe.checkpoints.hashing import Chunk, chunk_bounds, chunk_count
+from gemma4_moe.checkpoints.storage import open_regular, read_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+    from gemma4_moe.checkpoints.direct_io import Readable
+
+#: What a thread reads at once, in bytes.
+_PIECE = 8 * 2**20
+
+#: One thread waits for the disk while another hashes.
+_THREADS = 3
+
+
+class OpenFile:
+    """Any regular file, opened for reading at positions. Use it as a context manager.
+
+    Attributes:
+        path: Where it was opened.
+        size: Its size in bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the file. Raises what `open_regular` raises."""
+        self.path = path
+        self._descriptor = open_regular(path)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._descriptor
+
+    def read_into(self, offset: int, destination: memoryview) -> None:
+        """Fill `destination` with the bytes from `offset` on. Raises what `read_at` raises."""
+        read_at(self._descriptor, self.path, offset, destination)
+
+    def chunks(self) -> dict[Chunk, Extent]:
+        """Return where each chunk of the file is."""
+        return {
+            Chunk(self.path.name, number): Extent(self, *chunk_bounds(number, self.size))
+            for number in range(chunk_count(self.size))
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A range of bytes of an open file.
+
+    Attributes:
+        file: The file.
+        start: The first byte.
+        end: The byte after the last.
+    """
+
+    file: Readable
+    start: int
+    end: int
+
+
+def hash_extents(
+    extents: Mapping[Chunk, Extent],
+    memory: int,
+    *,
+    buffered: bool = False,
+    hashed: Callable[[int], None] | None = None,
+) -> dict[Chunk, str]:
+    """Return the BLAKE3 of each extent, in hexadecimal.
+
+    Args:
+        extents: What to hash.
+        memory: The most bytes of buffers.
+        buffered: Read through the page cache; what it holds of the files is dropped first.
+        hashed: Told of the bytes of each extent when it is hashed; from several threads, one at a time.
+
+    Raises:
+        CheckpointFormatError: A file is too short.
+        StorageError: The disk refused.
+    """
+    for descriptor in {extent.file.fileno() for extent in extents.values()}:
+        drop_cache(descriptor, 0, 0)
+    threads = max(1, min(_THREADS, memory // (PAGE + SLACK), len(extents)))
+    buffer_bytes = max(PAGE + SLACK, min(_PIECE + SLACK, memory // threads // PAGE * PAGE))
+    jobs = iter(extents.items())
+    taking = Lock()
+    found: dict[Chunk, str] = {}
+
+    def work() -> None:
+        buffer = allocate(buffer_bytes)
+        while True:
+            with taking:
+                chunk, extent = next(jobs, (None, None))
+            if chunk is None or extent is None:
+                return
+            hasher = blake3()
+            for piece in _pieces(extent, buffer, buffered=buffered):
+                hasher.update(piece)
+            with taking:
+                found[chunk] = hasher.hexdigest()
+                if hashed is not None:
+                    hashed(extent.end - extent.start)
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            futures = [pool.submit(work) for _ in range(threads)]
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            jobs = iter(())  # after a failure or an interrupt, the others stop at their next chunk
+        for future in futures:
+            future.result()
+    return {chunk: found[chunk] for chunk in extents}
+
+
+def sha256_files(paths: Sequence[Path], *, buffered: bool = False) -> dict[str, str]:
+    """Return the SHA-256 of each whole file by its bare name, in hexadecimal.
+
+    Raises:
+        CheckpointFormatError: A file is missing, no regular file, or was cut off meanwhile.
+        StorageError: The disk or its permissions refused.
+    """
+
+    def digest(path: Path) -> str:
+        hasher = hashlib.sha256()
+        with OpenFile(path) as file:
+            for piece in _pieces(Extent(file, 0, file.size), allocate(_PIECE + SLACK), buffered=buffered):
+                hasher.update(piece)
+        return hasher.hexdigest()
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip([path.name for path in paths], pool.map(digest, paths), strict=True))
+
+
+def _pieces(extent: Extent, buffer: memoryview, *, buffered: bool) -> Iterator[memoryview]:
+    """Yield an extent's bytes; each piece is valid until the next is asked for."""
+    reader = PageReader(extent.file, buffered=buffered)
+    try:
+        step = buffer.nbytes - SLACK
+        for start in range(extent.start, extent.end, step):
+            yield reader.read(start, min(step, extent.end - start), buffer)
+    finally:
+        reader.close()

@@ -1,0 +1,103 @@
+"""Finish a conversion whose weights are written: hashes, all that is not weights, the manifest, and the read-back."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from gemma4_moe import __version__
+from gemma4_moe.checkpoints.beside import copy_side_files, write_index_file
+from gemma4_moe.checkpoints.hashing import Chunk, chunk_bounds, chunk_count
+from gemma4_moe.checkpoints.journal import read_journals
+from gemma4_moe.checkpoints.manifest import MANIFEST_NAME, build_manifest, encode_manifest, read_manifest
+from gemma4_moe.checkpoints.read_back import Extent, OpenFile, hash_extents, sha256_files
+from gemma4_moe.checkpoints.recheck import wrong_files
+from gemma4_moe.checkpoints.storage import sync_directory, write_file
+from gemma4_moe.errors import StorageError
+from gemma4_moe.resuming import plan_digest
+
+if TYPE_CHECKING:
+    from gemma4_moe.checkpoints.journal import Journalled
+    from gemma4_moe.job import Job
+
+
+def finish(job: Job) -> None:
+    """Write what the target needs besides its weights, and check all that is on the device. All ranks must call.
+
+    Raises:
+        StorageError: The disk or its permissions refused, or gave back other bytes than were written.
+        ParallelError: Another rank failed.
+    """
+    with job.ranks.together("hash the source"):
+        hashes = read_journals(job.control)
+        own = _missing_source_hashes(job, hashes)
+    for part in job.ranks.everyones(own):
+        hashes.source.update(part)
+    with job.ranks.together("write the manifest"):
+        if job.ranks.is_first:
+            copy_side_files(job.checkpoint.side_files, job.out)
+            write_index_file({file.name: file.entries for file in job.plan.files}, job.out)
+            write_file(job.out / MANIFEST_NAME, encode_manifest(_manifest(job, hashes)))
+            sync_directory(job.out)
+    if job.read_back:
+        with job.ranks.together("read back what was written"):
+            _read_back(job)
+
+
+def _missing_source_hashes(job: Job, hashes: Journalled) -> dict[Chunk, str]:
+    """Hash this rank's part of the source's chunks that no rank has read in one go: scales, and where shares meet."""
+    tensors = [tensor for planned in job.plan.tensors.values() for tensor in (planned.source, planned.scale) if tensor]
+    extents = {}
+    for tensor in tensors:
+        for number in range(chunk_count(tensor.nbytes)):
+            start, end = (tensor.entry.start + position for position in chunk_bounds(number, tensor.nbytes))
+            extents[Chunk(tensor.name, number)] = Extent(tensor.file, start, end)
+    missing = sorted(extents.keys() - hashes.source.keys())[job.ranks.rank :: job.ranks.world]
+    return hash_extents({chunk: extents[chunk] for chunk in missing}, job.memory.peak_bytes, buffered=job.buffered)
+
+
+def _manifest(job: Job, hashes: Journalled) -> dict[str, Any]:
+    options = job.options | {"to": job.plan.target_layout, "read_back": job.read_back}
+    document = build_manifest(
+        job.plan,
+        job.checkpoint.files,
+        job.scales,
+        hashes,
+        _beside(job),
+        gemma4_moe=__version__,
+        plan_digest=plan_digest(job.plan),
+        options=options,
+    )
+    if job.sha256:
+        for where, directory in ((document["files"], job.out), (document["source"]["files"], job.checkpoint.path)):
+            digests = sha256_files([directory / name for name in where], buffered=job.buffered)
+            for name, digest in digests.items():
+                where[name]["sha256"] = digest
+    return document
+
+
+def _beside(job: Job) -> dict[str, Any]:
+    """Return size and hashes of each file in `out` that holds no weights."""
+    weights = {file.name for file in job.plan.files}
+    said = {}
+    with ExitStack() as stack:
+        for path in sorted(job.out.iterdir()):
+            if path.name not in weights:
+                file = stack.enter_context(OpenFile(path))
+                digests = hash_extents(file.chunks(), job.memory.peak_bytes, buffered=True)
+                said[path.name] = {"bytes": file.size, "blake3": list(digests.values())}
+    return said
+
+
+def _read_back(job: Job) -> None:
+    files = read_manifest(job.out)["files"]
+    wrong = wrong_files(
+        job.out, files, job.memory.peak_bytes, buffered=job.buffered, part=job.ranks.rank, parts=job.ranks.world
+    )
+    if wrong:
+        raise StorageError(
+            "the disk gives back other bytes than were written",
+            file=job.out,
+            found="; ".join(wrong[:5]),
+            hint="check the disk and the memory; --resume writes again what is wrong",
+        )

@@ -1,0 +1,53 @@
+"""One conversion as all its parts see it: what is converted, where to, with which means, and by which ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gemma4_moe.blocks import Memory
+    from gemma4_moe.checkpoints.directories import Checkpoint
+    from gemma4_moe.coordination import Ranks
+    from gemma4_moe.planning import Plan
+    from gemma4_moe.scales import Scales
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A conversion that has begun.
+
+    Attributes:
+        checkpoint: The source, open.
+        plan: What is made of it.
+        scales: The scales that are folded, by the target tensor's name.
+        options: Those options that decide what is made.
+        target: The directory that is to appear.
+        out: Where its files are written.
+        memory: The buffers of each rank.
+        workers: Threads of the kernel, or None for all cores.
+        buffered: Whether to go through the page cache.
+        read_back: Whether to read the files back before they are published.
+        sha256: Whether SHA-256 is wanted too.
+        ranks: Who works on it.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    scales: Scales
+    options: dict[str, Any]
+    target: Path
+    out: Path
+    memory: Memory
+    workers: int | None
+    buffered: bool
+    read_back: bool
+    sha256: bool
+    ranks: Ranks
+
+    @property
+    def control(self) -> Path:
+        """The directory of the lock and the journals."""
+        return self.out.parent

@@ -1,0 +1,121 @@
+"""Whether a run may go on from what another has left: what a conversion is, in words that two runs can compare."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
+
+from gemma4_moe import __version__
+from gemma4_moe.checkpoints import hashing
+from gemma4_moe.checkpoints.manifest import read_manifest
+from gemma4_moe.checkpoints.read_back import Extent, OpenFile, hash_extents
+from gemma4_moe.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from gemma4_moe.checkpoints.directories import Checkpoint
+    from gemma4_moe.checkpoints.hashing import Chunk
+    from gemma4_moe.checkpoints.journal import Journalled
+    from gemma4_moe.job import Job
+    from gemma4_moe.planning import Plan
+
+
+def plan_digest(plan: Plan) -> str:
+    """Return a hash of all that decides a plan's bytes but the values: names, places, shapes, dtypes, operations."""
+    files = [(file.name, file.size, blake3(file.header).hexdigest()) for file in plan.files]
+    tensors = [
+        (
+            tensor.name,
+            tensor.operation,
+            *(
+                None if stored is None else (stored.name, stored.file.path.name, stored.entry.start, stored.dtype.name)
+                for stored in (tensor.source, tensor.scale)
+            ),
+        )
+        for tensor in plan.tensors.values()
+    ]
+    text = json.dumps([plan.source_layout, plan.target_layout, files, tensors])
+    return blake3(text.encode()).hexdigest()
+
+
+def opening_record(plan: Plan, checkpoint: Checkpoint, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a journal begins with. Two runs may share a target's parts if theirs are the same."""
+    return {
+        "version": __version__,
+        "chunk_bytes": hashing.CHUNK_BYTES,
+        "plan": plan_digest(plan),
+        "options": dict(options),
+        "source": {
+            name: {
+                "bytes": file.identity.size,
+                "mtime_ns": file.identity.mtime_ns,
+                "inode": file.identity.inode,
+                "header_sha256": file.identity.header_digest,
+            }
+            for name, file in checkpoint.files.items()
+        },
+    }
+
+
+def check_same_run(known: Journalled, opening: Mapping[str, Any], target: Path) -> None:
+    """Check that what was journalled belongs to the run that is about to go on.
+
+    Raises:
+        UsageError: It does not; the error says what differs.
+    """
+    if known.opening is None or known.opening == opening:
+        return
+    raise UsageError(
+        "the run that was not finished is another one",
+        file=target,
+        found="; ".join(list(_differences(known.opening, opening, ""))[:5]),
+        hint=f"give the same source and options, or remove it: gemma4-moe clean {target}",
+    )
+
+
+def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{name} {key}")
+    elif old != new:
+        yield f"{name.strip()} was {old}, is {new}"
+
+
+def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: Mapping[str, Any]) -> bool:
+    """Say whether `target` is the complete result of the same conversion, by its manifest and its files' sizes."""
+    try:
+        manifest = read_manifest(target)
+    except InputError:
+        return False
+    sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
+    source = {name: (file.size, file.header.digest) for name, file in checkpoint.files.items()}
+    said = manifest.get("source", {}).get("files", {})
+    return (
+        manifest.get("plan") == plan_digest(plan)
+        and {key: value for key, value in manifest.get("options", {}).items() if key in options} == options
+        and {name: (file.get("bytes"), file.get("header_sha256")) for name, file in said.items()} == source
+        and all((target / name).is_file() and (target / name).stat().st_size == size for name, size in sizes.items())
+    )
+
+
+def true_chunks(known: Journalled, job: Job) -> set[Chunk]:
+    """Return those journalled chunks of this rank's part whose bytes on the device are what the journal says.
+
+    Raises:
+        StorageError: The disk refused.
+    """
+    extents: dict[Chunk, Extent] = {}
+    with ExitStack() as stack:
+        for planned in job.plan.files:
+            if known.target and (job.out / planned.name).is_file():
+                file = stack.enter_context(OpenFile(job.out / planned.name))
+                if file.size == planned.size:
+                    extents |= file.chunks()
+        mine = sorted(known.target.keys() & extents.keys())[job.ranks.rank :: job.ranks.world]
+        found = hash_extents({chunk: extents[chunk] for chunk in mine}, job.memory.peak_bytes, buffered=job.buffered)
+    return {chunk for chunk, digest in found.items() if digest == known.target[chunk]}

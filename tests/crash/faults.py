@@ -1,0 +1,103 @@
+"""Fault points of our own: every call that changes the disk is counted, and one of them is made to fail.
+
+Nothing has to be installed, and nothing in the package knows of it: the calls are replaced in the module `os`.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from crash.cases import shrink
+from gemma4_moe import converting
+from gemma4_moe.checkpoints import renaming
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from crash.cases import Case
+
+CALLS = ("pwrite", "fsync", "ftruncate", "mkdir", "unlink", "rename", "rmdir")
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["gemma4_moe.converting", "gemma4_moe.kernels._cpu", "ml_dtypes"])
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at the call number `at`, counted from 0: kill, tear (half a write, then kill), term, or an errno."""
+
+    at: int
+    kind: str
+
+
+class Points:
+    """Counts the calls, and lets the fault happen."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+        self.seen: list[str] = []
+        self.lock = threading.Lock()
+
+    def install(self) -> None:
+        for name in CALLS:
+            setattr(os, name, self.watched(name, getattr(os, name)))
+        system_call = renaming._system_call()
+        renaming._system_call = lambda: self.watched("renameat2", system_call)
+
+    def watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watch(*arguments: Any, **more: Any) -> Any:
+            with self.lock:
+                number = len(self.seen)
+                self.seen.append(name)
+            if number == self.fault.at:
+                self.fail(name, call, arguments)
+            return call(*arguments, **more)
+
+        return watch
+
+    def fail(self, name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        if self.fault.kind == "tear" and name == "pwrite":
+            descriptor, content, offset = arguments
+            call(descriptor, bytes(content[: len(content) // 2]), offset)
+        if self.fault.kind in ("kill", "tear"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.fault.kind == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            code = getattr(errno, self.fault.kind)
+            raise OSError(code, os.strerror(code))
+
+
+def _convert(case: Case, fault: Fault, results: Any) -> None:
+    signal.signal(signal.SIGTERM, _terminated)
+    shrink()
+    points = Points(fault)
+    points.install()
+    try:
+        converting.convert(case.source, case.target, **case.options)
+        results.put(points.seen)
+    except (OSError, KeyboardInterrupt) as error:
+        results.put(repr(error))
+
+
+def _terminated(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def convert_with(case: Case, fault: Fault) -> Any:
+    """Convert in a process of its own. Return the calls that it made, what it raised, or None where it was killed."""
+    results = _CONTEXT.SimpleQueue()
+    process = _CONTEXT.Process(target=_convert, args=(case, fault, results))
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None, "it hangs"
+    if process.exitcode == -signal.SIGKILL:
+        return None
+    assert process.exitcode == 0, process.exitcode
+    return results.get()

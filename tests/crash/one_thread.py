@@ -1,0 +1,55 @@
+"""The conversion that `campaign.py` disturbs: all its writing in one thread, so that system calls can be counted."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from gemma4_moe import convert, ledger, writing  # noqa: E402
+from gemma4_moe.checkpoints import hashing  # noqa: E402
+from gemma4_moe.checkpoints.direct_io import allocate  # noqa: E402
+from gemma4_moe.errors import Gemma4MoEError  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from gemma4_moe.blocks import Block, Memory
+    from gemma4_moe.pipeline import Steps
+
+
+def run_in_order(blocks: Iterable[Block], steps: Steps[Any], memory: Memory) -> None:
+    source, target = allocate(memory.buffer_bytes), allocate(memory.buffer_bytes)
+    for block in blocks:
+        steps.compute(block, steps.read(block, source), target)
+        steps.write(block, target, steps.digest(block, target))
+
+
+def terminated(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    source, target, shard_size, memory, chunk_bytes, flush_bytes, overwrite = sys.argv[1:]
+    hashing.CHUNK_BYTES, ledger.FLUSH_BYTES = int(chunk_bytes), int(flush_bytes)
+    writing.run = run_in_order
+    signal.signal(signal.SIGTERM, terminated)
+    try:
+        convert(
+            source,
+            target,
+            workers=1,
+            max_shard_size=int(shard_size),
+            max_memory=int(memory),
+            overwrite=overwrite == "True",
+        )
+    except (Gemma4MoEError, KeyboardInterrupt) as error:
+        return getattr(error, "exit_status", 130)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

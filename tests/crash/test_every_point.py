@@ -1,0 +1,42 @@
+"""Kill, tear, stop or refuse a conversion at calls that change the disk: nothing is lost, nothing is half done.
+
+Every seventh call in an ordinary run, each kind of fault beginning with another one; all of them with
+GEMMA4_MOE_CRASH_STEP=1. The program `campaign.py` does the same from outside of the process, at system calls.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from crash.cases import Case
+from crash.faults import Fault, convert_with
+from gemma4_moe import ledger
+from gemma4_moe.checkpoints import hashing
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KINDS = ("kill", "tear", "ENOSPC", "EIO", "term")
+
+
+@pytest.fixture(autouse=True)
+def sizes_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "CHUNK_BYTES", hashing.CHUNK_BYTES)
+    monkeypatch.setattr(ledger, "FLUSH_BYTES", ledger.FLUSH_BYTES)
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_calls_that_change_the_disk(kind: str, overwrite: bool, tmp_path: Path) -> None:
+    case = Case(tmp_path / "work", overwrite=overwrite)
+    calls = convert_with(case, Fault(-1, "none"))
+    assert {"pwrite", "fsync", "mkdir", "unlink", "renameat2"} <= set(calls)
+    step = int(os.environ.get("GEMMA4_MOE_CRASH_STEP", "7"))
+    for at in range(KINDS.index(kind) % step, len(calls), step):
+        try:
+            case.check(lambda case, fault=Fault(at, kind): convert_with(case, fault))  # type: ignore[misc]
+        except AssertionError as error:
+            raise AssertionError(f"{kind} at call {at}, {calls[at]}: {error}") from error

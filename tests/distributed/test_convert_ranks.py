@@ -1,0 +1,105 @@
+"""Ranks that convert one checkpoint together: the same bytes for 1, 2 and 4, one failure stops all, torchrun works."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import torch.distributed as dist
+
+from gemma4_moe import convert, ledger
+from gemma4_moe.checkpoints import hashing
+from gemma4_moe.checkpoints.unfinished import remains
+from gemma4_moe.errors import ParallelError, StorageError
+from support import ranks
+from support.checkpoints import contents, write_checkpoint
+from support.models import random_hf_state_dict
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OPTIONS = {"max_shard_size": 60_000, "max_memory": 60_000}
+
+
+def shrink() -> None:
+    hashing.CHUNK_BYTES = 8192
+    ledger.FLUSH_BYTES = 8192
+
+
+def convert_on_all(source: Path, target: Path) -> None:
+    shrink()
+    done: list[int] = []
+    convert(source, target, progress=lambda now, _: done.append(now), **OPTIONS)
+    assert dist.get_world_size() == 1 or done[-1] < 100_000, "a rank has done more than its share"
+
+
+def fail_on_the_last(source: Path, target: Path) -> None:
+    shrink()
+    world, rank = dist.get_world_size(), dist.get_rank()
+
+    def fill_the_disk(done: int, total: int) -> None:
+        if rank == world - 1 and done > total // 2:
+            raise StorageError("no space left, says the test")
+
+    with pytest.raises(StorageError if rank == world - 1 else ParallelError, match=r"no space|rank 1 could not"):
+        convert(source, target, progress=fill_the_disk, **OPTIONS)
+
+
+def resume_on_all(source: Path, target: Path) -> None:
+    shrink()
+    convert(source, target, resume=True, **OPTIONS)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24))
+
+
+@pytest.fixture
+def alone(source: Path, tmp_path: Path) -> dict[str, str]:
+    ranks.run(1, convert_on_all, source, tmp_path / "alone")
+    return contents(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_bytes_do_not_depend_on_the_number_of_ranks(
+    world: int, source: Path, alone: dict[str, str], tmp_path: Path
+) -> None:
+    ranks.run(world, convert_on_all, source, tmp_path / "together")
+    assert contents(tmp_path / "together") == alone
+    assert remains(tmp_path / "together") is None
+
+
+def test_one_failure_stops_all_and_any_number_of_ranks_can_go_on(
+    source: Path, alone: dict[str, str], tmp_path: Path
+) -> None:
+    ranks.run(2, fail_on_the_last, source, tmp_path / "nemo")
+    assert not (tmp_path / "nemo").exists()
+    left = remains(tmp_path / "nemo")
+    assert left is not None
+    assert left.resumable
+    ranks.run(4, resume_on_all, source, tmp_path / "nemo")
+    assert contents(tmp_path / "nemo") == alone
+    assert remains(tmp_path / "nemo") is None
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "gemma4_moe", "convert", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_under_torchrun_rank_0_speaks_for_all(source: Path, tmp_path: Path) -> None:
+    done = torchrun(source, tmp_path / "nemo")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("target ") == 1
+    convert(source, tmp_path / "alone")
+    assert contents(tmp_path / "nemo") == contents(tmp_path / "alone")
+    refused = torchrun(source, tmp_path / "nemo")
+    assert refused.returncode == 1
+    assert refused.stderr.count("gemma4-moe: error: the target exists") == 1
