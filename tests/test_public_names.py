@@ -14,7 +14,7 @@ import pytest
 
 import gemma4_moe
 
-FUNCTIONS = ["convert", "diff", "inspect", "plan", "verify"]
+FUNCTIONS = ["convert", "diff", "inspect", "load_hf", "plan", "save_hf", "verify"]
 CLASSES = ["BackendConfig", "Gemma4MoEError", "Gemma4MoEStateDictAdapter", "Layout", "MoEConfig", "StateDictAdapter"]
 
 

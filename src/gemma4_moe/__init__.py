@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from gemma4_moe.interface import StateDictAdapter as StateDictAdapter
     from gemma4_moe.layouts import Layout as Layout
     from gemma4_moe.planning import plan as plan
+    from gemma4_moe.sharded_loading import load_hf as load_hf
+    from gemma4_moe.sharded_saving import save_hf as save_hf
     from gemma4_moe.state_dict_adapter import Gemma4MoEStateDictAdapter as Gemma4MoEStateDictAdapter
     from gemma4_moe.verifying import verify as verify
 
@@ -32,7 +34,9 @@ _HOME = {
     "convert": "converting",
     "diff": "differing",
     "inspect": "inspecting",
+    "load_hf": "sharded_loading",
     "plan": "planning",
+    "save_hf": "sharded_saving",
     "verify": "verifying",
 }
 

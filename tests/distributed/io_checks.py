@@ -1,0 +1,100 @@
+"""`load_hf` and `save_hf` on each rank: shards of the formula's model, and files whose bytes don't know the ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from distributed.placement_checks import CASES, is_expert, same, shard
+from gemma4_moe import load_hf, save_hf
+from gemma4_moe.errors import ParallelError
+from support.formulas import nemo_from_hf
+from support.models import random_hf_state_dict
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+E, H, I = 5, 9, 11  # noqa: E741
+MODEL = torch.float32
+
+
+def native() -> dict[str, torch.Tensor]:
+    """The nemo model of the checkpoint that the test wrote: bf16 on disk, fp32 in memory."""
+    hf = random_hf_state_dict(E=E, H=H, I=I, layers=2)
+    return {name: tensor.to(MODEL) for name, tensor in nemo_from_hf(hf, MODEL).items()}
+
+
+def shard_all(state: dict[str, torch.Tensor], mesh: Any, placements: Any) -> dict[str, Any]:
+    """Shard the experts by `placements` and every matrix beside them as FSDP does; vectors stay whole."""
+    sharded = shard(state, mesh, placements)
+    return {
+        name: distribute_tensor(tensor, mesh, [Shard(0)] * mesh.ndim, src_data_rank=None)
+        if not is_expert(name) and tensor.ndim == 2
+        else tensor
+        for name, tensor in sharded.items()
+    }
+
+
+def check_load(world: int, source: Path) -> None:
+    for shape, placements, _ in CASES[world]:
+        expected = shard_all(native(), init_device_mesh("cpu", shape), placements)
+        model = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
+        model["lm_head.weight"] = model["model.language_model.embed_tokens.weight"]
+        found = load_hf(model, source)
+        del model["lm_head.weight"]
+        same(model, expected)
+        assert found.unused == ()
+        assert set(found.filled) == set(expected)
+
+
+def check_save(world: int, source: Path, target: Path) -> None:
+    for number, (shape, placements, _) in enumerate(CASES[world]):
+        model = shard_all(native(), init_device_mesh("cpu", shape), placements)
+        model["lm_head.weight"] = model["model.language_model.embed_tokens.weight"]
+        saved = save_hf(model, target / f"{world}-{number}", config_from=source, max_shard_size=2000, dtype="bfloat16")
+        total = sum(size for size in _everyones(saved.written_bytes))
+        assert total == sum(tensor.nbytes for tensor in native().values()) // 2 + 2 * E * 2  # and two scales
+        assert saved.tensors == len(native()) + 2
+
+
+def check_save_pipeline(source: Path, target: Path) -> None:
+    """Each rank has one of the two layers, and the first has the embedding."""
+    rank = dist.get_rank()
+    state = {n: t for n, t in native().items() if f"layers.{1 - rank}." not in n and (rank == 0 or "embed" not in n)}
+    save_hf(state, target, config_from=source, max_shard_size=2000, dtype="bfloat16")
+
+
+def check_load_pipeline(source: Path) -> None:
+    rank = dist.get_rank()
+    expected = {name: tensor for name, tensor in native().items() if f"layers.{rank}." in name}
+    model = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
+    found = load_hf(model, source)
+    same(model, expected)
+    assert set(found.unused) == native().keys() - expected.keys()
+
+
+def check_save_failure(source: Path, target: Path) -> None:
+    """Rank 1 lacks half of a layer's rows in its shape: all ranks fail, and nothing is left."""
+    state = native()
+    if dist.get_rank() == 1:
+        name = "model.language_model.layers.0.moe.gate.scale"
+        state[name] = state[name][:4]
+    with pytest.raises(ParallelError, match="ranks disagree") as caught:
+        save_hf(state, target, config_from=source)
+    assert "moe.gate.scale" in str(caught.value)
+    assert not target.exists()
+
+
+def _everyones(value: int) -> list[int]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

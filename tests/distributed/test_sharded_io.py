@@ -1,0 +1,79 @@
+"""`load_hf` and `save_hf` for every placement: the bytes don't tell how many ranks wrote."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from distributed import io_checks
+from gemma4_moe import load_hf, save_hf
+from gemma4_moe.errors import TensorShapeError, UnknownTensorError, UsageError
+from support import ranks
+from support.checkpoints import contents, write_checkpoint
+from support.formulas import hf_from_nemo
+from support.models import random_hf_state_dict, read_directory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    state = random_hf_state_dict(E=io_checks.E, H=io_checks.H, I=io_checks.I, layers=2)
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "hf", state)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_load(world: int, source: Path) -> None:
+    ranks.run(world, io_checks.check_load, world, source)
+
+
+def test_save_gives_the_same_bytes_on_any_ranks(source: Path, tmp_path: Path) -> None:
+    for world in (1, 2, 4):
+        ranks.run(world, io_checks.check_save, world, source, tmp_path)
+    ranks.run(2, io_checks.check_save_pipeline, source, tmp_path / "pipeline")
+    expected = hf_from_nemo({name: tensor.bfloat16() for name, tensor in io_checks.native().items()})
+    found = read_directory(tmp_path / "1-0")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    first = contents(tmp_path / "1-0")
+    assert "tokenizer.json" in first
+    directories = sorted(tmp_path.iterdir())
+    assert len(directories) == 2 + 3 + 6 + 1
+    for directory in directories:
+        assert contents(directory) == first, directory
+
+
+def test_pipeline_stages_load_their_layers(source: Path) -> None:
+    ranks.run(2, io_checks.check_load_pipeline, source)
+
+
+def test_a_disagreement_fails_on_all_ranks_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    ranks.run(2, io_checks.check_save_failure, source, tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_round_trip_keeps_native_bits(source: Path, tmp_path: Path) -> None:
+    model = io_checks.native()
+    save_hf(model, tmp_path / "hf", config_from=source)
+    again = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
+    load_hf(again, tmp_path / "hf")
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.items())
+
+
+def test_a_tensor_that_the_checkpoint_lacks_is_named(source: Path) -> None:
+    model = io_checks.native() | {"model.language_model.layers.0.extra.weight": torch.zeros(2)}
+    before = {name: tensor.clone() for name, tensor in model.items()}
+    with pytest.raises(UnknownTensorError, match=r"layers\.0\.extra\.weight"):
+        load_hf(model, source)
+    assert all(torch.equal(model[name], tensor) for name, tensor in before.items()), "checked before anything is filled"
+
+
+def test_a_wrong_shape_and_a_meta_tensor_are_named(source: Path) -> None:
+    name = "model.language_model.layers.0.moe.gate.scale"
+    with pytest.raises(TensorShapeError, match=name):
+        load_hf(io_checks.native() | {name: torch.zeros(8)}, source)
+    with pytest.raises(UsageError, match=name):
+        load_hf(io_checks.native() | {name: torch.zeros(9, device="meta")}, source)
