@@ -1,0 +1,184 @@
+"""What the integration relies on in NeMo AutoModel: where it is, and a check of each part.
+
+Private names are among it, so a version is taken at its word only where it has all of them, and where its code still
+uses them: a replaced name that nobody looks up any more would change nothing, silently.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gemma4_moe.errors import UsageError
+from gemma4_moe.state_dict_adapter import Gemma4MoEStateDictAdapter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
+#: The version that the tests run with.
+TESTED = "0.7.0"
+
+#: The class that NeMo's model module looks up when a model is built, in that module and in the one beside it.
+ADAPTER = "Gemma4MoEStateDictAdapter"
+
+#: The Checkpointer's method that reads files into a state dict.
+READ = "_do_load"
+
+_COMPONENTS = "nemo_automodel.components"
+
+
+@dataclass(frozen=True, slots=True)
+class Nemo:
+    """The parts of an installed NeMo AutoModel.
+
+    Attributes:
+        version: Its version, without what a development build appends.
+        model: The module of the Gemma 4 MoE model.
+        beside: The module beside it that defines the adapter.
+        checkpointing: The module of the Checkpointer.
+        checkpointer: The class `Checkpointer`.
+        interface: The class `StateDictAdapter`.
+        mixin: The class `MoESplitExpertsStateDictMixin`.
+    """
+
+    version: str
+    model: ModuleType
+    beside: ModuleType
+    checkpointing: ModuleType
+    checkpointer: Any
+    interface: Any
+    mixin: Any
+
+
+def find() -> Nemo:
+    """Import the parts.
+
+    Raises:
+        UsageError: One of them is not there.
+    """
+    checkpointing = _module(f"{_COMPONENTS}.checkpoint.checkpointing")
+    return Nemo(
+        version=str(_part(_module("nemo_automodel"), "__version__")).partition("+")[0],
+        model=_module(f"{_COMPONENTS}.models.gemma4_moe.model"),
+        beside=_module(f"{_COMPONENTS}.models.gemma4_moe.state_dict_adapter"),
+        checkpointing=checkpointing,
+        checkpointer=_part(checkpointing, "Checkpointer"),
+        interface=_part(_module(f"{_COMPONENTS}.checkpoint.state_dict_adapter"), "StateDictAdapter"),
+        mixin=_part(_module(f"{_COMPONENTS}.moe.state_dict_mixin"), "MoESplitExpertsStateDictMixin"),
+    )
+
+
+def check(nemo: Nemo) -> None:
+    """Check everything that the integration relies on.
+
+    Raises:
+        UsageError: One of the checks failed; the message says which.
+
+    Warns:
+        UserWarning: All passed, on a version that is not the one that was tested.
+    """
+    passed = []
+    for expected, is_so in _checks(nemo):
+        if not is_so:
+            raise UsageError(
+                f"NeMo AutoModel {nemo.version} is not as this integration expects it; nothing was installed",
+                expected=expected,
+                hint=f"use nemo-automodel {TESTED}, or the version of this package that goes with yours",
+            )
+        passed.append(expected)
+    if nemo.version != TESTED:
+        warnings.warn(
+            f"the integration was tested with NeMo AutoModel {TESTED}, not with {nemo.version}. Checked, and found: "
+            + "; ".join(passed),
+            stacklevel=3,
+        )
+
+
+def _checks(nemo: Nemo) -> Iterator[tuple[str, bool]]:
+    """Yield each expectation and whether it holds."""
+    theirs = getattr(nemo.beside, ADAPTER, None)
+    model = getattr(nemo.model, "Gemma4ForConditionalGeneration", None)
+    load = getattr(nemo.checkpointer, "load_model", None)
+    to_hf = getattr(nemo.checkpointing, "_maybe_adapt_state_dict_to_hf", None)
+    from_hf = getattr(nemo.checkpointing, "_maybe_adapt_state_dict_from_hf", None)
+    abstract: frozenset[str] = getattr(nemo.interface, "__abstractmethods__", frozenset())
+    yield (
+        f"the model's module has the adapter's class of the module beside it as {ADAPTER}",
+        inspect.isclass(theirs) and vars(nemo.model).get(ADAPTER) is theirs,
+    )
+    yield (
+        f"{ADAPTER} is made from config, moe_config, backend and dtype",
+        _takes(theirs, "config", "moe_config", "backend", "dtype"),
+    )
+    yield f"Gemma4ForConditionalGeneration looks {ADAPTER} up when it is built", _uses(model, "__init__", ADAPTER)
+    yield (
+        "no method of StateDictAdapter is abstract that our adapter lacks",
+        inspect.isclass(nemo.interface) and all(hasattr(Gemma4MoEStateDictAdapter, name) for name in abstract),
+    )
+    yield "MoESplitExpertsStateDictMixin is a class", inspect.isclass(nemo.mixin)
+    yield (
+        f"Checkpointer.{READ} takes state_dict, path, storage_reader and is_init_step",
+        READ in vars(nemo.checkpointer)
+        and _takes(vars(nemo.checkpointer)[READ], "state_dict", "path", "storage_reader", "is_init_step"),
+    )
+    yield f"Checkpointer.load_model reads with {READ}", _uses(nemo.checkpointer, "load_model", READ)
+    yield (
+        "Checkpointer.load_model asks the adapter for destinations with for_checkpoint_load",
+        "for_checkpoint_load" in _constants(load),
+    )
+    yield "the checkpointing module calls to_hf of state_dict_adapter", {"to_hf"} <= _names(to_hf)
+    yield "the checkpointing module calls from_hf of state_dict_adapter", {"from_hf"} <= _names(from_hf)
+    for name in ("_get_checkpoint_metadata", "_maybe_msc_reader"):
+        helper = getattr(nemo.checkpointing, name, None)
+        yield (
+            f"the checkpointing module has {name} of path and storage_reader",
+            _takes(helper, "path", "storage_reader"),
+        )
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(
+            "a part of NeMo AutoModel can't be imported",
+            expected=name,
+            found=str(error),
+            hint=f"pip install nemo-automodel=={TESTED}",
+        ) from error
+
+
+def _part(module: ModuleType, name: str) -> Any:
+    if not hasattr(module, name):
+        raise UsageError(
+            "a part of NeMo AutoModel is not where this integration looks for it",
+            expected=f"{name} in {module.__name__}",
+            hint=f"use nemo-automodel {TESTED}",
+        )
+    return getattr(module, name)
+
+
+def _takes(function: Any, *names: str) -> bool:
+    return callable(function) and set(names) <= set(inspect.signature(function).parameters)
+
+
+def _uses(owner: Any, method: str, name: str) -> bool:
+    """Say whether a method of `owner` looks up a global or an attribute of that name."""
+    return name in _names(getattr(owner, method, None))
+
+
+def _names(function: Any) -> set[str]:
+    code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
+    return set() if code is None else set(code.co_names)
+
+
+def _constants(function: Any) -> set[str]:
+    """Return the strings among a function's constants, and the names of the keyword arguments that it passes on."""
+    code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
+    constants = () if code is None else code.co_consts
+    inside = [item for constant in constants if isinstance(constant, tuple) for item in constant]
+    return {item for item in (*constants, *inside) if isinstance(item, str)}

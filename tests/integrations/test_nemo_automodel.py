@@ -1,0 +1,248 @@
+"""install, uninstall and the class that NeMo AutoModel gets: what it looks for, and what is put back."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import sys
+import types
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from gemma4_moe import Gemma4MoEStateDictAdapter
+from gemma4_moe.errors import UsageError
+from gemma4_moe.integrations import nemo_automodel, nemo_contract
+from gemma4_moe.small_models import build_model
+from support import peer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+NAMES = [
+    ("models.gemma4_moe.model", None, "Gemma4MoEStateDictAdapter"),
+    ("models.gemma4_moe.state_dict_adapter", None, "Gemma4MoEStateDictAdapter"),
+    ("checkpoint.checkpointing", "Checkpointer", "_do_load"),
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_installed() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NeMo warns when it is first imported
+        nemo_contract.find()
+    yield
+    nemo_automodel.uninstall()
+
+
+def what_stands_there() -> list[Any]:
+    """The objects that NeMo finds under the names that may be replaced."""
+    found = []
+    for module, owner, name in NAMES:
+        holder: Any = importlib.import_module(f"nemo_automodel.components.{module}")
+        found.append(vars(holder if owner is None else getattr(holder, owner))[name])
+    return found
+
+
+def all_names() -> dict[str, dict[str, Any]]:
+    """Everything in the modules, and in the Checkpointer's class, that `install` touches."""
+    modules = {module: importlib.import_module(f"nemo_automodel.components.{module}") for module, _, _ in NAMES}
+    checkpointer = modules["checkpoint.checkpointing"].Checkpointer
+    return {name: dict(vars(module)) for name, module in modules.items()} | {"Checkpointer": dict(vars(checkpointer))}
+
+
+def test_it_replaces_three_names_and_puts_back_exactly_what_was_there() -> None:
+    before, everything = what_stands_there(), all_names()
+    nemo_automodel.install()
+    assert all(now is not then for now, then in zip(what_stands_there(), before, strict=True))
+    assert what_stands_there()[0] is what_stands_there()[1] is nemo_automodel.adapter_class()
+    nemo_automodel.uninstall()
+    assert all(now is then for now, then in zip(what_stands_there(), before, strict=True))
+    assert all_names() == everything
+
+
+def test_a_second_install_and_a_second_uninstall_change_nothing() -> None:
+    before = what_stands_there()
+    nemo_automodel.uninstall()
+    nemo_automodel.install()
+    once = what_stands_there()
+    nemo_automodel.install()
+    assert what_stands_there() == once
+    nemo_automodel.uninstall()
+    nemo_automodel.uninstall()
+    assert what_stands_there() == before
+
+
+def test_with_blocks_nest_and_end_when_the_outermost_does_even_by_an_error() -> None:
+    before = what_stands_there()
+
+    def fail_inside() -> None:
+        with nemo_automodel.installed():
+            with nemo_automodel.installed():
+                inside = what_stands_there()
+            assert what_stands_there() == inside != before
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
+    assert what_stands_there() == before
+
+
+def test_a_with_block_leaves_what_was_installed_before_it() -> None:
+    nemo_automodel.install()
+    with nemo_automodel.installed():
+        pass
+    assert what_stands_there()[0] is nemo_automodel.adapter_class()
+
+
+def test_the_class_is_theirs_by_every_isinstance_and_ours_in_every_method() -> None:
+    from nemo_automodel.components.checkpoint.state_dict_adapter import StateDictAdapter
+    from nemo_automodel.components.moe.state_dict_mixin import MoESplitExpertsStateDictMixin
+
+    found = nemo_automodel.adapter_class()
+    assert found is nemo_automodel.adapter_class()
+    assert issubclass(found, Gemma4MoEStateDictAdapter)
+    assert issubclass(found, StateDictAdapter)
+    assert issubclass(found, MoESplitExpertsStateDictMixin)
+    assert not inspect.isabstract(found)
+    for name in ("from_hf", "to_hf", "convert_single_tensor_to_hf", "supports_low_memory_dcp_load"):
+        assert inspect.getattr_static(found, name) is inspect.getattr_static(Gemma4MoEStateDictAdapter, name)
+
+
+def test_nemo_rl_finds_our_class_by_the_ending_of_its_name() -> None:
+    nemo_automodel.install()
+    model = importlib.import_module("nemo_automodel.components.models.gemma4_moe.model").Gemma4ForConditionalGeneration
+    beside = importlib.import_module(model.__module__.rpartition(".")[0] + ".state_dict_adapter")
+    classes = [
+        found for name, found in inspect.getmembers(beside, inspect.isclass) if name.endswith("StateDictAdapter")
+    ]
+    assert classes[0] is nemo_automodel.adapter_class()
+    assert not getattr(classes[0].convert_single_tensor_to_hf, "__isabstractmethod__", False)
+
+
+def test_models_built_while_it_is_installed_have_our_adapter_and_keep_it() -> None:
+    config = build_model("multimodal").config
+    with nemo_automodel.installed():
+        model = peer.model(config)
+    assert type(model.state_dict_adapter) is nemo_automodel.adapter_class()
+    assert model.state_dict_adapter.moe_config.n_routed_experts == 6
+    assert not isinstance(peer.model(config).state_dict_adapter, Gemma4MoEStateDictAdapter)
+
+
+def test_what_nemo_reads_of_the_adapter() -> None:
+    with nemo_automodel.installed():
+        adapter = peer.model(build_model("multimodal").config).state_dict_adapter
+    assert adapter.supports_low_memory_dcp_load is adapter._supports_low_memory_dcp_load is True
+    assert adapter.view_loaded_native_keys == set()  # from_hf returns every key, those loaded in place too
+    assert adapter.checkpoint_key_aliases == {}
+    assert not hasattr(adapter, "forced_hf_dtype_mapping")  # the export keeps the base checkpoint's dtypes
+    assert not hasattr(adapter, "set_expert_storage_format")  # NeMo then refuses MXFP4 experts in its own words
+    adapter._paramwrapper_layout_hint = None  # set around each from_hf
+
+
+def test_names_to_be_saved_are_those_of_to_hf_without_extra_state() -> None:
+    with nemo_automodel.installed():
+        model = peer.model(build_model("multimodal").config)
+    adapter, state = model.state_dict_adapter, model.state_dict()
+    names = adapter.get_hf_state_dict_keys(state | {"model.language_model.layers.0.mlp._extra_state": None})
+    assert names == list(adapter.to_hf(state))
+
+
+def test_without_nemo_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nemo_automodel.components.checkpoint.checkpointing", None)
+    with pytest.raises(UsageError, match="can't be imported") as refused:
+        nemo_automodel.install()
+    assert refused.value.hint == "pip install nemo-automodel==0.7.0"
+    assert refused.value.facts["expected"] == "nemo_automodel.components.checkpoint.checkpointing"
+
+
+def test_a_class_that_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("nemo_automodel.components.moe.state_dict_mixin.MoESplitExpertsStateDictMixin")
+    with pytest.raises(UsageError, match="not where") as refused:
+        nemo_automodel.install()
+    assert refused.value.facts["expected"].startswith("MoESplitExpertsStateDictMixin in nemo_automodel.components.moe")
+
+
+def without(module: types.ModuleType, *names: str, **changed: Any) -> Any:
+    return types.SimpleNamespace(**{k: v for k, v in vars(module).items() if k not in names} | changed)
+
+
+class Elsewhere:
+    """Has the methods that are looked for, and none does what is expected."""
+
+    __abstractmethods__ = frozenset({"from_hf", "a_new_method"})
+
+    def __init__(self, config: Any, moe_config: Any) -> None: ...
+
+    def _do_load(self, state_dict: Any, path: Any) -> None: ...
+
+    def load_model(self) -> None: ...
+
+
+class Looking(Elsewhere):
+    def load_model(self) -> None:
+        self._do_load(1, 2)
+
+
+CHANGES: dict[str, Callable[[nemo_contract.Nemo], dict[str, Any]]] = {
+    "has the adapter's class": lambda nemo: {"model": without(nemo.model, nemo_contract.ADAPTER)},
+    "is made from config": lambda nemo: {
+        "model": without(nemo.model, Gemma4MoEStateDictAdapter=Elsewhere),
+        "beside": without(nemo.beside, Gemma4MoEStateDictAdapter=Elsewhere),
+    },
+    "looks Gemma4MoEStateDictAdapter up": lambda nemo: {
+        "model": without(nemo.model, Gemma4ForConditionalGeneration=Elsewhere)
+    },
+    "is abstract that our adapter lacks": lambda _: {"interface": Elsewhere},
+    "Mixin is a class": lambda nemo: {"mixin": nemo.mixin.__init__},
+    "_do_load takes": lambda _: {"checkpointer": Elsewhere},
+    "load_model reads with": lambda nemo: {
+        "checkpointer": type("Checkpointer", (Elsewhere,), {"_do_load": nemo.checkpointer._do_load})
+    },
+    "for_checkpoint_load": lambda nemo: {
+        "checkpointer": type("Checkpointer", (Looking,), {"_do_load": nemo.checkpointer._do_load})
+    },
+    "calls to_hf": lambda nemo: {"checkpointing": without(nemo.checkpointing, "_maybe_adapt_state_dict_to_hf")},
+    "calls from_hf": lambda nemo: {
+        "checkpointing": without(nemo.checkpointing, _maybe_adapt_state_dict_from_hf=lambda *_: None)
+    },
+    "_get_checkpoint_metadata": lambda nemo: {
+        "checkpointing": without(nemo.checkpointing, _get_checkpoint_metadata=lambda _: None)
+    },
+    "_maybe_msc_reader": lambda nemo: {"checkpointing": without(nemo.checkpointing, "_maybe_msc_reader")},
+}
+
+
+@pytest.mark.parametrize("failing", CHANGES)
+def test_what_it_relies_on_is_checked_and_named(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    nemo, before = nemo_contract.find(), what_stands_there()
+    changed = dataclasses.replace(nemo, **CHANGES[failing](nemo))
+    monkeypatch.setattr(nemo_contract, "find", lambda: changed)
+    with pytest.raises(UsageError, match="nothing was installed") as refused:
+        nemo_automodel.install()
+    assert failing in refused.value.facts["expected"]
+    assert what_stands_there() == before
+
+
+def test_each_check_has_a_test_that_fails_it() -> None:
+    expectations = [expected for expected, _ in nemo_contract._checks(nemo_contract.find())]
+    assert len(expectations) == len(CHANGES)
+    for expected, failing in zip(expectations, CHANGES, strict=True):
+        assert failing in expected
+
+
+def test_another_version_that_passes_all_checks_is_used_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    nemo = dataclasses.replace(nemo_contract.find(), version="0.8.1")
+    monkeypatch.setattr(nemo_contract, "find", lambda: nemo)
+    with pytest.warns(UserWarning, match=r"tested with NeMo AutoModel 0\.7\.0, not with 0\.8\.1") as warned:
+        nemo_automodel.install()
+    assert all(failing in str(warned[0].message) for failing in CHANGES)
+    assert what_stands_there()[0] is nemo_automodel.adapter_class()
+
+
+def test_the_tested_version_is_used_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nemo_automodel.install()
