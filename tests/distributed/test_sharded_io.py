@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from distributed import io_checks
+from distributed import io_checks, plain_pytorch
 from gemma4_moe import load_hf, save_hf
 from gemma4_moe.errors import TensorShapeError, UnknownTensorError, UsageError
 from support import ranks
@@ -77,3 +77,21 @@ def test_a_wrong_shape_and_a_meta_tensor_are_named(source: Path) -> None:
         load_hf(io_checks.native() | {name: torch.zeros(8)}, source)
     with pytest.raises(UsageError, match=name):
         load_hf(io_checks.native() | {name: torch.zeros(9, device="meta")}, source)
+
+
+def test_a_plain_fsdp_program_saves_the_model_that_it_loaded(tmp_path: Path) -> None:
+    """Experts over ep, all parameters over FSDP: the same bytes on 1, 2 and 4 ranks, and the source's logits."""
+    from transformers import Gemma4ForConditionalGeneration
+
+    from gemma4_moe.small_models import build_model, logits, save_model
+
+    model = build_model("multimodal")
+    save_model(model, tmp_path / "hf")
+    for world, ep, dp in ((1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2)):
+        ranks.run(world, plain_pytorch.run, tmp_path / "hf", tmp_path / f"{world}-{ep}", ep, dp)
+    first = contents(tmp_path / "1-1")
+    assert contents(tmp_path / "2-1") == first
+    assert contents(tmp_path / "2-2") == first
+    assert contents(tmp_path / "4-2") == first
+    result = Gemma4ForConditionalGeneration.from_pretrained(tmp_path / "4-2")
+    assert (logits(result) - logits(model)).abs().max() < 5e-6

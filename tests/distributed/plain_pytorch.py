@@ -1,0 +1,61 @@
+"""A training program without NeMo: a module with nemo names, its experts over `ep`, all of it over FSDP."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from gemma4_moe import load_hf, plan, save_hf
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def module_of(source: Path) -> nn.Module:
+    """A tree of modules whose parameters and buffers are the nemo tensors of a checkpoint, not yet filled."""
+    root = nn.Module()
+    for name, planned in plan(source, to="nemo").plan.tensors.items():
+        *path, last = name.split(".")
+        owner = root
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner._modules[part]
+        tensor = torch.full(planned.shape, 3.0, dtype=torch.float32)
+        if last in ("layer_scalar", "std_bias", "std_scale"):
+            owner.register_buffer(last, tensor)
+        else:
+            owner.register_parameter(last, nn.Parameter(tensor))
+    return root
+
+
+def shard(module: nn.Module, ep: int, dp: int) -> None:
+    """Shard experts over `ep` and then all parameters over `dp`, as FSDP2 does it."""
+    mesh = init_device_mesh("cpu", (dp, ep), mesh_dim_names=("dp", "ep"))
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if name in ("gate_and_up_projs", "down_projs"):
+                sharded = distribute_tensor(parameter.detach(), mesh["ep"], [Shard(0)], src_data_rank=None)
+                setattr(owner, name, nn.Parameter(sharded))
+    for owner in module.modules():
+        if "gate_and_up_projs" in owner._parameters:
+            fully_shard(owner, mesh=mesh["dp"])
+    fully_shard(module, mesh=mesh["dp"])
+
+
+def run(source: Path, target: Path, ep: int, dp: int) -> None:
+    """Load, and save what was loaded."""
+    module = module_of(source)
+    if dist.get_world_size() > 1:
+        shard(module, ep, dp)
+        experts = next(p for name, p in module.named_parameters() if name.endswith("down_projs"))
+        assert isinstance(experts, DTensor)
+        assert experts.device_mesh.ndim == 2, "FSDP keeps the experts' own dimension"
+    load_hf(module, source)
+    save_hf(module, target, config_from=source, max_shard_size="200KB")
