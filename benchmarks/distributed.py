@@ -1,6 +1,6 @@
 """One real-size layer over gloo ranks: gathered and sharded `to_hf`, beside the peer's and the wire's own limit.
 
-    python benchmarks/distributed.py [--world 2|4] [--repeat 5] [--peer] [--json FILE]
+    python benchmarks/distributed.py [--world 2|4] [--repeat 5] [--peer] [--experts 128] [--json FILE]
 
 World 2 is ep 2, world 4 is ep_shard 2 × ep 2. The limit is one all-gather of the same bytes. Times are those of the
 slowest rank, in seconds; memory is the most that a rank's resident size grew, in bytes.
@@ -31,10 +31,9 @@ from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-E, H, I = 128, 2816, 704  # noqa: E741
+H, I = 2816, 704  # noqa: E741
 LAYER = "model.language_model.layers.0."
-SHAPES = {LAYER + "moe.experts.gate_and_up_projs": (E, H, 2 * I), LAYER + "moe.experts.down_projs": (E, I, H)}
-FULL_BYTES = sum(torch.Size(shape).numel() * 2 for shape in SHAPES.values())
+LIMIT = "all-gather of the same bytes (limit)"
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -61,13 +60,16 @@ def measure(action: Callable[[], Any], repeat: int) -> dict[str, Any]:
 def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=options.world, timeout=datetime.timedelta(minutes=20))
+    limit = datetime.timedelta(minutes=20)
+    dist.init_process_group("gloo", rank=rank, world_size=options.world, timeout=limit)
     shape = (options.world,) if options.world == 2 else (2, 2)
     names = ("ep",) if options.world == 2 else ("ep_shard", "ep")
     placements = (Shard(0),) if options.world == 2 else (Shard(1), Shard(0))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    E = options.experts
+    shapes = {LAYER + "moe.experts.gate_and_up_projs": (E, H, 2 * I), LAYER + "moe.experts.down_projs": (E, I, H)}
     state = {}
-    for name, whole in SHAPES.items():
+    for name, whole in shapes.items():
         local = [*whole]
         for ranks, placement in zip(shape, placements, strict=True):
             local[placement.dim] //= ranks
@@ -88,7 +90,7 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
 
     ours = Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I), None, dtype=torch.bfloat16)
     actions: dict[str, Callable[[], Any]] = {
-        "all-gather of the same bytes (limit)": all_gather,
+        LIMIT: all_gather,
         "ours, gather=True": lambda: ours.to_hf(state, gather=True),
         "ours, gather=False": lambda: ours.to_hf(state),
     }
@@ -101,26 +103,31 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
         peer = PeerAdapter(config, SimpleNamespace(n_routed_experts=E), None, dtype=torch.bfloat16)
         full_mesh = mesh if options.world == 4 else init_device_mesh("cpu", (1, 2), mesh_dim_names=("ep_shard", "ep"))
         actions["nemo-automodel 0.7.0 to_hf"] = lambda: peer.to_hf(state, device_mesh=full_mesh)
-    results = {name: measure(action, 1 if "nemo" in name else options.repeat) for name, action in actions.items()}
+    results: dict[str, dict[str, Any]] = {}
     if rank == 0:
-        report(results, options, sum(part.nbytes for part in parts))
+        whole = sum(torch.Size(shape).numel() * 2 for shape in shapes.values())
+        print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, gloo")
+        print(
+            f"world {options.world}; one layer [{E}, {H}, {I}] bf16: {whole:,} B, on a rank {whole // options.world:,} B"
+        )
+        print(f"{'':38} {'median s':>9} {'min':>7} {'max':>7} {'/ limit':>8} {'grown GiB':>10}")
+    for name, action in actions.items():
+        results[name] = measure(action, 1 if "nemo" in name else options.repeat)
+        if rank == 0:
+            print_row(name, results[name], statistics.median(results[LIMIT]["seconds"]))
+    if rank == 0 and options.json:
+        Path(options.json).write_text(json.dumps({"world": options.world, "results": results}, indent=1))
     dist.destroy_process_group()
 
 
-def report(results: dict[str, dict[str, Any]], options: argparse.Namespace, local_bytes: int) -> None:
-    limit = statistics.median(results["all-gather of the same bytes (limit)"]["seconds"])
-    print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, gloo")
-    print(f"world {options.world}; one layer [128, 2816, 704] bf16: whole {FULL_BYTES:,} B, a rank's {local_bytes:,} B")
-    print(f"{'':38} {'median s':>9} {'min':>7} {'max':>7} {'/ limit':>8} {'grown GiB':>10}")
-    for name, result in results.items():
-        seconds = result["seconds"]
-        median = statistics.median(seconds)
-        print(
-            f"{name:38} {median:9.3f} {min(seconds):7.3f} {max(seconds):7.3f} {median / limit:8.2f} "
-            f"{result['grown_bytes'] / 2**30:10.2f}"
-        )
-    if options.json:
-        Path(options.json).write_text(json.dumps({"world": options.world, "results": results}, indent=1))
+def print_row(name: str, result: dict[str, Any], limit: float) -> None:
+    seconds = result["seconds"]
+    median = statistics.median(seconds)
+    print(
+        f"{name:38} {median:9.3f} {min(seconds):7.3f} {max(seconds):7.3f} {median / limit:8.3f} "
+        f"{result['grown_bytes'] / 2**30:10.2f}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -128,6 +135,7 @@ def main() -> None:
     parser.add_argument("--world", type=int, choices=[2, 4], default=2)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--peer", action="store_true", help="also nemo-automodel, which needs much memory")
+    parser.add_argument("--experts", type=int, default=128, help="fewer where memory is short")
     parser.add_argument("--json", help="where to write all figures")
     options = parser.parse_args()
     mp.spawn(rank_main, (options, 29501 + os.getpid() % 1000), options.world)

@@ -268,3 +268,11 @@ def test_an_ordinary_tensor_is_no_destination() -> None:
     marked = destinations.mark(native.mT, native)
     assert destinations.native_of(marked) is native
     assert destinations.native_of(marked[0]) is None
+
+
+def test_a_destination_and_out_exclude_each_other(hf: State, model: State, adapter: Gemma4MoEStateDictAdapter) -> None:
+    views = adapter.to_hf(model, for_checkpoint_load=True)
+    fill(views, hf)
+    out = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
+    with pytest.raises(UsageError, match="own storage"):
+        adapter.from_hf(views, out=out)

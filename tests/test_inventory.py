@@ -8,7 +8,7 @@ import pytest
 
 from gemma4_moe.errors import DuplicateTensorError, IncompleteExpertsError, TensorShapeError, UnknownTensorError
 from gemma4_moe.inventory import Inventory
-from gemma4_moe.layouts import DOWN, EXPERT_RULES, GATE_UP, RULES, SCALE, Layout, Spelling
+from gemma4_moe.layouts import DOWN, EXPERT_RULES, GATE_UP, RULES, SCALE, Layout
 
 LAYER = "model.layers.0."
 #: E 6, H 10, I 7.
@@ -51,7 +51,6 @@ def test_layers_and_spellings_are_kept() -> None:
     assert inventory.layers == {
         ("model.", 0): {GATE_UP: LAYER + "moe.gate_up_proj", SCALE: LAYER + "router.per_expert_scale"}
     }
-    assert inventory.spellings == {Spelling.CURRENT, Spelling.LEGACY}
     assert inventory.add("model.norm.weight", (3, 4, 5)) is None
 
 

@@ -319,3 +319,13 @@ def test_out_may_be_strided(hf: dict[str, torch.Tensor]) -> None:
     out = {name: torch.zeros(*t.shape, 2, dtype=t.dtype)[..., 1] for name, t in expected.items()}
     assert not out[NATIVE_DOWN].is_contiguous()
     assert_same_tensors(adapter().from_hf(hf, out=out), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float8_e4m3fn, "bf16"])
+def test_a_dtype_that_no_expert_has_is_refused_at_once(hf: dict[str, torch.Tensor], dtype: Any) -> None:
+    with pytest.raises(UsageError, match="no dtype for expert tensors"):
+        Gemma4MoEStateDictAdapter(None, None, None, dtype=dtype)
+    if isinstance(dtype, torch.dtype):
+        out = {name: tensor.to(dtype) for name, tensor in nemo_from_hf(hf).items()}
+        with pytest.raises(TensorShapeError, match="experts"):
+            Gemma4MoEStateDictAdapter(None, None, None).from_hf(hf, out=out)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.errors import Gemma4MoEError, ParallelError
+from gemma4_moe.errors import ParallelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,10 +64,10 @@ class Ranks:
         Raises:
             ParallelError: Another rank failed; its own error is raised on that rank.
         """
-        failure: BaseException | None = None
+        failure: Exception | None = None
         try:
             yield
-        except Gemma4MoEError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others must not wait for it; it is raised below
             failure = error
         said = self.everyones(None if failure is None else str(failure))
         if failure is not None:

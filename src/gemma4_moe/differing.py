@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoints.directories import open_checkpoint
+from gemma4_moe.errors import UnsupportedCheckpointError
 from gemma4_moe.verification.comparison import (
     DEFAULT_MEMORY,
     by_current_name,
@@ -17,7 +18,6 @@ from gemma4_moe.verification.comparison import (
     run_jobs,
     summary,
 )
-from gemma4_moe.errors import UnsupportedCheckpointError
 
 if TYPE_CHECKING:
     from gemma4_moe.verification.comparison import Progress, Verification

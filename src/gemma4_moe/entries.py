@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe import destinations, dtypes
@@ -76,8 +77,16 @@ def explained(
 
 def explain(name: str, value: Any, inventory: Inventory, mesh: DeviceMesh | None = None) -> Entry:
     """Return one entry with its name, shape and dtype checked. Errors are those of `explained`."""
-    shape = _shape(value)
     found = lookup(name, inventory.layout)
+    if found is not None and not isinstance(value, torch.Tensor) and not hasattr(value, "get_shape"):
+        raise TensorShapeError(
+            "a value that is no tensor",
+            tensor=name,
+            expected="a torch tensor, or a lazy slice of safetensors",
+            found=type(value).__name__,
+            hint="give torch tensors",
+        )
+    shape = _shape(value)
     if found is not None and mesh is not None and not isinstance(value, DTensor):
         shape = _whole_shape(found, name, shape, inventory, mesh)
     parsed = inventory.add(name, shape)

@@ -78,8 +78,8 @@ def _inspect(checkpoint: Checkpoint) -> Inspection:
     problems: list[InputError] = []
     config = _config(checkpoint, problems)
     recognition = recognise(checkpoint.tensors, config)
-    if recognition.refusal is not None and config.document:
-        problems.append(recognition.refusal)
+    if recognition.refusal is not None and not (problems and isinstance(recognition.refusal, ConfigError)):
+        problems.append(recognition.refusal)  # an unreadable config is a problem once, not twice
     if recognition.layout is not None:
         problems += _wrong_tensors(checkpoint, recognition.layout, config)
     tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: natural_key(tensor.name))

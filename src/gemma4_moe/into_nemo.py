@@ -9,6 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe import destinations
+from gemma4_moe.dtypes import EXPERT_DTYPES
 from gemma4_moe.errors import IncompleteExpertsError, ParallelError, TensorShapeError, UsageError
 from gemma4_moe.kernels import scale_in_place, transpose_scale_cast
 from gemma4_moe.layouts import SCALE
@@ -49,11 +50,19 @@ class IntoNemo:
             scale: per_expert_scale [E] for down_proj, else None.
         """
         loaded = destinations.native_of(value.value)
+        if loaded is not None and self.out is not None:
+            raise UsageError(
+                "a destination can't be written to `out`: it is the model's own storage",
+                tensor=name.nemo,
+                hint="leave `out` out where destinations are finished",
+            )
         if loaded is not None:
             return loaded if scale is None else _folded_in_place(name, loaded, scale.value, self.kernel)
         operation, ndim = name.rule.operation, len(value.shape)
         shape = converted_shape(operation, value.shape)
         target = None if self.out is None else out_tensor(self.out, name.nemo, shape)
+        if target is not None:
+            check_expert_dtype(name.nemo, target.dtype)
         where = self._where(name, value, target)
         if where is None:
             part, factor = _whole(value), None if scale is None else _whole(scale)
@@ -122,6 +131,22 @@ def out_tensor(out: Mapping[str, torch.Tensor], native: str, shape: tuple[int, .
             hint="give `out` the tensors of the same model",
         )
     return out[native]
+
+
+def check_expert_dtype(name: str, dtype: torch.dtype) -> None:
+    """Check that a native expert tensor has a dtype that can be converted to.
+
+    Raises:
+        TensorShapeError: It has not.
+    """
+    if str(dtype).removeprefix("torch.") not in {known.name for known in EXPERT_DTYPES}:
+        raise TensorShapeError(
+            "a native expert tensor of a dtype that is not converted to",
+            tensor=name,
+            expected=", ".join(f"torch.{known.name}" for known in EXPERT_DTYPES),
+            found=str(dtype),
+            hint="hold the experts in one of these dtypes",
+        )
 
 
 def _whole(entry: Entry) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gemma4_moe.errors import DuplicateTensorError, IncompleteExpertsError, TensorShapeError
-from gemma4_moe.layouts import Layout, MoEName, Rule, Spelling, parse
+from gemma4_moe.layouts import Layout, MoEName, Rule, parse
 from gemma4_moe.transforms import shape_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ class Inventory:
     def __init__(self, layout: Layout, sizes: dict[str, int] | None = None) -> None:
         self.layout = layout
         self.layers: dict[Owner, dict[Rule, str]] = {}
-        self.spellings: set[Spelling] = set()
         self._given = dict(sizes or {})
         self._learned: dict[str, dict[str, tuple[int, str]]] = {}
         self._seen: set[str] = set()
@@ -57,7 +56,6 @@ class Inventory:
                 "two spellings of one tensor", tensor=name, found=f"also {seen[parsed.rule]}", hint="keep one of them"
             )
         seen[parsed.rule] = name
-        self.spellings.add(parsed.spelling)
         self._check_shape(name, parsed, tuple(shape))
         return parsed
 

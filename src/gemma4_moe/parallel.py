@@ -179,6 +179,13 @@ def whole_shape(
     return whole if where.local_shape(whole) == shape else shape
 
 
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's elements in order as flat bytes; a view where they lie so already."""
+    whole = tensor.contiguous()
+    # A tensor of one element counts as contiguous whatever its stride; bytes can only be seen through stride one.
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
+
+
 def take(value: Any, runs: Sequence[Sequence[range]]) -> torch.Tensor:
     """Return the part of a tensor, or of a lazy slice, at `runs` of each axis: a view where that is possible."""
     for axis in range(len(runs)):

@@ -11,6 +11,8 @@ _UNITS = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT", start=1)
     for unit, base in (("", 1000), ("B", 1000), ("iB", 1024))
 }
+#: Beyond any disk, and well within what a float and 64 bits hold.
+_MOST = 2.0**50
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -27,7 +29,7 @@ def parse_size(size: int | str) -> int:
         units = {unit.upper(): factor for unit, factor in _UNITS.items()}
         if match is None or match[2].upper() not in units:
             raise UsageError("not a size", expected="a number and a unit, such as 5GB or 512MiB", found=repr(size))
-        amount = int(float(match[1]) * units[match[2].upper()])
+        amount = int(min(float(match[1]), _MOST) * units[match[2].upper()])
     if amount < 1:
         raise UsageError("a size must be positive", expected="at least 1 byte", found=repr(size))
     return amount

@@ -76,9 +76,23 @@ def load_hf(module_or_state: torch.nn.Module | Mapping[str, torch.Tensor], path:
 
 
 def state_of(module_or_state: torch.nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors of a module's state dict, or of a mapping; entries that are no tensors are left out."""
+    """Return the tensors of a module's state dict, or of a mapping; `_extra_state` is no weight and left out.
+
+    Raises:
+        UsageError: Another entry is no tensor, or has no storage.
+    """
     state = module_or_state.state_dict() if isinstance(module_or_state, torch.nn.Module) else module_or_state
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor) or value.is_meta:
+            raise UsageError(
+                "an entry of the state that holds no values",
+                tensor=name,
+                expected="a torch tensor with storage",
+                found="a tensor on the meta device" if isinstance(value, torch.Tensor) else type(value).__name__,
+                hint="give a module or its state_dict(); materialise meta tensors first: to_empty()",
+            )
+    return tensors
 
 
 def storage_key(tensor: torch.Tensor) -> tuple[object, ...]:
@@ -91,10 +105,6 @@ def _check(state: Mapping[str, torch.Tensor], planned: Mapping[str, PlannedTenso
     """Check all that can be checked before anything is filled."""
     tied = {storage_key(tensor) for name, tensor in state.items() if name in planned}
     for name, tensor in state.items():
-        if tensor.is_meta:
-            raise UsageError(
-                "a tensor of the model is on the meta device", tensor=name, hint="give it storage first: to_empty()"
-            )
         if name not in planned:
             if storage_key(tensor) not in tied:
                 raise UnknownTensorError(
@@ -112,6 +122,22 @@ def _check(state: Mapping[str, torch.Tensor], planned: Mapping[str, PlannedTenso
                 found=list(tensor.shape),
                 hint="check that model and checkpoint have the same config",
             )
+        else:
+            _check_dtype(name, tensor.dtype, planned[name])
+
+
+def _check_dtype(name: str, dtype: torch.dtype, planned: PlannedTensor) -> None:
+    """Check that a tensor of the model can take in what the file holds: floats in floats, all else in its own dtype."""
+    file = planned.source.dtype if planned.source is not None else planned.dtype
+    castable = dtype in _CASTABLE and file.float_format is not None
+    if not castable and (transposes(planned.operation) or str(dtype).removeprefix("torch.") != file.name):
+        raise TensorShapeError(
+            "a tensor of the model has a dtype that the checkpoint's can't be loaded into",
+            tensor=name,
+            expected=f"{file.name}, or a floating-point dtype of 16 or 32 bits" if file.float_format else file.name,
+            found=str(dtype),
+            hint="hold the weights in bfloat16, float16 or float32",
+        )
 
 
 def _row_bytes(planned: PlannedTensor) -> int:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -26,12 +26,12 @@ from gemma4_moe.checkpoints.target import check_target
 from gemma4_moe.checkpoints.transaction import Transaction
 from gemma4_moe.checkpoints.writer import SafetensorsWriter
 from gemma4_moe.coordination import Ranks, current
-from gemma4_moe.errors import ParallelError
+from gemma4_moe.errors import ParallelError, UnknownTensorError
 from gemma4_moe.gathering import gather
 from gemma4_moe.inventory import Inventory
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
-from gemma4_moe.layouts import DOWN, EXPERT_RULES, SCALE, Layout, Operation
-from gemma4_moe.parallel import Placed, local_of, placed
+from gemma4_moe.layouts import DOWN, RULES, SCALE, Layout, Operation
+from gemma4_moe.parallel import Placed, as_bytes, local_of, placed
 from gemma4_moe.planning import DEFAULT_SHARD_SIZE, PlannedFile, PlannedTensor, layout_files, natural_key, target_dtype
 from gemma4_moe.quantities import parse_size
 from gemma4_moe.sharded_loading import state_of, storage_key
@@ -63,16 +63,21 @@ class Saved:
 
 @dataclass(slots=True)
 class _Described:
-    """A native tensor: whole shape, torch's name of its dtype, and the ranks that have it or a part of it."""
+    """A native tensor: whole shape, torch's name of its dtype, how it lies on which ranks, and who has it or a part."""
 
     shape: tuple[int, ...]
     dtype: str
+    placements: str
+    mesh: tuple[int, ...]
     ranks: list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """An hf tensor, the native tensor that it comes from (None for ones), and the ranks that have that."""
+    """An hf tensor, the native tensor that it comes from (None for ones), and the ranks that may write it.
+
+    Where several meshes hold the whole of a tensor, as data-parallel groups do, those are the ranks of the first.
+    """
 
     planned: PlannedTensor
     native: str | None
@@ -92,8 +97,8 @@ def save_hf(
 
     Args:
         module_or_state: A module whose `state_dict()` has nemo names, or such a mapping. DTensors of any placement;
-            plain tensors are whole and the same on all ranks. Of tied tensors the first name is written. Ranks of
-            several pipeline stages each give their own layers.
+            plain tensors are whole and the same on all ranks. An `lm_head` that is the embedding itself is left
+            out. Ranks of several pipeline stages each give their own layers.
         path: A directory that does not exist yet, or is empty; on a filesystem that all ranks share.
         config_from: A directory with the model's config.json; that and tokenizer, templates, license are taken along.
         max_shard_size: The most bytes of tensors in one file; a larger tensor gets a file of its own.
@@ -108,9 +113,10 @@ def save_hf(
     """
     ranks, target, config_from = current(), Path(path), Path(config_from)
     with ranks.together("prepare the checkpoint"):
-        state = state_of(module_or_state)
+        state = _without_tied_head(state_of(module_or_state))
         side_files = _side_files(config_from)
-    tensors = _describe(state, ranks)
+    called = [str(target.absolute()), str(config_from.absolute()), parse_size(max_shard_size), dtype, overwrite]
+    tensors = _describe(state, ranks, called)
     with ranks.together("plan the checkpoint"):
         targets = _targets(tensors, config_from, dtype)
         files = layout_files([target.planned for target in targets.values()], parse_size(max_shard_size))
@@ -125,6 +131,7 @@ def save_hf(
         (out, *_) = ranks.everyones(transaction.out if ranks.is_first else None)
         with ranks.together("write its tensors"):
             written = _write(state, targets, files, out, ranks.rank)
+        _check_complete(ranks.everyones(written), files)
         with ranks.together("publish the checkpoint"):
             if ranks.is_first:
                 copy_side_files(side_files, out)
@@ -141,32 +148,62 @@ def _side_files(directory: Path) -> list[Path]:
     return found
 
 
-def _describe(state: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, _Described]:
-    """Return what every tensor is that any rank has, tied aliases once; all ranks get the same."""
-    own = {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in state.items()}
+def _describe(state: Mapping[str, torch.Tensor], ranks: Ranks, what: Any) -> dict[str, _Described]:
+    """Return what every tensor is that any rank has; all ranks get the same.
+
+    Raises:
+        ParallelError: Ranks disagree on `what` they were called with, on a tensor, or one lacks its part of a tensor.
+    """
+    own = {name: _own(tensor) for name, tensor in state.items()}
     union: dict[str, _Described] = {}
-    tied: set[str] = set()
-    for rank, (described, aliases) in enumerate(ranks.everyones((own, _aliases(state)))):
-        tied |= aliases
-        for name, (shape, dtype) in described.items():
-            known = union.setdefault(name, _Described(shape, dtype, []))
-            if (known.shape, known.dtype) != (shape, dtype):
+    given = ranks.everyones((what, own))
+    for rank, (called, described) in enumerate(given):
+        if called != what:
+            raise ParallelError(
+                "ranks disagree on what to save",
+                expected=f"{what}, as on rank {ranks.rank}",
+                found=f"{called} on rank {rank}",
+                hint="call with the same arguments on all ranks",
+            )
+        for name, (shape, dtype, placements, mesh) in described.items():
+            known = union.setdefault(name, _Described(shape, dtype, placements, mesh, []))
+            if (known.shape, known.dtype, known.placements) != (shape, dtype, placements):
                 raise ParallelError(
                     "ranks disagree on a tensor",
                     tensor=name,
-                    expected=f"{known.dtype} {list(known.shape)}, as on rank {known.ranks[0]}",
-                    found=f"{dtype} {list(shape)} on rank {rank}",
+                    expected=f"{known.dtype} {list(known.shape)}, {known.placements}, as on rank {known.ranks[0]}",
+                    found=f"{dtype} {list(shape)}, {placements} on rank {rank}",
                     hint="call with the state of one model on all ranks",
                 )
             known.ranks.append(rank)
-    return {name: union[name] for name in sorted(union.keys() - tied, key=natural_key)}
+    for name, described in union.items():
+        if absent := [rank for rank in described.mesh if rank not in described.ranks]:
+            raise ParallelError(
+                "a rank has no part of a tensor that it should hold a part of",
+                tensor=name,
+                expected=f"a part on each rank of {described.mesh}",
+                found=f"none on {absent}",
+                hint="call with the state of one model on all ranks",
+            )
+    return {name: union[name] for name in sorted(union, key=natural_key)}
 
 
-def _aliases(state: Mapping[str, torch.Tensor]) -> set[str]:
-    """Return the names of tensors that share all their storage with one before them."""
-    seen: dict[object, str] = {}
-    parts = {name: tensor for name, tensor in state.items() if local_of(tensor).numel()}
-    return {name for name, tensor in parts.items() if seen.setdefault(storage_key(tensor), name) != name}
+def _own(tensor: torch.Tensor) -> tuple[tuple[int, ...], str, str, tuple[int, ...]]:
+    """Return a tensor's whole shape, dtype, placements, and the ranks of its mesh; none for a whole tensor."""
+    shape, dtype = tuple(tensor.shape), str(tensor.dtype)
+    if isinstance(tensor, DTensor):
+        return shape, dtype, str(tensor.placements), tuple(tensor.device_mesh.mesh.flatten().tolist())
+    return shape, dtype, "whole", ()
+
+
+def _without_tied_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Leave out an output head that is the embedding itself: an hf directory has that once."""
+    embeddings = {storage_key(tensor) for name, tensor in state.items() if name.endswith("embed_tokens.weight")}
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if not (name.endswith("lm_head.weight") and storage_key(tensor) in embeddings)
+    }
 
 
 def _targets(tensors: Mapping[str, _Described], config_from: Path, dtype: str | None) -> dict[str, _Target]:
@@ -181,11 +218,19 @@ def _targets(tensors: Mapping[str, _Described], config_from: Path, dtype: str | 
         parsed = inventory.add(name, described.shape)
         hf, operation = (name, Operation.KEEP) if parsed is None else (parsed.hf, parsed.rule.operation)
         shape = converted_shape(operation, described.shape)
-        found[hf] = _Target(PlannedTensor(hf, into, shape, operation, None), name, described.ranks)
+        writers = list(described.mesh) or described.ranks
+        found[hf] = _Target(PlannedTensor(hf, into, shape, operation, None), name, writers)
         if parsed is not None and parsed.rule is DOWN:
             ones = parsed.sibling(SCALE).hf
-            found[ones] = _Target(PlannedTensor(ones, into, shape[:1], Operation.FOLD, None), None, described.ranks)
-    inventory.require_complete(EXPERT_RULES[Layout.NEMO])
+            found[ones] = _Target(PlannedTensor(ones, into, shape[:1], Operation.FOLD, None), None, writers)
+    if not inventory.layers:
+        raise UnknownTensorError(
+            "no expert tensor in the state",
+            expected=f"names such as <prefix>layers.<number>.{DOWN.nemo}",
+            found=f"{len(tensors)} tensors",
+            hint="give a model in the nemo layout",
+        )
+    inventory.require_complete([rule for rule in RULES if rule.in_nemo])
     check_layer_count(inventory, config)
     return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
 
@@ -204,12 +249,24 @@ def _write(
             for number, entry in enumerate(file.entries):
                 target = targets[entry.name]
                 mine = target.ranks[number % len(target.ranks)] == rank
-                for first, rows in _rows(state, target, mine=mine):
-                    raw = rows.contiguous().cpu().view(-1).view(torch.uint8)
+                for first, rows in _rows(state, target, mine=mine) if rank in target.ranks else ():
+                    raw = as_bytes(rows.cpu())
                     offset = first * (entry.nbytes // max(1, _row_count(entry)))
                     writer.write(entry.start + offset, raw.numpy().data)
                     written += raw.numel()
     return written
+
+
+def _check_complete(written: list[int], files: tuple[PlannedFile, ...]) -> None:
+    """Check that the ranks together have written every byte: a hole would read as zeros."""
+    expected = sum(entry.nbytes for file in files for entry in file.entries)
+    if sum(written) != expected:
+        raise ParallelError(
+            "the ranks together did not write every byte once",
+            expected=f"{expected} bytes",
+            found=f"{sum(written)} bytes: {written} by rank",
+            hint="give a tensor as DTensor on all ranks, or as the whole tensor on all of them",
+        )
 
 
 def _row_count(entry: TensorEntry) -> int:

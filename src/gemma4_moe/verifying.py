@@ -16,6 +16,8 @@ import numpy as np
 from gemma4_moe.checking import check_tensors
 from gemma4_moe.checkpoints.directories import open_checkpoint
 from gemma4_moe.checkpoints.storage import open_regular, refusals, regular_status
+from gemma4_moe.dtypes import FLOAT32
+from gemma4_moe.recognising import recognise
 from gemma4_moe.verification.comparison import (
     DEFAULT_MEMORY,
     Job,
@@ -31,18 +33,16 @@ from gemma4_moe.verification.comparison import (
 )
 from gemma4_moe.verification.comparison import Verification as Verification
 from gemma4_moe.verification.differences import Difference, Mismatches
-from gemma4_moe.dtypes import FLOAT32
 from gemma4_moe.verification.expectations import common_dtype, compare_headers, expectations
-from gemma4_moe.recognising import recognise
 from gemma4_moe.verification.reference import reference, widen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from gemma4_moe.checkpoints.directories import Checkpoint, StoredTensor
+    from gemma4_moe.layouts import Layout, MoEName
     from gemma4_moe.verification.comparison import Progress
     from gemma4_moe.verification.expectations import Expectation
-    from gemma4_moe.layouts import Layout, MoEName
     from gemma4_moe.verification.reference import Bits
 
 #: Rows and columns of an expert that are computed at once: a tile of both sides stays in the cache.

@@ -46,6 +46,15 @@ def disagree(world: int) -> None:
         adapter().convert_single_tensor_to_hf(name, wrong)
 
 
+def disagree_on_arguments(world: int) -> None:
+    """What is left out and how much is staged decide which collectives run, so ranks must agree on them too."""
+    state, mine = model(world), str(dist.get_rank())
+    with pytest.raises(ParallelError, match="ranks disagree"):
+        adapter().to_hf(state, rf".*layers\.{mine}\..*", gather=True)
+    with pytest.raises(ParallelError, match="ranks disagree"):
+        adapter().to_hf(state, gather=True, staging_bytes=1000 + dist.get_rank())
+
+
 def stay_away(world: int) -> None:
     """The last rank never calls: the others say so once the time limit is over."""
     state = model(world)

@@ -78,16 +78,31 @@ def check_load_pipeline(source: Path) -> None:
     assert set(found.unused) == native().keys() - expected.keys()
 
 
-def check_save_failure(source: Path, target: Path) -> None:
-    """Rank 1 lacks half of a layer's rows in its shape: all ranks fail, and nothing is left."""
-    state = native()
-    if dist.get_rank() == 1:
-        name = "model.language_model.layers.0.moe.gate.scale"
-        state[name] = state[name][:4]
-    with pytest.raises(ParallelError, match="ranks disagree") as caught:
-        save_hf(state, target, config_from=source)
-    assert "moe.gate.scale" in str(caught.value)
-    assert not target.exists()
+def check_save_failures(source: Path, target: Path) -> None:
+    """Whatever ranks disagree on, all fail in words, and nothing is published: a hole would read as zeros."""
+    mesh = init_device_mesh("cpu", (2,))
+    sharded = shard_all(native(), mesh, (Shard(0),))
+    second = dist.get_rank() == 1
+    scale, experts = (f"model.language_model.layers.0.moe.{rest}" for rest in ("gate.scale", "experts.down_projs"))
+    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        (scale, native() | ({scale: native()[scale][:4]} if second else {}), {}),
+        ("what to save", native(), {"dtype": "float16" if second else None}),
+        ("what to save", native(), {"max_shard_size": 1000 if second else 2000}),
+        (experts, {n: t for n, t in sharded.items() if not (second and n == experts)}, {}),
+        (experts, sharded | ({experts: native()[experts]} if second else {}), {}),
+    ]
+    for words, state, arguments in cases:
+        with pytest.raises(ParallelError) as caught:
+            save_hf(state, target, config_from=source, **arguments)
+        assert words in str(caught.value), str(caught.value)
+        assert not target.exists()
+
+
+def check_save_groups(source: Path, target: Path) -> None:
+    """Two data-parallel groups that each hold all experts on a mesh of their own: one of them writes."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    state = shard(native(), mesh["ep"], (Shard(0),))
+    save_hf(state, target, config_from=source, max_shard_size=2000, dtype="bfloat16")
 
 
 def _everyones(value: int) -> list[int]:

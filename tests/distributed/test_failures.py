@@ -8,6 +8,7 @@ from support import ranks
 
 def test_ranks_that_disagree_fail_together() -> None:
     ranks.run(4, failure_checks.disagree, 4)
+    ranks.run(2, failure_checks.disagree_on_arguments, 2)
 
 
 def test_a_rank_that_stays_away_is_not_waited_for_forever() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from distributed import io_checks, plain_pytorch
 from gemma4_moe import load_hf, save_hf
-from gemma4_moe.errors import TensorShapeError, UnknownTensorError, UsageError
+from gemma4_moe.errors import Gemma4MoEError, TensorShapeError, UnknownTensorError, UsageError
 from support import ranks
 from support.checkpoints import contents, write_checkpoint
 from support.formulas import hf_from_nemo
@@ -34,6 +34,7 @@ def test_save_gives_the_same_bytes_on_any_ranks(source: Path, tmp_path: Path) ->
     for world in (1, 2, 4):
         ranks.run(world, io_checks.check_save, world, source, tmp_path)
     ranks.run(2, io_checks.check_save_pipeline, source, tmp_path / "pipeline")
+    ranks.run(4, io_checks.check_save_groups, source, tmp_path / "groups")
     expected = hf_from_nemo({name: tensor.bfloat16() for name, tensor in io_checks.native().items()})
     found = read_directory(tmp_path / "1-0")
     assert found.keys() == expected.keys()
@@ -41,7 +42,7 @@ def test_save_gives_the_same_bytes_on_any_ranks(source: Path, tmp_path: Path) ->
     first = contents(tmp_path / "1-0")
     assert "tokenizer.json" in first
     directories = sorted(tmp_path.iterdir())
-    assert len(directories) == 2 + 3 + 6 + 1
+    assert len(directories) == 2 + 3 + 6 + 2
     for directory in directories:
         assert contents(directory) == first, directory
 
@@ -51,8 +52,47 @@ def test_pipeline_stages_load_their_layers(source: Path) -> None:
 
 
 def test_a_disagreement_fails_on_all_ranks_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    ranks.run(2, io_checks.check_save_failure, source, tmp_path / "hf")
+    ranks.run(2, io_checks.check_save_failures, source, tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_whole_model_is_not_saved(source: Path, tmp_path: Path) -> None:
+    router = "model.language_model.layers.0.moe.gate.proj.weight"
+    incomplete = {name: tensor for name, tensor in io_checks.native().items() if name != router}
+    arrays = {name: tensor.numpy() for name, tensor in io_checks.native().items()}
+    meta = {name: tensor.to("meta") for name, tensor in io_checks.native().items()}
+    for state, words in (
+        ({}, "no expert tensor"),
+        (incomplete, "router.* missing"),
+        (arrays, "no values"),
+        (meta, "meta"),
+    ):
+        with pytest.raises(Gemma4MoEError, match=words):
+            save_hf(state, tmp_path / "hf", config_from=source)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_that_share_storage_or_have_odd_strides_are_all_written(source: Path, tmp_path: Path) -> None:
+    model = io_checks.native()
+    scales = [name for name in model if name.endswith("moe.gate.scale")]
+    shared = torch.rand(io_checks.H)
+    model |= dict.fromkeys(scales, shared)
+    strided = {name: torch.stack([tensor, tensor], -1)[..., 0] for name, tensor in model.items()}
+    save_hf(strided, tmp_path / "hf", config_from=source)
+    again = {name: torch.zeros_like(tensor) for name, tensor in model.items()}
+    load_hf(again, tmp_path / "hf")
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.items())
+
+
+def test_dtypes_that_can_not_take_the_weights_in_are_refused_before_anything_is_filled(source: Path) -> None:
+    for name in ("model.language_model.layers.1.moe.experts.down_projs", "model.language_model.embed_tokens.weight"):
+        for dtype in (torch.float64, torch.int32):
+            model = io_checks.native()
+            model[name] = model[name].to(dtype)
+            before = {key: tensor.clone() for key, tensor in model.items()}
+            with pytest.raises(TensorShapeError, match=name):
+                load_hf(model, source)
+            assert all(torch.equal(model[key], tensor) for key, tensor in before.items())
 
 
 def test_one_process_round_trip_keeps_native_bits(source: Path, tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gemma4_moe import verifying
-from gemma4_moe.verification.comparison import run_jobs
 from gemma4_moe.errors import UsageError
+from gemma4_moe.verification.comparison import run_jobs
 from gemma4_moe.verifying import verify
 from support.checkpoints import config_of, write_checkpoint
 from support.formulas import hf_from_nemo, nemo_from_hf

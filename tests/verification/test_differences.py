@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from gemma4_moe import verifying
-from gemma4_moe.verification.differences import Difference, Mismatches
 from gemma4_moe.dtypes import FLOAT16
+from gemma4_moe.verification.differences import Difference, Mismatches
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 from support.verification import DOWNS, GATE_UP, GATE_UPS, checked, flip, sole

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma4_moe.verification.differences import Difference, Mismatches
 from gemma4_moe.errors import DuplicateTensorError, UnsupportedCheckpointError, UsageError
 from gemma4_moe.layouts import Layout, lookup
+from gemma4_moe.verification.differences import Difference, Mismatches
 from gemma4_moe.verification.reference import element_bits, reference
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gemma4_moe.verification.comparison import compare_form
-from gemma4_moe.verification.differences import Difference
 from gemma4_moe.dtypes import EXPERT_DTYPES, DType
 from gemma4_moe.layouts import DOWN, SCALE, Layout, MoEName
+from gemma4_moe.verification.comparison import compare_form
+from gemma4_moe.verification.differences import Difference
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
