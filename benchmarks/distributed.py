@@ -108,7 +108,7 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
         whole = sum(torch.Size(shape).numel() * 2 for shape in shapes.values())
         print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, gloo")
         print(
-            f"world {options.world}; one layer [{E}, {H}, {I}] bf16: {whole:,} B, on a rank {whole // options.world:,} B"
+            f"world {options.world}; one layer [{E}, {H}, {I}] bf16: {whole:,} B, a rank {whole // options.world:,} B"
         )
         print(f"{'':38} {'median s':>9} {'min':>7} {'max':>7} {'/ limit':>8} {'grown GiB':>10}")
     for name, action in actions.items():

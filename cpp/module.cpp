@@ -3,7 +3,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
-#include <sys/mman.h>
 
 #include <stdexcept>
 #include <string>
@@ -45,25 +44,11 @@ void scale_cast(const std::vector<int64_t>& shape, uintptr_t src, int in, const 
   run(move);
 }
 
-// Fresh memory is mapped page by page as it is first written, which takes longer than the conversion itself; with huge
-// pages it takes a fraction. A request that the system doesn't grant changes nothing.
-void prefer_huge_pages(uintptr_t address, size_t nbytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 4096;
-  uintptr_t begin = (address + page - 1) / page * page, end = (address + nbytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)address, (void)nbytes;
-#endif
-}
-
 }  // namespace
 
 NB_MODULE(_cpu, m) {
   m.doc() = "Transposes, scales and casts raw buffers. Use gemma4_moe.kernels, which checks what it passes on.";
   m.def("instruction_sets", &instruction_sets, "Names of what this processor can run, best first.");
-  m.def("prefer_huge_pages", &prefer_huge_pages, nb::arg("address"), nb::arg("nbytes"),
-        "Ask the system to back fresh memory with huge pages, where it has them.");
   m.def("scale_cast", &scale_cast, nb::arg("shape"), nb::arg("src"), nb::arg("src_dtype"), nb::arg("src_strides"),
         nb::arg("dst"), nb::arg("dst_dtype"), nb::arg("dst_strides"), nb::arg("scale"), nb::arg("threads"),
         nb::arg("instruction_set"),

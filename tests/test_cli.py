@@ -8,16 +8,14 @@ import re
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support.checkpoints import write_checkpoint
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict, read_directory
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -246,3 +244,32 @@ def test_names_that_the_terminal_can_not_encode_are_shown_as_escapes(tmp_path: P
     done = run("inspect", source, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "gr\\xf6\\xdfe" in done.stdout
+
+
+@pytest.mark.parametrize("layout", ["hf", "nemo"])
+def test_to_names_a_layout_as_it_is_written_everywhere(source: Path, tmp_path: Path, layout: str) -> None:
+    other = tmp_path / "nemo"
+    assert ask("convert", source, other, "--to", "nemo")["layout"] == "nemo"
+    start = other if layout == "hf" else source
+    assert ask("plan", start, "--to", layout)["target"]["layout"] == layout
+
+
+def test_the_next_command_can_be_pasted(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "a b", random_hf_state_dict())
+    done = run("convert", source, tmp_path / "c d")
+    assert f"gemma4-moe verify '{source}' '{tmp_path / 'c d'}'" in done.stderr
+
+
+def test_a_full_disk_under_stdout_is_5(source: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "gemma4_moe", "inspect", str(source)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 5
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_no_size_and_no_hub_id_is_said_so(source: Path) -> None:
+    assert run("plan", source, "--max-shard-size", "9" * 400).returncode == 0, "one file for all"
+    done = run("inspect", "foo/bar.git")
+    assert done.returncode == 3
+    assert "no such directory" in done.stderr

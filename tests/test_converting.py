@@ -246,6 +246,19 @@ def test_a_source_that_changes_meanwhile_is_noticed(source: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_a_source_that_changes_after_its_last_block_is_noticed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touch(*arguments: object) -> None:
+        os.utime(source / "model-00001-of-00002.safetensors", ns=(1, 1))
+        copy_side_files(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(finishing, "copy_side_files", touch)
+    with pytest.raises(SourceChangedError):
+        convert(source, tmp_path / "nemo")
+    assert not (tmp_path / "nemo").exists()
+
+
 def test_buffered_and_direct_make_the_same_bytes(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "direct", max_shard_size=2000)
     convert(source, tmp_path / "buffered", max_shard_size=2000, buffered=True)

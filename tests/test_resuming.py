@@ -10,8 +10,9 @@ import pytest
 
 from gemma4_moe import convert, ledger
 from gemma4_moe.checkpoints import hashing
+from gemma4_moe.checkpoints.directories import open_checkpoint
 from gemma4_moe.checkpoints.unfinished import clean, remains
-from gemma4_moe.errors import SourceChangedError, UsageError
+from gemma4_moe.errors import CheckpointFormatError, SourceChangedError, UsageError
 from support.checkpoints import contents, write_checkpoint
 from support.models import random_hf_state_dict
 
@@ -175,7 +176,7 @@ def test_a_block_that_is_not_what_the_journal_says_is_written_again(
     assert contents(tmp_path / "nemo") == whole
 
 
-@pytest.mark.parametrize("gone", ["missing", "short", "stranger"])
+@pytest.mark.parametrize("gone", ["missing", "short", "torn header", "stranger"])
 def test_files_that_are_not_as_they_were_are_made_anew(
     gone: str, source: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
@@ -185,6 +186,9 @@ def test_files_that_are_not_as_they_were_are_made_anew(
         file.unlink()
     elif gone == "short":
         os.truncate(file, 5000)
+    elif gone == "torn header":
+        with file.open("r+b") as opened:
+            opened.write(bytes(100))
     else:
         file.with_name("stranger.safetensors").write_bytes(b"not ours")
     resume(source, tmp_path / "nemo")
@@ -208,6 +212,14 @@ def test_a_source_that_gives_other_bytes_under_the_same_name_is_noticed(source: 
     with pytest.raises(SourceChangedError, match="other bytes than before"):
         resume(source, tmp_path / "nemo")
     assert not (tmp_path / "nemo").exists()
+
+
+def test_reading_an_unfinished_target_says_what_to_run(source: Path, tmp_path: Path) -> None:
+    interrupt(source, tmp_path / "nemo")
+    with pytest.raises(CheckpointFormatError, match="no such directory") as caught:
+        open_checkpoint(tmp_path / "nemo")
+    assert "--resume" in str(caught.value)
+    assert f"gemma4-moe clean {tmp_path / 'nemo'}" in str(caught.value)
 
 
 def test_clean_removes_what_is_left_and_nothing_else(source: Path, tmp_path: Path) -> None:

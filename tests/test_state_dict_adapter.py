@@ -15,6 +15,7 @@ from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig, StateDictAdapter
 from gemma4_moe.errors import (
     IncompleteExpertsError,
     TensorShapeError,
+    UsageError,
 )
 from support.formulas import (
     assert_same_tensors,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -16,7 +17,7 @@ import click
 
 from gemma4_moe import __version__
 from gemma4_moe.coordination import launched_as_one_of_several
-from gemma4_moe.errors import Gemma4MoEError, UsageError
+from gemma4_moe.errors import DifferenceError, Gemma4MoEError, StorageError, UsageError
 from gemma4_moe.layouts import Layout
 from gemma4_moe.quantities import parse_size
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 _TERMINATED = 143
 _CLOSED_PIPE = 141
-_DIFFERS = 4
 
 #: Columns of a table that goes into a pipe or a file: wide enough that no name is cut.
 _PIPE_WIDTH = 200
@@ -87,8 +87,12 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
     def run(*, format: str, quiet: bool, verbose: bool, **arguments: Any) -> None:  # noqa: A002
         from rich.console import Console
 
-        data = Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
-        output = _Output(data, Console(stderr=True, quiet=quiet), format == "json")
+        class Ours(Console):
+            def on_broken_pipe(self) -> None:
+                raise BrokenPipeError  # rich's own would end with status 1
+
+        data = Ours() if sys.stdout.isatty() else Ours(width=_PIPE_WIDTH)
+        output = _Output(data, Ours(stderr=True, quiet=quiet), format == "json")
         try:
             command(output, **arguments)
         except Gemma4MoEError:
@@ -109,7 +113,9 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
 
 _source = click.argument("source", metavar="SRC")
 _revision = click.option("--revision", help="Branch, tag or commit, where SRC is a Hub id.")
-_to = click.option("--to", type=click.Choice(list(Layout)), help="The layout to make; the other one by default.")
+_to = click.option(
+    "--to", type=click.Choice([layout.value for layout in Layout]), help="The layout to make; the other one by default."
+)
 _dtype = click.option(
     "--dtype",
     type=click.Choice(["keep", "bfloat16", "float16", "float32"]),
@@ -121,12 +127,13 @@ _shard_size = click.option(
     "--max-shard-size", type=_Size(), default="5GB", show_default=True, help="Most bytes in one file."
 )
 _memory = click.option("--max-memory", type=_Size(), default="1GiB", show_default=True, help="Most bytes of buffers.")
+_stream = click.option("--stream", is_flag=True, help="Read SRC on the Hub in place, and keep nothing of it.")
 _break_lock = click.option(
     "--break-lock", is_flag=True, help="Take DST from a process that can't be shown to live, on another host."
 )
 
 #: Those options of convert that say what is made.
-_PLANNED = ("to", "dtype", "max_shard_size", "max_memory", "revision")
+_PLANNED = ("to", "dtype", "max_shard_size", "max_memory", "revision", "stream")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -147,7 +154,9 @@ def cli() -> None:
 def inspect(output: _Output, *, source: str, revision: str | None) -> None:
     """Say what a checkpoint is: layout, tensors, bytes, and what is wrong with it."""
     from gemma4_moe import inspecting, reporting
+    from gemma4_moe.checkpoints.unfinished import heal
 
+    heal(Path(source))
     found = inspecting.inspect(source, revision=revision)
     output.give(found, reporting.inspection_json, reporting.print_inspection)
 
@@ -160,6 +169,7 @@ def inspect(output: _Output, *, source: str, revision: str | None) -> None:
 @_memory
 @click.option("--mesh", metavar="DIM=RANKS,...", help="Say what each rank of a mesh would hold: ep_shard=2,ep=8.")
 @_revision
+@_stream
 @_common
 def plan(output: _Output, *, source: str, mesh: str | None, **options: Any) -> None:
     """Say what convert would do: files, bytes, space, memory. Reads headers alone."""
@@ -185,6 +195,7 @@ def plan(output: _Output, *, source: str, mesh: str | None, **options: Any) -> N
 @_break_lock
 @click.option("--dry-run", is_flag=True, help="Write nothing; print the plan.")
 @_revision
+@_stream
 @_common
 def convert(output: _Output, *, source: str, target: Path, dry_run: bool, no_read_back: bool, **options: Any) -> None:
     """Convert SRC into the new directory DST. Under torchrun, all ranks work on it together."""
@@ -195,7 +206,8 @@ def convert(output: _Output, *, source: str, target: Path, dry_run: bool, no_rea
     from gemma4_moe.sources import locate
 
     if dry_run:
-        check_target(target, locate(source, options["revision"]), overwrite=options["overwrite"])
+        place = Path(source) if options["stream"] else locate(source, options["revision"])
+        check_target(target, place, overwrite=options["overwrite"])
         _preview(output, source, target, {name: options[name] for name in _PLANNED})
         return
     with under_torchrun(), saying_what_stays(output.say, target), Talk(output.talk, "converting") as progress:
@@ -204,7 +216,9 @@ def convert(output: _Output, *, source: str, target: Path, dry_run: bool, no_rea
     if done.left_behind:
         output.say(f"left behind: {', '.join(done.left_behind)}")
     output.give(done, reporting.conversion_json, reporting.print_conversion)
-    output.say(f"next: gemma4-moe verify {source} {target}")
+    revision = [] if options["revision"] is None else ["--revision", options["revision"]]
+    compared = [str(target)] if options["stream"] else [*revision, source, str(target)]
+    output.say(f"next: {shlex.join(['gemma4-moe', 'verify', *compared])}")
 
 
 @cli.command()
@@ -240,7 +254,7 @@ def verify(output: _Output, *, source: str, target: Path | None, revision: str |
         found = check_manifest(Path(source), progress=progress)
     output.give(found, reporting.recheck_json, reporting.print_recheck)
     if found.wrong:
-        click.get_current_context().exit(_DIFFERS)
+        click.get_current_context().exit(DifferenceError.exit_status)
 
 
 @cli.command()
@@ -250,8 +264,11 @@ def verify(output: _Output, *, source: str, target: Path | None, revision: str |
 def diff(output: _Output, *, first: Path, second: Path) -> None:
     """Compare two checkpoints of the same layout, tensor by tensor."""
     from gemma4_moe import differing
+    from gemma4_moe.checkpoints.unfinished import heal
     from gemma4_moe.progress import Talk
 
+    heal(first)
+    heal(second)
     with Talk(output.talk, "comparing") as progress:
         found = differing.diff(first, second, progress=progress)
     _compare(output, found)
@@ -274,6 +291,8 @@ def _preview(output: _Output, source: str, target: Path | None, options: dict[st
     output.give(preview, reporting.preview_json, reporting.print_preview)
     if preview.missing_bytes:
         output.say(f"note: {preview.missing_bytes:,} bytes of space are missing for the target")
+        if not options["stream"] and not Path(source).exists():
+            output.say("note: with --stream, convert keeps nothing of SRC on this machine")
 
 
 def _predict(output: _Output, source: str, mesh: str, options: dict[str, Any]) -> None:
@@ -289,7 +308,7 @@ def _compare(output: _Output, found: Any) -> None:
 
     output.give(found, reporting.verification_json, reporting.print_verification)
     if found.different:
-        click.get_current_context().exit(_DIFFERS)
+        click.get_current_context().exit(DifferenceError.exit_status)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -301,6 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     if launched_as_one_of_several() and os.environ["RANK"] != "0":
         sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process lives
+    if sys.stdout is None or sys.stderr is None:  # started with a closed descriptor
+        sys.exit(StorageError.exit_status)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal can't encode is still shown
@@ -327,4 +348,7 @@ def _status(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
         return _CLOSED_PIPE
+    except OSError as error:  # what goes to stdout can't be written, or a path can't even be looked at
+        click.echo(f"gemma4-moe: error: {error}", err=True)
+        return StorageError.exit_status
     return status or 0

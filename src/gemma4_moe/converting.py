@@ -8,10 +8,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.blocks import DEFAULT_MEMORY, Memory, plan_memory
-from gemma4_moe.checkpoints.directories import Checkpoint, open_checkpoint
 from gemma4_moe.checkpoints.target import check_existing, check_place
 from gemma4_moe.checkpoints.transaction import Transaction
 from gemma4_moe.checkpoints.unfinished import clean, heal
@@ -22,12 +21,13 @@ from gemma4_moe.planning import DEFAULT_SHARD_SIZE, Plan, make_plan
 from gemma4_moe.quantities import parse_size
 from gemma4_moe.resuming import is_made_already
 from gemma4_moe.scales import read_scales, unusual_scales
-from gemma4_moe.sources import locate
+from gemma4_moe.sources import open_source
 from gemma4_moe.writing import write_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from gemma4_moe.checkpoints.directories import Checkpoint
     from gemma4_moe.layouts import Layout
     from gemma4_moe.ledger import Progress
     from gemma4_moe.scales import Scales
@@ -68,6 +68,7 @@ def convert(
     resume: bool = False,
     break_lock: bool = False,
     revision: str | None = None,
+    stream: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert the checkpoint `source` into the new directory `target`.
@@ -91,6 +92,7 @@ def convert(
         resume: Go on with an earlier run to this target, if there is one.
         break_lock: Take the target from a process that can't be shown to live.
         revision: Branch, tag or commit of a Hub id.
+        stream: Read a model on the Hub in place, and keep nothing of it but the target.
         progress: Told how far the writing is.
 
     Raises:
@@ -103,15 +105,16 @@ def convert(
         ParallelError: Another rank failed.
     """
     ranks, target = current(), Path(target)
-    options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
     with ExitStack() as stack:
         with ranks.together("plan the conversion"):
-            source = locate(source, revision)
-            check_place(target, source)
-            checkpoint = stack.enter_context(open_checkpoint(source))
+            checkpoint, commit = stack.enter_context(open_source(source, revision, stream=stream))
+            check_place(target, checkpoint.path)
             plan = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size)
             memory = plan_memory(plan, parse_size(max_memory))
             scales = read_scales(plan)
+            options: dict[str, Any] = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
+            if commit is not None:
+                options["commit"] = commit
         transaction = None
         with ranks.together("take the target"):
             if ranks.is_first and not _is_made(target, plan, checkpoint, options, resume, break_lock):

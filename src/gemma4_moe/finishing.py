@@ -10,7 +10,7 @@ from gemma4_moe.checkpoints.beside import copy_side_files, write_index_file
 from gemma4_moe.checkpoints.hashing import Chunk, chunk_bounds, chunk_count
 from gemma4_moe.checkpoints.journal import read_journals
 from gemma4_moe.checkpoints.manifest import MANIFEST_NAME, build_manifest, encode_manifest, read_manifest
-from gemma4_moe.checkpoints.read_back import Extent, OpenFile, hash_extents, sha256_files
+from gemma4_moe.checkpoints.read_back import Extent, OpenFile, hash_extents, sha256
 from gemma4_moe.checkpoints.recheck import wrong_files
 from gemma4_moe.checkpoints.storage import sync_directory, write_file
 from gemma4_moe.errors import StorageError
@@ -69,10 +69,11 @@ def _manifest(job: Job, hashes: Journalled) -> dict[str, Any]:
         options=options,
     )
     if job.sha256:
-        for where, directory in ((document["files"], job.out), (document["source"]["files"], job.checkpoint.path)):
-            digests = sha256_files([directory / name for name in where], buffered=job.buffered)
-            for name, digest in digests.items():
-                where[name]["sha256"] = digest
+        with ExitStack() as stack:
+            written = {name: stack.enter_context(OpenFile(job.out / name)) for name in document["files"]}
+            for said, files in ((document["files"], written), (document["source"]["files"], job.checkpoint.files)):
+                for name, digest in sha256(files, buffered=job.buffered).items():
+                    said[name]["sha256"] = digest
     return document
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from gemma4_moe.errors import ParallelError
-from gemma4_moe.parallel import Placed, take
+from gemma4_moe.parallel import Placed, as_bytes, take
 from gemma4_moe.sharding import count, part_of
 
 if TYPE_CHECKING:
@@ -69,7 +69,11 @@ def agree(mesh: DeviceMesh, what: Any) -> None:
 
 
 def gather(
-    local: torch.Tensor, where: Placed, shape: Sequence[int], staging_bytes: int = STAGING_BYTES
+    local: torch.Tensor,
+    where: Placed,
+    shape: Sequence[int],
+    staging_bytes: int = STAGING_BYTES,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the whole tensor on every rank of its mesh.
 
@@ -78,15 +82,16 @@ def gather(
         where: Where the parts are.
         shape: The whole tensor's shape.
         staging_bytes: The most bytes of staging, unless one row on all ranks of a dimension is larger.
+        out: Where to put the whole tensor: contiguous, of the part's dtype. New memory by default.
 
     Raises:
         ParallelError: A collective failed.
     """
     dims = [dim for dim, placement in enumerate(where.placements) if placement is not None and where.mesh.size(dim) > 1]
     if not dims:
-        return local
+        return local if out is None else out.copy_(local)
     dims.sort(key=lambda dim: (_axis(where, dim) == 0, -dim))
-    whole = torch.empty(tuple(shape), dtype=local.dtype, device=local.device)
+    whole = torch.empty(tuple(shape), dtype=local.dtype, device=local.device) if out is None else out
     _place(local, where.runs(shape), whole)
     gathered: set[int] = set()
     for dim in dims:
@@ -100,6 +105,19 @@ def gather(
             _exchange(whole, parts, own, group, staging_bytes)
         gathered.add(dim)
     return whole
+
+
+def broadcast(tensor: torch.Tensor, where: Placed, owner: Sequence[int]) -> None:
+    """Give a contiguous tensor of the ranks at `owner` of the dimensions that cut axis 0 to all ranks, in place.
+
+    Raises:
+        ParallelError: A collective failed.
+    """
+    for dim, placement in enumerate(where.placements):
+        if placement is not None and placement.axis == 0 and where.mesh.size(dim) > 1:
+            with _failing_in_words("broadcast a tensor"):
+                raw = tensor.view(-1).view(torch.uint8)
+                dist.broadcast(raw, group=where.mesh.get_group(dim), group_src=owner[dim])
 
 
 def _holding(where: Placed, shape: Sequence[int], dim: int, place: int, gathered: Collection[int]) -> tuple[Runs, ...]:
@@ -137,9 +155,7 @@ def _exchange(whole: torch.Tensor, parts: Sequence[tuple[Runs, ...]], own: int, 
 def _all_gather(whole: torch.Tensor, part: torch.Tensor, group: Any) -> None:
     """Gather contiguous parts side by side, as bytes: what every backend can move, whatever the dtype."""
     with _failing_in_words("gather a tensor"):
-        dist.all_gather_into_tensor(
-            whole.view(torch.uint8).view(-1), part.contiguous().view(torch.uint8).view(-1), group
-        )
+        _ALL_GATHER(whole.view(torch.uint8).view(-1), as_bytes(part), group)
 
 
 def _place(part: torch.Tensor, runs: Sequence[Runs], whole: torch.Tensor) -> None:

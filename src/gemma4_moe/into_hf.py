@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe import destinations, entries
+from gemma4_moe.errors import UsageError
 from gemma4_moe.gathering import STAGING_BYTES, gather
 from gemma4_moe.kernels import transpose_scale_cast
 from gemma4_moe.layouts import DOWN, SCALE, MoEName, Operation
@@ -32,6 +34,21 @@ def hf_names(parsed: MoEName | None, name: str) -> Iterator[str]:
     yield name if parsed is None else parsed.hf
     if parsed is not None and parsed.rule is DOWN:
         yield parsed.sibling(SCALE).hf
+
+
+def excluding(regex: str | None) -> Excluded:
+    """Return what leaves out the entries whose hf or nemo name `regex` matches at its start.
+
+    Raises:
+        UsageError: It is not a regular expression.
+    """
+    if regex is None:
+        return lambda _hf, _nemo: False
+    try:
+        pattern = re.compile(regex)
+    except re.error as error:
+        raise UsageError("exclude_key_regex is not a regular expression", found=regex, hint=str(error)) from error
+    return lambda hf, nemo: pattern.match(hf) is not None or pattern.match(nemo) is not None
 
 
 @dataclass(frozen=True, slots=True)

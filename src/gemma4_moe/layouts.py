@@ -97,6 +97,30 @@ RULES = (GATE_UP, DOWN, SCALE, ROUTER_WEIGHT, ROUTER_SCALE)
 #: The rows without which a layer's experts can't be computed in each layout.
 EXPERT_RULES = {Layout.HF: (GATE_UP, DOWN, SCALE), Layout.NEMO: (GATE_UP, DOWN)}
 
+
+@dataclass(frozen=True, slots=True)
+class ExpertRow:
+    """One expert's part of a row in the hf layout, as a tensor of its own with two axes: what some engines ask for.
+
+    Attributes:
+        hf: REST, with a place for the expert's number.
+        hf_axes: Axes of the part.
+        part: Which of the row's equal parts along its first inner axis this is.
+    """
+
+    hf: str
+    hf_axes: tuple[str, str]
+    part: int = 0
+
+
+# fmt: off
+#: The rows that can be written expert by expert, and what each expert's part of them is called.
+EXPERT_ROWS = {
+    GATE_UP: (ExpertRow("experts.{}.gate_proj.weight", ("I", "H"), 0), ExpertRow("experts.{}.up_proj.weight", ("I", "H"), 1)),
+    DOWN:    (ExpertRow("experts.{}.down_proj.weight", ("H", "I")),),
+}
+# fmt: on
+
 #: Modules of a layer that hold nothing but rows of the table, whichever layout's name they carry.
 MOE_MODULES = frozenset(rest.split(".")[0] for rule in RULES for rest in (rule.hf, rule.nemo))
 
@@ -155,6 +179,10 @@ class MoEName:
         """Return the whole name in `layout`, current spelling."""
         return self.hf if layout is Layout.HF else self.nemo
 
+    def of_expert(self, row: ExpertRow, expert: int) -> str:
+        """Return the whole hf name of one expert's part of this tensor."""
+        return self.layer_path + row.hf.format(expert)
+
     def sibling(self, rule: Rule) -> MoEName:
         """Return the name of another row in the same layer, current spelling."""
         return MoEName(self.prefix, self.layer, rule)
@@ -165,6 +193,12 @@ def lookup(name: str, layout: Layout) -> MoEName | None:
     match = _IN_LAYER.fullmatch(name)
     row = _LOOKUP[layout].get(match["rest"]) if match else None
     return MoEName(match["prefix"], int(match["layer"]), *row) if match and row else None
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """Return what stands before `layers.` in `name`, and the layer's number; None for a name outside all layers."""
+    match = _IN_LAYER.fullmatch(name)
+    return (match["prefix"], int(match["layer"])) if match else None
 
 
 def parse(name: str, layout: Layout) -> MoEName | None:

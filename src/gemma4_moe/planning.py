@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING
 from gemma4_moe import dtypes
 from gemma4_moe.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.checking import check_tensors
-from gemma4_moe.checkpoints.directories import Checkpoint, StoredTensor, open_checkpoint
 from gemma4_moe.checkpoints.header_layout import layout_header
 from gemma4_moe.checkpoints.storage import refusals
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layouts import DOWN, SCALE, Layout, MoEName, Operation
 from gemma4_moe.quantities import parse_size
 from gemma4_moe.recognising import recognise
-from gemma4_moe.sources import locate
+from gemma4_moe.sources import open_source
 from gemma4_moe.transforms import converted_shape, scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from gemma4_moe.checkpoints.directories import Checkpoint, StoredTensor
     from gemma4_moe.checkpoints.header import TensorEntry
     from gemma4_moe.dtypes import DType
     from gemma4_moe.inventory import Owner
@@ -139,6 +139,7 @@ def plan(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     max_memory: int | str = DEFAULT_MEMORY,
     revision: str | None = None,
+    stream: bool = False,
 ) -> Preview:
     """Say what `convert` would do, from headers alone.
 
@@ -150,18 +151,18 @@ def plan(
         max_shard_size: See `convert`.
         max_memory: See `convert`.
         revision: Branch, tag or commit of a Hub id.
+        stream: Read the headers of a model on the Hub there, instead of fetching it into the Hub's cache first.
 
     Raises:
         InputError, UsageError, StorageError: What `convert` would raise before it writes.
     """
-    path = locate(source, revision)
-    with open_checkpoint(path) as checkpoint:
+    with open_source(source, revision, stream=stream) as (checkpoint, _):
         planned = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size)
-        disk = path.resolve() if target is None else Path(target).resolve().parent
+        disk = checkpoint.path.resolve() if target is None else Path(target).resolve().parent
         with refusals("ask for the free space", disk):
             free = shutil.disk_usage(disk).free
         return Preview(
-            source=path,
+            source=Path(source) if stream else checkpoint.path,
             plan=planned,
             memory=plan_memory(planned, parse_size(max_memory)),
             source_tensors=len(checkpoint.tensors),

@@ -227,7 +227,7 @@ def print_remains(console: Console, found: Remains | None) -> None:
 def _print_facts(console: Console, *facts: tuple[str, str]) -> None:
     width = max(len(label) for label, _ in facts)
     for label, fact in facts:
-        console.print(Text(f"{label:<{width}}  ", "bold") + _text(fact))
+        console.print(Text(f"{label:<{width}}  ", "bold") + Text(printable(fact)))
 
 
 def _text(text: str) -> Text:

@@ -12,10 +12,10 @@ from gemma4_moe import __version__
 from gemma4_moe.checkpoints import hashing
 from gemma4_moe.checkpoints.manifest import read_manifest
 from gemma4_moe.checkpoints.read_back import Extent, OpenFile, hash_extents
-from gemma4_moe.errors import InputError, UsageError
+from gemma4_moe.errors import InputError, ParallelError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from gemma4_moe.checkpoints.directories import Checkpoint
@@ -76,6 +76,21 @@ def check_same_run(known: Journalled, opening: Mapping[str, Any], target: Path) 
         found="; ".join(list(_differences(known.opening, opening, ""))[:5]),
         hint=f"give the same source and options, or remove it: gemma4-moe clean {target}",
     )
+
+
+def check_same_source(openings: Sequence[Mapping[str, Any]]) -> None:
+    """Check that all ranks see the same source and the same plan.
+
+    Raises:
+        ParallelError: A rank sees another one than rank 0.
+    """
+    for rank, opening in enumerate(openings):
+        if opening != openings[0]:
+            raise ParallelError(
+                "ranks see different sources",
+                found=f"rank {rank}: {'; '.join(list(_differences(openings[0], opening, ''))[:5])}",
+                hint="give all ranks the same directory on a shared filesystem",
+            )
 
 
 def _differences(old: Any, new: Any, name: str) -> Iterator[str]:

@@ -10,7 +10,6 @@ The table itself is in `layouts`; what an operation does to shapes in `transform
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,11 @@ from torch.distributed.tensor import DTensor
 
 from gemma4_moe import entries, gathering
 from gemma4_moe.configs import axis_sizes, conversion_of
+from gemma4_moe.dtypes import EXPERT_DTYPES
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.gathering import STAGING_BYTES, agree
 from gemma4_moe.interface import StateDict, StateDictAdapter
-from gemma4_moe.into_hf import IntoHf, hf_names
+from gemma4_moe.into_hf import IntoHf, excluding, hf_names
 from gemma4_moe.into_nemo import IntoNemo
 from gemma4_moe.inventory import Inventory, Owner
 from gemma4_moe.layouts import DOWN, GATE_UP, SCALE, Layout, Operation, Rule, lookup, parse
@@ -59,6 +59,13 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         self.dtype = dtype
         axis_sizes(config, moe_config)
         conversion_of(backend)
+        if str(dtype).removeprefix("torch.") not in {known.name for known in EXPERT_DTYPES}:
+            raise UsageError(
+                "no dtype for expert tensors",
+                expected=", ".join(f"torch.{known.name}" for known in EXPERT_DTYPES),
+                found=repr(dtype),
+                hint="give the dtype in which the model holds its experts",
+            )
 
     def from_hf(
         self,
@@ -151,13 +158,13 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         _refuse_quantization(quantization)
         if gather and for_checkpoint_load:
             raise UsageError("a destination can't be gathered", hint="leave out gather or for_checkpoint_load")
-        mesh, excluded = expert_mesh(device_mesh), _excluding(exclude_key_regex)
+        mesh, excluded = expert_mesh(device_mesh), excluding(exclude_key_regex)
         found: Iterable[Entry] = entries.explained(
             state_dict, self._inventory(Layout.NEMO), mesh, lambda name: excluded(name, name)
         )
         if gather:
             found = list(found)
-            _agree(found, mesh)
+            _agree(found, mesh, excluded, staging_bytes)
         into_hf = IntoHf(conversion_of(self.backend), mesh, excluded, staging_bytes)
         result: dict[str, Any] = {}
         for entry in found:
@@ -187,11 +194,11 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         """
         del kwargs
         _refuse_quantization(quantization)
-        mesh, excluded = expert_mesh(device_mesh), _excluding(exclude_key_regex)
+        mesh, excluded = expert_mesh(device_mesh), excluding(exclude_key_regex)
         if lookup(fqn, Layout.NEMO) is None and excluded(fqn, fqn):
             return []
         entry = entries.explain(fqn, tensor, self._inventory(Layout.NEMO), mesh)
-        _agree([entry], mesh)
+        _agree([entry], mesh, excluded, STAGING_BYTES)
         return list(IntoHf(conversion_of(self.backend), mesh, excluded).as_gathered(entry))
 
     def get_hf_state_dict_keys(self, state_dict: StateDict) -> list[str]:
@@ -243,28 +250,26 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         return Inventory(layout, axis_sizes(self.config, self.moe_config))
 
 
-def _agree(found: Iterable[Entry], mesh: DeviceMesh | None) -> None:
-    """Let the ranks of every mesh on which a DTensor or a part lies agree on names, shapes, placements and dtypes."""
-    plans: dict[DeviceMesh, list[list[Any]]] = {}
+def _agree(
+    found: Iterable[Entry], mesh: DeviceMesh | None, excluded: Callable[[str, str], bool], staging_bytes: int
+) -> None:
+    """Let the ranks of every mesh on which a DTensor or a part lies agree on all that decides which collectives run.
+
+    That is the hf names that are wanted, and shape, placements and dtype of the native tensor, in order; and the
+    staging, which decides how many blocks there are.
+    """
+    plans: dict[DeviceMesh, list[Any]] = {}
     for entry in found:
         value = entry.value
+        wanted = [hf for hf in hf_names(entry.parsed, entry.name) if not excluded(hf, entry.name)]
         if isinstance(value, DTensor) and not value.is_meta:
-            line = [entry.name, list(entry.shape), str(value.placements), str(value.dtype)]
-            plans.setdefault(value.device_mesh, []).append(line)
+            line = [entry.name, wanted, list(entry.shape), str(value.placements), str(value.dtype)]
+            plans.setdefault(value.device_mesh, [staging_bytes]).append(line)
         elif mesh is not None and isinstance(value, torch.Tensor) and tuple(value.shape) != entry.shape:
-            plans.setdefault(mesh, []).append([entry.name, list(entry.shape), "a part", str(value.dtype)])
+            line = [entry.name, wanted, list(entry.shape), "a part", str(value.dtype)]
+            plans.setdefault(mesh, [staging_bytes]).append(line)
     for own, plan in plans.items():
         agree(own, plan)
-
-
-def _excluding(regex: str | None) -> Callable[[str, str], bool]:
-    if regex is None:
-        return lambda _hf, _nemo: False
-    try:
-        pattern = re.compile(regex)
-    except re.error as error:
-        raise UsageError("exclude_key_regex is not a regular expression", found=regex, hint=str(error)) from error
-    return lambda hf, nemo: pattern.match(hf) is not None or pattern.match(nemo) is not None
 
 
 def _refuse_quantization(quantization: bool) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gemma4_moe.blocks import Block
-    from gemma4_moe.checkpoints.direct_io import PageReader, PageWriter
+    from gemma4_moe.checkpoints.direct_io import PageWriter, Reader
     from gemma4_moe.checkpoints.hashing import Chunk
     from gemma4_moe.ledger import Ledger
     from gemma4_moe.planning import Plan
@@ -32,7 +32,7 @@ class ConversionSteps:
         self,
         plan: Plan,
         scales: Scales,
-        readers: Mapping[str, PageReader],
+        readers: Mapping[str, Reader],
         writers: Mapping[str, PageWriter],
         ledger: Ledger,
         workers: int | None,

@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING
 
 from gemma4_moe.blocks import blocks
-from gemma4_moe.checkpoints.direct_io import PageReader, PageWriter
+from gemma4_moe.checkpoints.direct_io import PageWriter
 from gemma4_moe.checkpoints.hashing import Chunk
 from gemma4_moe.checkpoints.journal import Journal, read_journals
 from gemma4_moe.checkpoints.storage import refusals, sync_directory
@@ -14,7 +14,7 @@ from gemma4_moe.checkpoints.writer import SafetensorsWriter
 from gemma4_moe.errors import Gemma4MoEError
 from gemma4_moe.ledger import Ledger
 from gemma4_moe.pipeline import run
-from gemma4_moe.resuming import check_same_run, opening_record, true_chunks
+from gemma4_moe.resuming import check_same_run, check_same_source, opening_record, true_chunks
 from gemma4_moe.shares import header_hashes, share
 from gemma4_moe.steps import ConversionSteps
 
@@ -44,6 +44,7 @@ def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progre
     with job.ranks.together("read the journal"):
         known = read_journals(job.control)
         check_same_run(known, opening, job.target)
+    check_same_source(job.ranks.everyones(opening))
     with job.ranks.together("check what is there"):
         own = true_chunks(known, job)
     true = set[Chunk]().union(*job.ranks.everyones(own))
@@ -71,7 +72,7 @@ def _write_share(
 
     with ExitStack() as stack:
         readers = {
-            name: stack.enter_context(closing(PageReader(file, buffered=job.buffered)))
+            name: stack.enter_context(closing(file.reader(buffered=job.buffered)))
             for name, file in job.checkpoint.files.items()
         }
         writers = {

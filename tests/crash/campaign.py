@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from crash.cases import Case  # noqa: E402
-from gemma4_moe import ledger  # noqa: E402
-from gemma4_moe.checkpoints import hashing  # noqa: E402
+from crash.cases import Case
+from gemma4_moe import ledger
+from gemma4_moe.checkpoints import hashing
 
 WRITES = ("pwrite64", "write", "sendfile", "copy_file_range", "fallocate", "ftruncate", "mkdir")
 OTHERS = ("fsync", "rename", "renameat2", "unlink", "unlinkat", "rmdir")

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gemma4_moe import convert, ledger
-from gemma4_moe.checkpoints import hashing
+from crash.sizes import OPTIONS, shrink
+from gemma4_moe import convert
 from support.checkpoints import contents, write_checkpoint
 from support.models import random_hf_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-#: Three weight files, whole pages and odd bytes in each; blocks of one or two experts.
-OPTIONS: dict[str, Any] = {"max_shard_size": 40_000, "max_memory": 30_000, "workers": 1}
-
-
-def shrink() -> None:
-    """Make chunks and journal entries so small that a small model has many."""
-    hashing.CHUNK_BYTES = 8192
-    ledger.FLUSH_BYTES = 16_384
 
 
 class Case:
@@ -37,7 +28,7 @@ class Case:
         self.directory = directory
         directory.mkdir(exist_ok=True)
         shrink()
-        self.source = write_checkpoint(directory / "hf", random_hf_state_dict(layers=1, E=6, H=40, I=24))
+        self.source = write_checkpoint(directory / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24))
         self.target = directory / "nemo"
         self.options = OPTIONS | {"overwrite": overwrite}
         self._kept = directory.with_name(f"{directory.name}-old")

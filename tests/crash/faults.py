@@ -13,12 +13,13 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from crash.cases import shrink
+from crash.sizes import shrink
 from gemma4_moe import converting
 from gemma4_moe.checkpoints import renaming
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from crash.cases import Case
 
@@ -74,13 +75,13 @@ class Points:
             raise OSError(code, os.strerror(code))
 
 
-def _convert(case: Case, fault: Fault, results: Any) -> None:
+def _convert(source: Path, target: Path, options: dict[str, Any], fault: Fault, results: Any) -> None:
     signal.signal(signal.SIGTERM, _terminated)
     shrink()
     points = Points(fault)
     points.install()
     try:
-        converting.convert(case.source, case.target, **case.options)
+        converting.convert(source, target, **options)
         results.put(points.seen)
     except (OSError, KeyboardInterrupt) as error:
         results.put(repr(error))
@@ -93,7 +94,7 @@ def _terminated(*_: object) -> None:
 def convert_with(case: Case, fault: Fault) -> Any:
     """Convert in a process of its own. Return the calls that it made, what it raised, or None where it was killed."""
     results = _CONTEXT.SimpleQueue()
-    process = _CONTEXT.Process(target=_convert, args=(case, fault, results))
+    process = _CONTEXT.Process(target=_convert, args=(case.source, case.target, case.options, fault, results))
     process.start()
     process.join(60)
     assert process.exitcode is not None, "it hangs"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from gemma4_moe import convert, ledger, writing  # noqa: E402
-from gemma4_moe.checkpoints import hashing  # noqa: E402
-from gemma4_moe.checkpoints.direct_io import allocate  # noqa: E402
-from gemma4_moe.errors import Gemma4MoEError  # noqa: E402
+from gemma4_moe import convert, ledger, writing
+from gemma4_moe.checkpoints import hashing
+from gemma4_moe.checkpoints.direct_io import allocate
+from gemma4_moe.errors import Gemma4MoEError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -33,7 +33,8 @@ def convert_on_all(source: Path, target: Path) -> None:
     shrink()
     done: list[int] = []
     convert(source, target, progress=lambda now, _: done.append(now), **OPTIONS)
-    assert dist.get_world_size() == 1 or done[-1] < 100_000, "a rank has done more than its share"
+    tensors = 2 * 6 * 3 * 24 * 40 * 2 + 3000  # two layers of experts, and a little of everything else
+    assert done[-1] <= tensors / dist.get_world_size() + hashing.CHUNK_BYTES, "a rank has done more than its share"
 
 
 def fail_on_the_last(source: Path, target: Path) -> None:

@@ -62,7 +62,7 @@ def assert_kernel_is_right(x, factors, target, out=None, *, transpose):
 @pytest.mark.parametrize("target", FORMATS, ids=str)
 @pytest.mark.parametrize("source", INPUTS, ids=str)
 def test_every_16_bit_value_and_random_fp32(source, target):
-    factors = FACTORS if ON_DEVICE else FACTORS[[0, 1, 6, 12, 13, 15]]
+    factors = FACTORS if ON_DEVICE else FACTORS[[0, 1, 6, 12, 15]]
     if source.itemsize == 2:
         values = np.arange(1 << 16, dtype=np.uint16).view(source).reshape(1, 256, 256)
     else:
@@ -76,7 +76,7 @@ SIZES = st.sampled_from([0, 1, 5, 31, 32, 33, 64, 65, 100])
 
 
 @runs_kernels
-@settings(max_examples=60 if ON_DEVICE else 12, deadline=None)
+@settings(max_examples=60 if ON_DEVICE else 8, deadline=None)
 @given(
     leading=st.lists(st.integers(0, 3), max_size=3),
     rows=SIZES,

@@ -28,8 +28,18 @@ PAGE = DATA_ALIGNMENT
 SLACK = 2 * PAGE
 
 
-class Readable(Protocol):
-    """A file that is read at positions."""
+class Reader(Protocol):
+    """Reads a file in large pieces."""
+
+    def read(self, offset: int, size: int, buffer: memoryview) -> memoryview:
+        """Return the file's bytes [offset, offset + size) somewhere in `buffer`, which has `SLACK` bytes more."""
+
+    def close(self) -> None:
+        """Give back what the reader holds."""
+
+
+class OpenLocally(Protocol):
+    """A file of this machine that is open."""
 
     path: Path
 
@@ -53,14 +63,15 @@ def whole_pages(nbytes: int) -> int:
 class PageReader:
     """Reads an open file through buffers, past the page cache where that works. Close it after use."""
 
-    def __init__(self, file: Readable, *, buffered: bool = False) -> None:
-        """Take an open file.
+    def __init__(self, file: OpenLocally, *, buffered: bool = False) -> None:
+        """Take an open file, and let the page cache forget what it holds of it, so that the device is read.
 
         Args:
             file: The file; it must stay open.
             buffered: Read through the page cache, and drop from it what was read.
         """
         self._file = file
+        drop_cache(file.fileno(), 0, 0)
         self._direct = None if buffered else _reopen(file.fileno(), os.O_RDONLY)
 
     def close(self) -> None:

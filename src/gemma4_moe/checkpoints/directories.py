@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -17,9 +18,11 @@ from gemma4_moe.checkpoints.index import INDEX_NAME, LONGEST_INDEX, parse_index
 from gemma4_moe.checkpoints.manifest import MANIFEST_NAME
 from gemma4_moe.checkpoints.side_files import check_side_file, is_side_file
 from gemma4_moe.checkpoints.storage import read_whole, refusals
+from gemma4_moe.checkpoints.unfinished import control_directory
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from gemma4_moe.checkpoints.header import TensorEntry
@@ -115,8 +118,14 @@ class Checkpoint:
             file.check_unchanged()
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, elsewhere: Mapping[str, Callable[[], SafetensorsFile]] | None = None
+) -> Checkpoint:
     """Open a directory of safetensors files and check all that can be checked without reading a tensor.
+
+    Args:
+        path: The directory.
+        elsewhere: Weight files that belong to it but are not in it: by name, what opens them.
 
     Raises:
         CheckpointFormatError: The directory, its index or a header breaks a rule; or files, index and headers disagree.
@@ -125,8 +134,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         UnsupportedCheckpointError: It is a known format of another kind.
         StorageError: The disk or its permissions refused.
     """
-    path = Path(path)
+    path, elsewhere = Path(path), elsewhere or {}
     files, directories = _entries(path)
+    files = sorted({*files, *elsewhere})
     refuse_foreign_files(path, files)
     weights = [name for name in files if name.endswith(_SUFFIX)]
     index_bytes = read_whole(path / INDEX_NAME, LONGEST_INDEX) if INDEX_NAME in files else None
@@ -140,7 +150,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     for side_file in side_files:
         check_side_file(side_file)
     with ExitStack() as stack:
-        opened = {name: stack.enter_context(SafetensorsFile(path / name)) for name in weights}
+        openers = {name: partial(SafetensorsFile, path / name) for name in weights} | dict(elsewhere)
+        opened = {name: stack.enter_context(openers[name]()) for name in weights}
         refuse_partial_tensors(path, opened)
         tensors = _collect(opened)
         if weight_map is not None:
@@ -158,7 +169,12 @@ def _entries(path: Path) -> tuple[list[str], list[str]]:
         exists, is_directory = path.exists(), path.is_dir()
     if not exists:
         raise CheckpointFormatError(
-            "no such directory", file=path, expected="a directory of safetensors files", hint="check the path"
+            "no such directory",
+            file=path,
+            expected="a directory of safetensors files",
+            hint=f"a conversion to it was not finished: convert with --resume, or remove it: gemma4-moe clean {path}"
+            if control_directory(path).is_dir()
+            else "check the path",
         )
     if not is_directory:
         refuse_foreign_files(path.parent, [path.name])

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from gemma4_moe.checkpoints.direct_io import PageReader
 from gemma4_moe.checkpoints.header import LENGTH, Header, header_size, parse_header
 from gemma4_moe.checkpoints.storage import open_regular, read_at, refusals
 from gemma4_moe.errors import SourceChangedError
@@ -18,6 +19,8 @@ from gemma4_moe.errors import SourceChangedError
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
+
+    from gemma4_moe.checkpoints.direct_io import Reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,9 @@ class SafetensorsFile:
         self.path = path
         self._descriptor = open_regular(path)
         try:
-            self._read_header()
+            with refusals("look at the file", path):
+                status = os.fstat(self._descriptor)
+            self._read_header(status.st_size, status.st_mtime_ns, status.st_ino)
         except BaseException:
             self.close()
             raise
@@ -82,6 +87,10 @@ class SafetensorsFile:
     def fileno(self) -> int:
         """Return the descriptor, for calls that copy between files."""
         return self._descriptor
+
+    def reader(self, *, buffered: bool = False) -> Reader:
+        """Return what reads the file in large pieces, past the page cache unless `buffered`."""
+        return PageReader(self, buffered=buffered)
 
     def close(self) -> None:
         """Close the file. Further calls do nothing."""
@@ -126,13 +135,11 @@ class SafetensorsFile:
             hint="let nothing write the source, and start again",
         )
 
-    def _read_header(self) -> None:
-        with refusals("look at the file", self.path):
-            status = os.fstat(self._descriptor)
-        prefix = self._read(min(LENGTH.size, status.st_size))
-        raw = self._read(header_size(prefix, status.st_size, file=self.path))
-        self.header = parse_header(raw, status.st_size, file=self.path)
-        self.identity = FileIdentity(status.st_size, status.st_mtime_ns, status.st_ino, self.header.digest)
+    def _read_header(self, size: int, mtime_ns: int, inode: int) -> None:
+        prefix = self._read(min(LENGTH.size, size))
+        raw = self._read(header_size(prefix, size, file=self.path))
+        self.header = parse_header(raw, size, file=self.path)
+        self.identity = FileIdentity(size, mtime_ns, inode, self.header.digest)
 
     def _read(self, count: int) -> bytes:
         content = bytearray(count)

@@ -7,20 +7,20 @@ import os
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from blake3 import blake3
 
-from gemma4_moe.checkpoints.direct_io import PAGE, SLACK, PageReader, allocate, drop_cache
+from gemma4_moe.checkpoints.direct_io import PAGE, SLACK, PageReader, allocate
 from gemma4_moe.checkpoints.hashing import Chunk, chunk_bounds, chunk_count
 from gemma4_moe.checkpoints.storage import open_regular, read_at
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
 
-    from gemma4_moe.checkpoints.direct_io import Readable
+    from gemma4_moe.checkpoints.direct_io import Reader
 
 #: What a thread reads at once, in bytes.
 _PIECE = 8 * 2**20
@@ -59,12 +59,27 @@ class OpenFile:
         """Fill `destination` with the bytes from `offset` on. Raises what `read_at` raises."""
         read_at(self._descriptor, self.path, offset, destination)
 
+    def reader(self, *, buffered: bool = False) -> Reader:
+        """Return what reads the file in large pieces, past the page cache unless `buffered`."""
+        return PageReader(self, buffered=buffered)
+
     def chunks(self) -> dict[Chunk, Extent]:
         """Return where each chunk of the file is."""
         return {
             Chunk(self.path.name, number): Extent(self, *chunk_bounds(number, self.size))
             for number in range(chunk_count(self.size))
         }
+
+
+class Readable(Protocol):
+    """A file with a reader: one of this machine, or one that is read over the network."""
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+
+    def reader(self, *, buffered: bool = False) -> Reader:
+        """Return what reads the file in large pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +116,6 @@ def hash_extents(
         CheckpointFormatError: A file is too short.
         StorageError: The disk refused.
     """
-    for descriptor in {extent.file.fileno() for extent in extents.values()}:
-        drop_cache(descriptor, 0, 0)
     threads = max(1, min(_THREADS, memory // (PAGE + SLACK), len(extents)))
     buffer_bytes = max(PAGE + SLACK, min(_PIECE + SLACK, memory // threads // PAGE * PAGE))
     jobs = iter(extents.items())
@@ -135,28 +148,27 @@ def hash_extents(
     return {chunk: found[chunk] for chunk in extents}
 
 
-def sha256_files(paths: Sequence[Path], *, buffered: bool = False) -> dict[str, str]:
-    """Return the SHA-256 of each whole file by its bare name, in hexadecimal.
+def sha256(files: Mapping[str, Readable], *, buffered: bool = False) -> dict[str, str]:
+    """Return the SHA-256 of each whole file by its name, in hexadecimal.
 
     Raises:
-        CheckpointFormatError: A file is missing, no regular file, or was cut off meanwhile.
-        StorageError: The disk or its permissions refused.
+        CheckpointFormatError: A file was cut off meanwhile.
+        StorageError: The disk refused.
     """
 
-    def digest(path: Path) -> str:
+    def digest(file: Readable) -> str:
         hasher = hashlib.sha256()
-        with OpenFile(path) as file:
-            for piece in _pieces(Extent(file, 0, file.size), allocate(_PIECE + SLACK), buffered=buffered):
-                hasher.update(piece)
+        for piece in _pieces(Extent(file, 0, file.size), allocate(_PIECE + SLACK), buffered=buffered):
+            hasher.update(piece)
         return hasher.hexdigest()
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip([path.name for path in paths], pool.map(digest, paths), strict=True))
+        return dict(zip(files, pool.map(digest, files.values()), strict=True))
 
 
 def _pieces(extent: Extent, buffer: memoryview, *, buffered: bool) -> Iterator[memoryview]:
     """Yield an extent's bytes; each piece is valid until the next is asked for."""
-    reader = PageReader(extent.file, buffered=buffered)
+    reader = extent.file.reader(buffered=buffered)
     try:
         step = buffer.nbytes - SLACK
         for start in range(extent.start, extent.end, step):

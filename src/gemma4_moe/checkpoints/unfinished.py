@@ -34,7 +34,7 @@ _OWNER = "owner"
 
 def control_directory(target: Path) -> Path:
     """Return the directory that stands beside `target` while it is written."""
-    return target.with_name(f".{target.name}.gemma4-moe")
+    return target.parent / f".{target.name}.gemma4-moe"
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,6 @@ def scale_cast(x: Array, scale: Any, dtype: Any, out: Array | None, kernel: str,
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     nbytes = prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    choice.prepare(raw.ctypes.data, raw.nbytes)
     skipped = -raw.ctypes.data % _ALIGNMENT
     return raw[skipped : skipped + nbytes].view(dtype).reshape(shape)
 

@@ -15,9 +15,6 @@ ENVIRONMENT = "GEMMA4_MOE_KERNEL"
 
 NAMES = ("auto", "cpu", "triton", "torch", "numpy")
 
-#: Results of at least this many bytes are worth huge pages.
-_HUGE = 16 << 20
-
 _log = logging.getLogger("gemma4_moe")
 
 
@@ -124,14 +121,6 @@ def allowed_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def prepare(address: int, nbytes: int) -> None:
-    """Make memory that was just allocated for a result cheap to write for the first time."""
-    if nbytes >= _HUGE and cpu().usable:
-        from gemma4_moe.kernels import _cpu
-
-        _cpu.prefer_huge_pages(address, nbytes)
 
 
 def _asked(kernel: str) -> str:

@@ -16,16 +16,15 @@ def scale_cast(x: Array, factors: Array | None, out: Array) -> Array:
     if factors is None and x.dtype == out.dtype:
         out[...] = x
         return out
-    if x.ndim == 0:
+    if factors is None:
         _round(x.astype(np.float32), x, out)
         return out
-    for expert in range(x.shape[0]):
-        if factors is None:
-            _round(x[expert].astype(np.float32), x[expert], out[expert : expert + 1][0])
-        elif factors[expert] == 1 and x.dtype == out.dtype:
-            out[expert] = x[expert]
+    for expert in range(x.shape[0]):  # one at a time: an fp32 copy of one expert is all the memory that it takes
+        one, into = x[expert : expert + 1], out[expert : expert + 1]
+        if factors[expert] == 1 and x.dtype == out.dtype:
+            into[...] = one
         else:
-            _round(x[expert].astype(np.float32) * factors[expert], x[expert], out[expert])
+            _round(one.astype(np.float32) * factors[expert], one, into)
     return out
 
 

@@ -26,7 +26,7 @@ def scale_cast(
     """Return x [E, ...], each x[e] times scale[e], in `dtype`, written to `out` if it is given."""
     target = dtype or (x.dtype if out is None else out.dtype)
     x = x.detach()
-    out = _fresh(x, target) if out is None else _checked(out, x.shape, target)
+    out = torch.empty(x.shape, dtype=target, device=x.device) if out is None else _checked(out, x.shape, target)
     if scale is not None and scale.shape != x.shape[:1]:
         raise TensorShapeError("one scale an expert is needed", expected=tuple(x.shape[:1]), found=tuple(scale.shape))
     factors = None if scale is None else scale.detach().to(x.device, torch.float32).contiguous()
@@ -39,13 +39,6 @@ def scale_cast(
         _on_cpu(x, factors, out, choice.allowed_cores() if threads is None else threads)
     else:
         torch_kernel.scale_cast(x, factors, out.detach())
-    return out
-
-
-def _fresh(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    if type(out) in _PLAIN and out.device.type == "cpu":
-        choice.prepare(out.data_ptr(), out.nbytes)
     return out
 
 

@@ -100,7 +100,7 @@ def _jit(function: Callable[..., Any]) -> Any:
 
 
 @_jit
-def _move(
+def _move(  # type: ignore[no-untyped-def]
     x_ptr,
     factor_ptr,
     out_ptr,
@@ -123,7 +123,7 @@ def _move(
     WHOLE: tl.constexpr,
     WIDE: tl.constexpr,
     INTERPRETED: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     tile = tl.program_id(0)
     tiles_across = tl.cdiv(C, COLUMNS)
     tiles_down = tl.cdiv(R, ROWS)

@@ -1,0 +1,181 @@
+"""Convert a checkpoint of real layers, beside `cp` + fsync of the same bytes and beside what a person would write.
+
+    python benchmarks/convert.py [--directory DIR] [--layers 3] [--pairs 5] [--naive] [--json FILE]
+
+Runs are interleaved: every row of the table runs once in each round, in a process of its own, with the source dropped
+from the page cache before it. Throughput is the target's bytes by wall time until all is on the device; memory is the
+process' peak resident size. The peer is NeMo AutoModel's adapter, between safetensors' `load_file` and `save_file`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+
+from gemma4_moe import convert
+from gemma4_moe.checkpoints.header_layout import layout_header
+from gemma4_moe.dtypes import BFLOAT16
+
+E, H, I = 128, 2816, 704  # noqa: E741
+
+OURS = """
+    import sys
+    from gemma4_moe import convert
+    convert(sys.argv[1], sys.argv[2], read_back="read-back" in sys.argv, buffered="buffered" in sys.argv)
+"""
+
+#: What a process says last: the most memory that it has ever held, which its parent can't see apart from its own.
+PEAK = """
+    import re
+    from pathlib import Path
+    print(re.search(r"VmHWM:[^0-9]*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+NAIVE = """
+    import os, sys
+    from pathlib import Path
+    from types import SimpleNamespace
+    import torch
+    from nemo_automodel.components.models.gemma4_moe.state_dict_adapter import Gemma4MoEStateDictAdapter
+    from safetensors.torch import load_file, save_file
+    state = {}
+    for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
+        state |= load_file(path)
+    sizes = SimpleNamespace(n_routed_experts=128)
+    adapter = Gemma4MoEStateDictAdapter(SimpleNamespace(), sizes, SimpleNamespace(), dtype=torch.bfloat16)
+    native = adapter.from_hf(state)
+    out = Path(sys.argv[2])
+    out.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in native.items()}, out / "model.safetensors")
+    with (out / "model.safetensors").open("rb") as file:
+        os.fsync(file.fileno())
+"""
+
+COPY = """
+    import os, subprocess, sys
+    from pathlib import Path
+    subprocess.run(["cp", "-r", sys.argv[1], sys.argv[2]], check=True)
+    for path in [*Path(sys.argv[2]).iterdir(), Path(sys.argv[2])]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+"""
+
+
+def write_source(directory: Path, layers: int) -> None:
+    """Write `layers` real-size layers and an embedding, bf16; values repeat after 16 MiB."""
+    rng = np.random.default_rng(0)
+    tile = rng.standard_normal(2**23, np.float32).astype(BFLOAT16.numpy()).tobytes()
+    directory.mkdir()
+    text = {"model_type": "gemma4_text", "num_experts": E, "moe_intermediate_size": I, "hidden_size": H}
+    config = {"model_type": "gemma4", "text_config": text | {"num_hidden_layers": layers}}
+    (directory / "config.json").write_text(json.dumps(config))
+    weight_map = {}
+    for layer in range(layers):
+        path = f"model.language_model.layers.{layer}."
+        shapes = {
+            "experts.gate_up_proj": (E, 2 * I, H),
+            "experts.down_proj": (E, H, I),
+            "router.per_expert_scale": (E,),
+            "router.proj.weight": (E, H),
+            "router.scale": (H,),
+            "mlp.down_proj.weight": (H, 2112),
+        }
+        header, entries = layout_header([(path + name, BFLOAT16, shape) for name, shape in shapes.items()])
+        name = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
+        with (directory / name).open("wb") as file:
+            file.write(header)
+            for entry in entries:
+                weight_map[entry.name] = name
+                left = entry.nbytes
+                while left:
+                    left -= file.write(tile[:left])
+            os.fsync(file.fileno())
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def measured(program: str, source: Path, target: Path, *words: str) -> tuple[float, int]:
+    """Return the seconds and the peak resident bytes of a program that makes `target` from `source`."""
+    shutil.rmtree(target, ignore_errors=True)
+    os.sync()
+    for path in source.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    start = time.perf_counter()
+    text = textwrap.dedent(program) + textwrap.dedent(PEAK)
+    done = subprocess.run([sys.executable, "-c", text, source, target, *words], stdout=subprocess.PIPE, check=True)
+    return time.perf_counter() - start, int(done.stdout.split()[-1]) * 1024
+
+
+def rows(directory: Path, naive: bool) -> dict[str, tuple[str, Path, tuple[str, ...]]]:
+    """Return each row's program, source and words."""
+    hf, nemo = directory / "hf", directory / "nemo"
+    found: dict[str, tuple[str, Path, tuple[str, ...]]] = {
+        "cp + fsync": (COPY, hf, ()),
+        "hf → nemo": (OURS, hf, ("direct",)),
+        "hf → nemo, read back": (OURS, hf, ("read-back",)),
+        "nemo → hf": (OURS, nemo, ("direct",)),
+        "nemo → hf, read back": (OURS, nemo, ("read-back",)),
+        "hf → nemo, --buffered": (OURS, hf, ("buffered",)),
+    }
+    if naive:
+        found["load_file, the peer's from_hf, save_file"] = (NAIVE, hf, ())
+    return found
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    options.add_argument("--directory", type=Path, help="where to work; a temporary directory by default")
+    options.add_argument("--layers", type=int, default=3, help="layers of 1.54 GB")
+    options.add_argument("--pairs", type=int, default=5, help="rounds")
+    options.add_argument("--naive", action="store_true", help="the peer too; needs three times the bytes in memory")
+    options.add_argument("--json", type=Path, help="write all figures there")
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.directory) as name:
+        directory = Path(name)
+        write_source(directory / "hf", given.layers)
+        convert(directory / "hf", directory / "nemo")
+        nbytes = sum(path.stat().st_size for path in (directory / "nemo").glob("*.safetensors"))
+        table = rows(directory, given.naive)
+        runs: dict[str, list[tuple[float, int]]] = {row: [] for row in table}
+        for _ in range(given.pairs):
+            for row, (program, source, words) in table.items():
+                runs[row].append(measured(program, source, directory / "target", *words))
+    report(runs, nbytes, given)
+
+
+def report(runs: dict[str, list[tuple[float, int]]], nbytes: int, given: argparse.Namespace) -> None:
+    """Print the table, and write all figures where they are wanted."""
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {platform.platform()}; "
+        f"{nbytes / 1e9:.2f} GB, {given.pairs} rounds"
+    )
+    print(f"{'':42} {'GB/s':>6} {'spread':>13} {'× cp':>6} {'peak RSS':>10}")
+    copies = [seconds for seconds, _ in runs["cp + fsync"]]
+    for row, figures in runs.items():
+        speeds = [nbytes / seconds / 1e9 for seconds, _ in figures]
+        ratios = [copy / seconds for copy, (seconds, _) in zip(copies, figures, strict=True)]
+        spread = f"{min(speeds):.2f}–{max(speeds):.2f}"
+        peak = max(rss for _, rss in figures) / 2**20
+        print(
+            f"{row:42} {statistics.median(speeds):6.2f} {spread:>13} {statistics.median(ratios):6.2f} {peak:6.0f} MiB"
+        )
+    if given.json is not None:
+        given.json.write_text(json.dumps({"bytes": nbytes, "layers": given.layers, "runs": runs}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

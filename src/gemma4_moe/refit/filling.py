@@ -1,0 +1,160 @@
+"""Write one tensor of a stream into given memory: converted, cast and, where ranks share it, gathered."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from gemma4_moe.gathering import broadcast, gather
+from gemma4_moe.kernels import scale_cast, transpose_scale_cast
+from gemma4_moe.layouts import EXPERT_ROWS, Operation
+from gemma4_moe.parallel import Placed, local_of, placed
+from gemma4_moe.refit.buckets import unpack
+from gemma4_moe.sharding import Sharded
+from gemma4_moe.transforms import transposes
+
+if TYPE_CHECKING:
+    from gemma4_moe.refit.buckets import Run
+    from gemma4_moe.refit.items import Item
+
+
+class Filler:
+    """Fills the tensors of one pass.
+
+    Args:
+        kernel: The kernel that converts.
+        keeps: Whether this rank keeps the results. If not, it does only what other ranks need of it.
+    """
+
+    def __init__(self, kernel: str, *, keeps: bool) -> None:
+        self._kernel = kernel
+        self._keeps = keeps
+        self._owners: dict[Placed, list[tuple[tuple[int, ...], int]]] = {}
+        self._outs: list[torch.Tensor] = []
+        self._sources: list[torch.Tensor] = []
+
+    def fill(self, item: Item, value: torch.Tensor, out: torch.Tensor) -> None:
+        """Write one item, made from `value`, into `out`, a contiguous tensor of its shape and dtype.
+
+        What is only copied waits for `flush`. All ranks of a DTensor's mesh must call.
+
+        Raises:
+            ParallelError: A collective failed, or a placement is not known.
+        """
+        where = placed(value, item.native) if isinstance(value, DTensor) else None
+        local = local_of(value)
+        if item.operation is Operation.FOLD:
+            out.fill_(1)
+        elif where is None or not _cuts(where):
+            if self._keeps and item.operation is Operation.KEEP and local.dtype == out.dtype:
+                self._outs.append(out)
+                self._sources.append(local)
+            elif self._keeps:
+                self._convert(item, local if item.expert is None else _part(local[item.expert], item), out)
+        elif item.expert is None:
+            moved = where.converted(item.operation, value.ndim)
+            part = out.new_empty(moved.local_shape(item.shape))
+            self._convert(item, local, part)
+            gather(part, moved, item.shape, out=out)
+        else:
+            self._fill_expert(item, tuple(value.shape), local, where, out)
+
+    def fill_run(self, run: Run, value: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Write a run of items, all made from `value`, to their places in a bucket's buffer.
+
+        Errors are those of `fill`.
+        """
+        items = run.items
+        if items[0].row is None:
+            self.fill(items[0], value, run.view(buffer))
+        elif not alone(value, items[0].native):
+            for item, (_, out) in zip(items, unpack(buffer, run.entries), strict=True):
+                self.fill(item, value, out)
+        elif self._keeps:
+            first, last = items[0].expert, items[-1].expert
+            assert first is not None and last is not None, "a run of experts"  # noqa: PT018
+            self._convert(items[0], _part(local_of(value)[first : last + 1], items[0]), run.view(buffer))
+
+    def flush(self) -> None:
+        """Make all copies that wait, together: a layer has a dozen small tensors, and each launch takes time."""
+        if self._outs:
+            torch._foreach_copy_(self._outs, self._sources)
+            self._outs, self._sources = [], []
+
+    def _convert(self, item: Item, source: torch.Tensor, out: torch.Tensor) -> None:
+        if transposes(item.operation):
+            transpose_scale_cast(source, out=out, kernel=self._kernel)
+        elif source.dtype == out.dtype:
+            out.copy_(source)
+        else:
+            scale_cast(source.reshape(out.shape or (1,)), out=out.view(out.shape or (1,)), kernel=self._kernel)
+
+    def _fill_expert(
+        self, item: Item, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
+    ) -> None:
+        """Write one expert's part on the ranks that own it, and give it to the others."""
+        assert item.expert is not None, "an item of one expert"
+        owner, position = self._owners_of(where, shape[0])[item.expert]
+        outer = [dim for dim, placement in enumerate(where.placements) if placement is not None and placement.axis == 0]
+        coordinate = where.mesh.get_coordinate()
+        assert coordinate is not None, "a rank that holds a DTensor is in its mesh"
+        if all(coordinate[dim] == owner[dim] for dim in outer):
+            self._fill_owned(item, shape, local[position], where, out)
+        broadcast(out, where, owner)
+
+    def _fill_owned(
+        self, item: Item, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
+    ) -> None:
+        """Write one expert's part, of which each rank has `local` [rows, columns] in native layout."""
+        inner = tuple(
+            None if p is None or p.axis == 0 else Sharded(2 - p.axis, p.split_factor) for p in where.placements
+        )
+        along = Placed(where.mesh, inner)
+        if not _cuts(along):
+            self._convert(item, _part(local, item), out)
+        elif any(p is not None and p.axis == 0 for p in inner) and _parts(item) > 1:
+            # Gate and up lie on different ranks: the expert is gathered whole.
+            part = out.new_empty(local.shape[1], local.shape[0])
+            self._convert(item, local, part)
+            rows = shape[2] // _parts(item)
+            assert item.row is not None, "an expert's part"
+            out.copy_(gather(part, along, (shape[2], shape[1])).narrow(0, item.row.part * rows, rows))
+        else:
+            mine = _part(local, item)
+            part = out.new_empty(mine.shape[1], mine.shape[0])
+            self._convert(item, mine, part)
+            gather(part, along, item.shape, out=out)
+
+    def _owners_of(self, where: Placed, experts: int) -> list[tuple[tuple[int, ...], int]]:
+        """Return, for each expert, where in the mesh it is and its position there."""
+        if where not in self._owners:
+            outer = {dim for dim, p in enumerate(where.placements) if p is not None and p.axis == 0}
+            found: dict[int, tuple[tuple[int, ...], int]] = {}
+            for place in product(*(range(where.mesh.size(d)) if d in outer else (0,) for d in range(where.mesh.ndim))):
+                held = [expert for run in where.runs((experts,), place)[0] for expert in run]
+                found |= {expert: (place, position) for position, expert in enumerate(held)}
+            self._owners[where] = [found[expert] for expert in range(experts)]
+        return self._owners[where]
+
+
+def alone(value: torch.Tensor, name: str) -> bool:
+    """Say whether this rank has all of a tensor."""
+    return not isinstance(value, DTensor) or not _cuts(placed(value, name))
+
+
+def _cuts(where: Placed) -> bool:
+    return any(placement is not None and where.mesh.size(dim) > 1 for dim, placement in enumerate(where.placements))
+
+
+def _parts(item: Item) -> int:
+    return next(len(rows) for rows in EXPERT_ROWS.values() if item.row in rows)
+
+
+def _part(native: torch.Tensor, item: Item) -> torch.Tensor:
+    """Return what becomes an expert's part of native experts [..., rows, columns]: some of the columns."""
+    assert item.row is not None, "an item of one expert"
+    size = native.shape[-1] // _parts(item)
+    return native.narrow(-1, item.row.part * size, size)

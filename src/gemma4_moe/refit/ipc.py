@@ -1,0 +1,56 @@
+"""Buckets to another process of the same machine: CUDA IPC handles, or shared memory on the CPU, and no copies.
+
+Handles are made and opened by `torch.multiprocessing`'s reductions, which a `multiprocessing` connection uses for every
+tensor. As with any such connection, both ends must trust each other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.multiprocessing  # registers the reductions that `Connection.send` uses
+
+from gemma4_moe.refit.buckets import unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from multiprocessing.connection import Connection
+
+    from gemma4_moe.refit.stream import WeightStream
+
+_DONE = "done"
+
+
+def send(stream: WeightStream, connection: Connection) -> None:
+    """Send one pass of a stream; return when the receiver has read all of it.
+
+    The receiver reads one bucket while the next one is filled. Ranks that the stream gives nothing only take part.
+    """
+    unread = 0
+    for bucket in stream.buckets():
+        _wait_for(bucket.buffer)  # the other process knows nothing of this one's streams
+        connection.send((bucket.buffer, bucket.entries))
+        unread += 1
+        if unread == 2:
+            connection.recv()
+            unread -= 1
+    for _ in range(unread):
+        connection.recv()
+    if stream.keeps:
+        connection.send(None)
+
+
+def receive(connection: Connection) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (hf name, tensor) of one pass: views of the sender's memory, good until the next one is asked for."""
+    while (received := connection.recv()) is not None:
+        buffer, entries = received
+        yield from unpack(buffer, entries)
+        _wait_for(buffer)
+        del received, buffer
+        connection.send(_DONE)
+
+
+def _wait_for(buffer: torch.Tensor) -> None:
+    if buffer.is_cuda:
+        torch.cuda.current_stream(buffer.device).synchronize()

@@ -1,0 +1,90 @@
+"""What a stream would leave out, or has too much: the check that engines don't make before they load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma4_moe.checkpoints.directories import open_checkpoint
+from gemma4_moe.errors import DifferenceError
+from gemma4_moe.layouts import EXPERT_ROWS, Layout, lookup
+from gemma4_moe.refit.items import expert_parts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from gemma4_moe.refit.items import Planned
+
+#: Shapes by name; None where only the name is known.
+Shapes = dict[str, "tuple[int, ...] | None"]
+
+
+def check_against(plan: Iterable[Planned], aliases: Mapping[str, str], reference: str | Path | Iterable[Any]) -> None:
+    """Compare a plan with a reference. Arguments and errors are those of `WeightStream.preflight`.
+
+    Args:
+        plan: What the stream sends.
+        aliases: For each other name of a tied tensor, the name that it is sent under.
+        reference: What the engine has.
+    """
+    sent: Shapes = {planned.name: planned.shape for planned in plan}
+    wanted = _shapes(reference)
+    if any(_is_single(name) for name in sent) != any(_is_single(name) for name in wanted):
+        sent, wanted = _by_expert(sent), _by_expert(wanted)
+    lacks = [name for name in wanted if name not in sent and aliases.get(name) not in sent]
+    extra = [name for name in sent if name not in wanted]
+    other = [
+        f"{name}: {list(sent[name] or ())} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if shape is not None and name in sent and sent[name] != shape
+    ]
+    if lacks or extra or other:
+        lines = [
+            *(f"left out: {name}" for name in lacks),
+            *(f"not known to the engine: {name}" for name in extra),
+            *(f"of another shape: {text}" for text in other),
+        ]
+        raise DifferenceError(
+            "the stream is not what the engine has: " + "; ".join(lines),
+            expected=f"{len(wanted)} tensors",
+            found=f"{len(lacks)} left out, {len(extra)} not known to the engine, {len(other)} of another shape",
+            hint="an engine goes on with old or random weights where a tensor is left out: give the stream the whole "
+            "state, buffers included, without layers or exclude_key_regex",
+        )
+
+
+def _shapes(reference: str | Path | Iterable[Any]) -> Shapes:
+    """Return names, in current spelling, and shapes of a reference."""
+    found: Shapes = {}
+    if isinstance(reference, str | Path):
+        with open_checkpoint(Path(reference)) as checkpoint:
+            found = {name: stored.shape for name, stored in checkpoint.tensors.items()}
+    else:
+        for entry in reference:
+            name, shape = (entry, None) if isinstance(entry, str) else (entry[0], tuple(entry[1]))
+            found[name] = shape
+    parsed = {name: lookup(name, Layout.HF) for name in found}
+    return {known.hf if (known := parsed[name]) is not None else name: shape for name, shape in found.items()}
+
+
+def _by_expert(shapes: Shapes) -> Shapes:
+    """Return the same with every fused tensor, whose shape must be known, as its experts' parts."""
+    found: Shapes = {}
+    for name, shape in shapes.items():
+        parsed = lookup(name, Layout.HF)
+        if parsed is None or parsed.rule not in EXPERT_ROWS or shape is None or len(shape) != 3:
+            found[name] = shape
+        else:
+            found |= {single: part for single, part, _, _ in expert_parts(parsed, shape)}
+    return found
+
+
+def _is_single(name: str) -> bool:
+    """Say whether a name is one expert's."""
+    head, _, tail = name.partition(".experts.")
+    number, _, rest = tail.partition(".")
+    return (
+        bool(head)
+        and number.isdecimal()
+        and any(row.hf.partition("{}.")[2] == rest for rows in EXPERT_ROWS.values() for row in rows)
+    )

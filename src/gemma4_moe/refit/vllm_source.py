@@ -1,0 +1,61 @@
+"""A weight stream as a `WeightSource`, which is what the trainer's side of vLLM's weight transfer takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma4_moe.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gemma4_moe.refit.stream import WeightStream
+
+
+def vllm_source(stream: WeightStream) -> Any:
+    """Return `stream` as a `vllm.distributed.weight_transfer.base.WeightSource`.
+
+    Every round sends everything, layer scalars and the ones of `per_expert_scale` too: vLLM leaves a parameter that a
+    round does not bring as uninitialised memory. The order is that of vLLM's own groups: what stands outside all layers
+    comes before them or after them. On several trainer ranks every rank makes one.
+
+    Raises:
+        UsageError: The stream has more than one dtype: vLLM packs tensors side by side without alignment. Or it has a
+            `dst`: vLLM's sender is always the first rank, and iterates on all.
+        ModuleNotFoundError: vLLM is not installed.
+    """
+    _check(stream)
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, layerwise_groups
+
+    plan = {planned.name: planned for planned in stream.plan()}
+    names = [name for group in layerwise_groups(list(plan)) for name in group]
+
+    class Source(WeightSource):  # type: ignore[misc]
+        def metadata(self) -> list[Any]:
+            return [ParamMeta(name, getattr(torch, plan[name].dtype), plan[name].shape) for name in names]
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            pairs, early = iter(stream), dict[str, torch.Tensor]()
+            for name in names:
+                while name not in early:
+                    early.update([next(pairs)])  # a final norm, say, that stands before another tower's layers
+                yield name, early.pop(name)
+
+    return Source()
+
+
+def _check(stream: WeightStream) -> None:
+    if stream.dst is not None:
+        raise UsageError("a stream for one rank", expected="dst=None", found=f"dst={stream.dst}", hint="leave dst out")
+    first = stream.plan()[0]
+    other = next((planned for planned in stream.plan() if planned.dtype != first.dtype), None)
+    if other is not None:
+        raise UsageError(
+            "a stream of several dtypes, which vLLM can't pack",
+            tensor=other.name,
+            expected=f"{first.dtype}, as {first.name}",
+            found=other.dtype,
+            hint='set dtype, e.g. WeightStream(..., dtype="bfloat16"), and exclude_key_regex for what is no float',
+        )

@@ -1,0 +1,17 @@
+"""Sizes that make a small model large: many files, blocks, chunks and journal entries. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gemma4_moe import ledger
+from gemma4_moe.checkpoints import hashing
+
+#: Several weight files, whole pages and odd bytes in each; blocks of one or two experts.
+OPTIONS: dict[str, Any] = {"max_shard_size": 25_000, "max_memory": 30_000, "workers": 1}
+
+
+def shrink() -> None:
+    """Make chunks and journal entries small."""
+    hashing.CHUNK_BYTES = 4096
+    ledger.FLUSH_BYTES = 8192

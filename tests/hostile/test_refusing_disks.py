@@ -1,0 +1,98 @@
+"""Disks that refuse, limits that are met, sources that shrink meanwhile: status 5 or 3, words, and no target."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemma4_moe import cli, convert
+from gemma4_moe.errors import CheckpointFormatError, SourceChangedError
+from support.checkpoints import contents, write_checkpoint
+from support.models import random_hf_state_dict
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24), files=5)
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some of your quota"),
+        (errno.EIO, "check the disk"),
+        (errno.EROFS, "on a disk that can be written"),
+        (errno.EACCES, "check the permissions"),
+    ],
+)
+@pytest.mark.parametrize("call", ["mkdir", "pwrite", "ftruncate", "fsync", "rename"])
+def test_a_refusal_has_words_a_next_step_and_status_5(
+    call: str, code: int, hint: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    before = contents(source)
+    (tmp_path / "nemo").mkdir()  # so that publishing is a plain rename
+    with monkeypatch.context() as refusing:
+        refusing.setattr(os, call, refuse)
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["convert", str(source), str(tmp_path / "nemo")])
+    talk = capsys.readouterr().err
+    assert caught.value.code == 5, talk
+    assert os.strerror(code) in talk
+    assert hint in talk
+    assert str(tmp_path) in talk
+    assert list((tmp_path / "nemo").iterdir()) == []
+    assert contents(source) == before
+
+
+def run_limited(limit: int, value: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line under a limit of the operating system."""
+    return subprocess.run(
+        [sys.executable, "-m", "gemma4_moe", *map(str, arguments)],
+        preexec_fn=lambda: resource.setrlimit(limit, (value, value)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_limit_on_the_size_of_files_is_met_in_words(source: Path, tmp_path: Path) -> None:
+    done = run_limited(resource.RLIMIT_FSIZE, 50_000, "convert", source, tmp_path / "nemo")
+    assert done.returncode == 5, done.stderr
+    assert "File too large" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_limit_on_open_files_is_met_in_words(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=3), files=25)
+    done = run_limited(resource.RLIMIT_NOFILE, 20, "convert", source, tmp_path / "nemo")
+    assert done.returncode == 5, done.stderr
+    assert "Too many open files" in done.stderr
+    assert "ulimit -n" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_a_source_cut_off_while_it_is_read_is_an_error_and_no_signal(
+    buffered: bool, source: Path, tmp_path: Path
+) -> None:
+    def cut(done: int, total: int) -> None:
+        for path in source.glob("*.safetensors"):
+            os.truncate(path, 1000)
+
+    with pytest.raises((CheckpointFormatError, SourceChangedError)):
+        convert(source, tmp_path / "nemo", max_memory=30_000, progress=cut, buffered=buffered)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -1,0 +1,72 @@
+"""What the public functions accept, refuse and promise about memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gemma4_moe import kernels
+from gemma4_moe.errors import TensorShapeError
+
+
+def ones(*shape, dtype=torch.bfloat16):
+    return torch.ones(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("make", [torch.ones, np.ones], ids=["tensor", "array"])
+def test_wrong_shapes_and_dtypes_are_refused(make):
+    x = make((3, 4, 5))
+    x = x.astype(np.float32) if isinstance(x, np.ndarray) else x
+    with pytest.raises(TensorShapeError, match="no two axes"):
+        kernels.transpose_scale_cast(x[0, 0])
+    with pytest.raises(TensorShapeError, match="no two axes"):
+        kernels.transpose_scale_cast(x[0], scale=x[0, 0])
+    with pytest.raises(TensorShapeError, match="one scale an expert"):
+        kernels.transpose_scale_cast(x, scale=x[0, :, 0])
+    with pytest.raises(TensorShapeError, match="out is not"):
+        kernels.transpose_scale_cast(x, out=x)
+    with pytest.raises(TensorShapeError, match="out is not"):
+        kernels.scale_cast(x, dtype=np.float16 if isinstance(x, np.ndarray) else torch.float16, out=x)
+
+
+def test_results_that_share_memory_with_themselves_are_refused():
+    with pytest.raises(TensorShapeError, match="can't be written"):
+        kernels.scale_cast(ones(3, 4), out=ones(3, 1).expand(3, 4))
+    frozen = np.zeros((3, 4), np.float32)
+    frozen.flags.writeable = False
+    with pytest.raises(TensorShapeError, match="can't be written"):
+        kernels.scale_cast(np.ones((3, 4), np.float32), out=frozen)
+
+
+def test_out_is_returned_and_names_the_dtype():
+    out = torch.zeros(2, 5, 3, dtype=torch.float32)
+    assert kernels.transpose_scale_cast(ones(2, 3, 5), scale=torch.tensor([2, 3]), out=out) is out
+    assert out.mean((1, 2)).tolist() == [2, 3]
+    array = np.zeros((5, 3), np.float16)
+    assert kernels.transpose_scale_cast(np.ones((3, 5), np.float32), out=array) is array
+    assert array.all()
+
+
+def test_scale_in_place_returns_its_argument_and_takes_a_parameter():
+    native = torch.nn.Parameter(ones(2, 3, 5).transpose(1, 2))
+    assert kernels.scale_in_place(native, torch.tensor([0.5, -4.0])) is native
+    assert native.detach().float().mean((1, 2)).tolist() == [0.5, -4.0]
+
+
+def test_no_gradient_flows():
+    x = torch.nn.Parameter(ones(2, 3, 5, dtype=torch.float32))
+    for kernel in ("cpu", "torch"):
+        assert not kernels.transpose_scale_cast(x, scale=ones(2), kernel=kernel).requires_grad
+
+
+def test_the_input_is_not_modified():
+    x = torch.randn(2, 33, 70)
+    kept = x.clone()
+    kernels.transpose_scale_cast(x, scale=torch.tensor([3.0, 0.5]), dtype=torch.bfloat16)
+    assert torch.equal(x, kept)
+
+
+def test_new_arrays_begin_at_a_whole_line():
+    for _ in range(5):
+        assert kernels.transpose_scale_cast(np.ones((3, 5, 7), np.float32)).ctypes.data % 64 == 0

@@ -1,0 +1,145 @@
+"""Which kernel is taken, what the caller and the environment may ask for, and what happens without the extension."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from gemma4_moe import kernels
+from gemma4_moe.errors import UsageError
+from gemma4_moe.kernels import choice, numpy_kernel, torch_kernel
+from support.rounding import FACTORS, FP32, assert_same_bits, expected
+
+X = np.linspace(-3, 3, 2 * 5 * 7, dtype=np.float32).reshape(2, 5, 7)
+
+
+@pytest.fixture
+def without_extension(monkeypatch):
+    caches = (choice.cpu, choice._extension_or_say_so)
+    for cache in caches:
+        cache.cache_clear()
+    monkeypatch.setitem(sys.modules, "gemma4_moe.kernels._cpu", None)
+    monkeypatch.delattr(kernels, "_cpu", raising=False)
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the slow kernels that were called."""
+    called = []
+    for module, name in ((numpy_kernel, "numpy"), (torch_kernel, "torch")):
+        original = module.scale_cast
+        monkeypatch.setattr(
+            module, "scale_cast", lambda *args, name=name, original=original: called.append(name) or original(*args)
+        )
+    return called
+
+
+def test_the_extension_is_built():
+    """Where the tests run it must be: without it everything would still be right, and slow."""
+    found = kernels.available()
+    assert found["cpu"].usable, found["cpu"].detail
+    assert f"{choice.allowed_cores()} threads" in found["cpu"].detail
+    assert found["numpy"].usable
+    assert set(found) == set(choice.NAMES) - {"auto"}
+
+
+def test_arrays_and_cpu_tensors_take_the_extension(calls):
+    kernels.transpose_scale_cast(X, scale=FACTORS[:2])
+    kernels.transpose_scale_cast(torch.from_numpy(X), scale=torch.from_numpy(FACTORS[:2]))
+    assert calls == []
+
+
+def test_unknown_dtypes_and_wrapped_tensors_take_the_general_kernels(calls):
+    assert kernels.scale_cast(X.astype(np.int64)).dtype == np.int64
+    assert kernels.transpose_scale_cast(torch.from_numpy(X).double()).dtype == torch.float64
+    wrapped = torch.from_numpy(X).as_subclass(type("Wrapped", (torch.Tensor,), {}))
+    kernels.transpose_scale_cast(wrapped)
+    assert calls == ["numpy", "torch", "torch"]
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_a_kernel_by_name(name, calls):
+    kernels.scale_cast(X, kernel=name)
+    kernels.scale_cast(torch.from_numpy(X), kernel=name)
+    assert calls == ["numpy", "torch"]
+
+
+def test_the_environment_takes_the_place_of_auto_only(monkeypatch, calls):
+    monkeypatch.setenv(choice.ENVIRONMENT, "torch")
+    kernels.scale_cast(torch.from_numpy(X))
+    assert calls == ["torch"]
+    kernels.scale_cast(torch.from_numpy(X), kernel="cpu")
+    assert calls == ["torch"]
+
+
+def test_an_unknown_name_is_refused(monkeypatch):
+    with pytest.raises(UsageError, match="unknown kernel"):
+        kernels.scale_cast(X, kernel="fast")
+    monkeypatch.setenv(choice.ENVIRONMENT, "CPU")
+    with pytest.raises(UsageError, match="unknown kernel"):
+        kernels.scale_cast(torch.from_numpy(X))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a device")
+def test_triton_without_a_device_is_refused():
+    assert not kernels.available()["triton"].usable
+    with pytest.raises(UsageError, match="triton"):
+        kernels.scale_cast(torch.from_numpy(X), kernel="triton")
+    with pytest.raises(UsageError, match="can't work on this"):
+        kernels.scale_cast(X, kernel="triton")
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_without_the_extension_it_works_and_says_so_once(calls, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = [kernels.transpose_scale_cast(X, scale=FACTORS[:2]) for _ in range(2)]
+        found.append(kernels.transpose_scale_cast(torch.from_numpy(X), scale=torch.from_numpy(FACTORS[:2])).numpy())
+    for result in found:
+        assert_same_bits(result, expected(X, FACTORS[:2], FP32).swapaxes(1, 2))
+    assert calls == ["numpy", "numpy", "torch"]
+    assert [record.message for record in caplog.records if "C++ compiler" in record.message] == [caplog.messages[0]]
+    assert not kernels.available()["cpu"].usable
+    with pytest.raises(UsageError, match="not available"):
+        kernels.scale_cast(X, kernel="cpu")
+
+
+def test_importing_and_using_arrays_loads_no_torch():
+    program = (
+        "import sys, numpy as np; from gemma4_moe import kernels; "
+        "kernels.transpose_scale_cast(np.ones((2, 3, 4), np.float32), scale=np.ones(2, np.float32)); "
+        "assert not {'torch', 'triton'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_meta_tensors_compute_nothing():
+    x = torch.empty(4, 6, 10, dtype=torch.bfloat16, device="meta")
+    found = kernels.transpose_scale_cast(x, scale=torch.empty(4, device="meta"), dtype=torch.float8_e4m3fn)
+    assert (found.shape, found.dtype, found.device.type) == ((4, 10, 6), torch.float8_e4m3fn, "meta")
+    assert found.is_contiguous()
+    assert kernels.scale_in_place(x, torch.empty(4, device="meta")) is x
+
+
+def test_fake_tensors_compute_nothing():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(4, 6, 10, dtype=torch.bfloat16)
+        assert kernels.transpose_scale_cast(x, scale=torch.empty(4), dtype=torch.float32).shape == (4, 10, 6)
+
+
+def test_ml_dtypes_arrays_and_torch_tensors_give_the_same_bits():
+    x = X.astype(ml_dtypes.bfloat16)
+    as_array = kernels.transpose_scale_cast(x, scale=FACTORS[3:5])
+    tensor = torch.from_numpy(X).bfloat16()
+    as_tensor = kernels.transpose_scale_cast(tensor, scale=torch.from_numpy(FACTORS[3:5]))
+    assert (as_array.view(np.int16) == as_tensor.view(torch.int16).numpy()).all()

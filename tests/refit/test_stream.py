@@ -1,0 +1,221 @@
+"""The stream: names, order, shapes, dtypes and bits of `convert --to hf`, whatever the state is given as."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig, convert, plan
+from gemma4_moe.errors import IncompleteExpertsError, InputError, UnknownTensorError, UsageError
+from gemma4_moe.refit import WeightStream
+from support.checkpoints import config_of, write_checkpoint
+from support.formulas import nemo_from_hf
+from support.models import random_hf_state_dict, read_directory
+from support.streams import assert_same_stream, in_order, per_expert
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+BF16, FP32 = torch.bfloat16, torch.float32
+E, H, I = 6, 10, 7  # noqa: E741
+ADAPTER = Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I), None)
+
+
+def nemo_state(layers: int = 3, dtype: torch.dtype = BF16, prefix: str = "model.language_model.") -> dict[str, Any]:
+    return nemo_from_hf(random_hf_state_dict(layers=layers, E=E, H=H, I=I, dtype=dtype, prefix=prefix))
+
+
+@pytest.mark.parametrize(("dtype", "cast"), [(BF16, None), (FP32, "bfloat16"), (BF16, "float32"), (FP32, "float16")])
+def test_it_equals_convert_to_hf(tmp_path: Path, dtype: torch.dtype, cast: str | None) -> None:
+    hf = random_hf_state_dict(layers=12, E=E, H=H, I=I, dtype=dtype)
+    nemo = nemo_from_hf(hf)
+    native = write_checkpoint(tmp_path / "nemo", nemo, config_of(hf))
+    convert(native, tmp_path / "hf", to="hf", dtype=cast or "keep")
+    expected = read_directory(tmp_path / "hf")
+    stream = WeightStream(ADAPTER, nemo, dtype=cast)
+    assert [planned.name for planned in stream.plan()] == list(plan(native, dtype=cast or "keep").plan.tensors)
+    assert_same_stream(stream, [(planned.name, expected[planned.name]) for planned in stream.plan()])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("cast", [None, torch.float16])
+def test_per_expert_equals_the_formula(dtype: torch.dtype, cast: torch.dtype | None) -> None:
+    nemo = nemo_state(dtype=dtype)
+    stream = WeightStream(ADAPTER, nemo, dtype=cast, experts="per-expert")
+    fused = {name: t.to(cast or dtype) for name, t in in_order(nemo, layers=3).items()}
+    assert_same_stream(stream, per_expert(fused))
+
+
+@pytest.mark.parametrize("experts", ["fused", "per-expert"])
+def test_the_plan_equals_the_stream_and_is_json(experts: Any) -> None:
+    stream = WeightStream(ADAPTER, nemo_state(), experts=experts, dtype=FP32)
+    found = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.nbytes) for name, t in stream]
+    assert stream.plan() == found
+    assert json.loads(json.dumps(stream.plan())) == [[n, list(s), d, b] for n, s, d, b in found]
+
+
+def test_the_plan_needs_no_values() -> None:
+    nemo = nemo_state()
+    meta = {name: tensor.to("meta") for name, tensor in nemo.items()}
+    assert WeightStream(ADAPTER, meta).plan() == WeightStream(ADAPTER, nemo).plan()
+
+
+def test_every_pass_is_fresh_and_reads_the_values_anew() -> None:
+    nemo = nemo_state()
+    stream = WeightStream(ADAPTER, nemo)
+    list(stream)
+    for tensor in nemo.values():
+        tensor.neg_()
+    assert_same_stream(stream, in_order(nemo, layers=3).items())
+
+
+def test_a_tensor_is_the_consumers_alone() -> None:
+    nemo = nemo_state()
+    stream = iter(WeightStream(ADAPTER, nemo))
+    gone = []
+    for _, tensor in stream:
+        tensor.fill_(3.0)  # not the model's memory
+        gone.append(weakref.ref(tensor))
+        del tensor
+        assert gone[-1]() is None
+    assert_same_stream(WeightStream(ADAPTER, nemo), in_order(nemo_state(), layers=3).items())
+
+
+class ByLayer:
+    """A state that is made mapping by mapping, on every pass."""
+
+    def __init__(self, nemo: dict[str, torch.Tensor]) -> None:
+        self.nemo = nemo
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        yield {name: t for name, t in self.nemo.items() if ".layers." not in name}
+        for layer in range(3):
+            yield {name: t for name, t in self.nemo.items() if f".layers.{layer}." in name}
+
+
+@pytest.mark.parametrize("experts", ["fused", "per-expert"])
+def test_one_mapping_a_layer_gives_the_same(experts: Any) -> None:
+    nemo = nemo_state()
+    stream = WeightStream(ADAPTER, ByLayer(nemo), experts=experts)
+    for _ in range(2):
+        assert_same_stream(stream, WeightStream(ADAPTER, nemo, experts=experts))
+
+
+class Model(torch.nn.Module):
+    """A module with nemo names: a parameter, a buffer, a tied alias, and state that is no tensor."""
+
+    def __init__(self, nemo: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, tensor in nemo.items():
+            *path, last = name.split(".")
+            owner: torch.nn.Module = self
+            for part in path:
+                if part not in dict(owner.named_children()):
+                    owner.add_module(part, torch.nn.Module())
+                owner = owner.get_submodule(part)
+            if last == "layer_scalar":
+                owner.register_buffer(last, tensor)
+            else:
+                owner.register_parameter(last, torch.nn.Parameter(tensor))
+        self.lm_head = torch.nn.Module()
+        self.lm_head.weight = self.get_parameter("model.language_model.embed_tokens.weight")
+
+    def get_extra_state(self) -> bytes:
+        return b"no tensor"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_gives_its_buffers_and_a_tied_tensor_once() -> None:
+    nemo = nemo_state()
+    stream = WeightStream(ADAPTER, Model(nemo))
+    assert sum(planned.name.endswith("layer_scalar") for planned in stream.plan()) == 3
+    assert_same_stream(stream, in_order(nemo, layers=3).items())
+
+
+def test_some_layers_only() -> None:
+    nemo = nemo_state() | {"model.vision_tower.layers.1.weight": torch.ones(3)}
+    expected = [(n, t) for n, t in in_order(nemo_state(), layers=3).items() if ".layers.1." in n]
+    assert_same_stream(WeightStream(ADAPTER, nemo, layers=[1]), expected)
+    with pytest.raises(UsageError, match="no such layer"):
+        WeightStream(ADAPTER, nemo, layers=[1, 3])
+
+
+def test_what_a_regex_matches_is_left_out() -> None:
+    nemo = nemo_state()
+    expected = [(n, t) for n, t in in_order(nemo, layers=3).items() if "router." not in n or "per_expert" in n]
+    assert_same_stream(WeightStream(ADAPTER, nemo, exclude_key_regex=r".*moe\.gate\."), expected)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "base_model.model.model."])
+def test_a_prefix_is_kept(prefix: str) -> None:
+    nemo = nemo_state(prefix=prefix)
+    assert_same_stream(WeightStream(ADAPTER, nemo), in_order(nemo, layers=3).items())
+
+
+def test_other_dtypes_pass_as_they_are() -> None:
+    nemo = nemo_state() | {"a.count": torch.tensor(7), "a.scalar": torch.tensor(1.5, dtype=BF16)}
+    found = dict(WeightStream(ADAPTER, nemo, dtype=FP32))
+    assert (found["a.count"].dtype, int(found["a.count"])) == (torch.int64, 7)
+    assert (found["a.scalar"].dtype, float(found["a.scalar"]), found["a.scalar"].shape) == (FP32, 1.5, ())
+
+
+def test_half_a_layer_is_refused() -> None:
+    nemo = nemo_state()
+    del nemo["model.language_model.layers.1.moe.experts.down_projs"]
+    with pytest.raises(IncompleteExpertsError, match="layer 1: down missing"):
+        WeightStream(ADAPTER, nemo)
+
+
+def test_a_state_that_is_no_native_model_is_refused() -> None:
+    with pytest.raises(InputError, match="without mixture-of-experts layers"):
+        WeightStream(ADAPTER, {"a": torch.ones(2)})
+    with pytest.raises(UnknownTensorError):
+        WeightStream(ADAPTER, random_hf_state_dict())
+    with pytest.raises(InputError, match="a dtype that is not converted"):
+        WeightStream(ADAPTER, {name: tensor.double() for name, tensor in nemo_state().items()})
+
+
+def test_a_state_that_can_be_read_once_is_refused() -> None:
+    with pytest.raises(UsageError, match="read only once"):
+        WeightStream(ADAPTER, iter([nemo_state()]))
+
+
+def test_a_state_that_changed_is_refused() -> None:
+    nemo = nemo_state()
+    stream = WeightStream(ADAPTER, nemo)
+    name = "model.language_model.layers.2.input_layernorm.weight"
+    kept = nemo.pop(name)
+    with pytest.raises(InputError, match=f"(?s)no longer what it was.*{name}.*absent"):
+        list(stream)
+    nemo[name] = kept.float()
+    with pytest.raises(InputError, match=r"(?s)bfloat16.*float32"):
+        list(stream)
+    parts = [nemo_state()]
+    stream = WeightStream(ADAPTER, parts)
+    parts.append({"b": torch.ones(2)})
+    with pytest.raises(InputError, match="more parts"):
+        list(stream)
+    parts.clear()
+    with pytest.raises(InputError, match="absent"):
+        list(stream)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"experts": "both"}, "no such value of experts"),
+        ({"oversize": "split"}, "no such value of oversize"),
+        ({"bucket_bytes": 0}, "bucket without room"),
+        ({"dtype": "int8"}, "no dtype to convert to"),
+        ({"exclude_key_regex": "("}, "not a regular expression"),
+        ({"dst": 1}, "no such rank"),
+    ],
+)
+def test_arguments_without_meaning_are_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        WeightStream(ADAPTER, nemo_state(), **arguments)
