@@ -273,3 +273,30 @@ def test_what_is_no_size_and_no_hub_id_is_said_so(source: Path) -> None:
     done = run("inspect", "foo/bar.git")
     assert done.returncode == 3
     assert "no such directory" in done.stderr
+
+
+def test_verify_alone_says_that_a_directory_without_a_manifest_needs_its_source(source: Path) -> None:
+    done = run("verify", source)
+    assert done.returncode == 3
+    assert "has no manifest" in done.stderr
+    assert "verify SRC DST" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["files"].update({"../config.json": manifest["files"]["config.json"]}),
+        lambda manifest: manifest["files"]["config.json"]["blake3"].append("00"),
+        lambda manifest: manifest["source"].update(files=[]),
+        lambda manifest: manifest.update(options=[]),
+    ],
+)
+def test_a_manifest_that_convert_did_not_write_is_not_trusted(source: Path, tmp_path: Path, change: Any) -> None:
+    target = tmp_path / "nemo"
+    assert run("convert", source, target).returncode == 0
+    manifest = json.loads((target / "gemma4_moe.json").read_text())
+    change(manifest)
+    (target / "gemma4_moe.json").write_text(json.dumps(manifest))
+    done = run("verify", target)
+    assert done.returncode == 3
+    assert "not a manifest" in done.stderr

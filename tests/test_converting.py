@@ -192,6 +192,17 @@ def test_overwrite_replaces_a_checkpoint_and_only_that(source: Path, tmp_path: P
     assert contents(target) == before
 
 
+def test_overwrite_does_not_take_a_directory_with_it(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "nemo"
+    convert(source, target)
+    (target / ".cache").mkdir()
+    (target / ".cache/mine").write_text("mine")
+    with pytest.raises(UsageError, match="no checkpoint accounts for") as caught:
+        convert(source, target, overwrite=True)
+    assert ".cache/" in str(caught.value)
+    assert (target / ".cache/mine").exists()
+
+
 def test_an_empty_target_directory_is_filled(source: Path, tmp_path: Path) -> None:
     (tmp_path / "nemo").mkdir()
     convert(source, tmp_path / "nemo")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoints import hashing
 from gemma4_moe.checkpoints.hashing import Chunk, chunk_count
-from gemma4_moe.checkpoints.storage import read_whole
+from gemma4_moe.checkpoints.index import is_bare_name
+from gemma4_moe.checkpoints.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError
 
 if TYPE_CHECKING:
@@ -96,11 +97,22 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         StorageError: The disk or its permissions refused.
     """
     path = directory / MANIFEST_NAME
+    with refusals("look at the directory", directory):
+        if directory.is_dir() and not path.exists():
+            raise CheckpointFormatError(
+                "the directory has no manifest: it was not made by gemma4-moe convert",
+                file=directory,
+                expected=MANIFEST_NAME,
+                hint="compare it with its source: gemma4-moe verify SRC DST",
+            )
     raw = read_whole(path, LONGEST_MANIFEST)
     try:
         document = json.loads(raw)
-        known = document["format"] == FORMAT and all(
-            isinstance(file["bytes"], int) and isinstance(file["blake3"], list) for file in document["files"].values()
+        known = (
+            document["format"] == FORMAT
+            and isinstance(document["source"]["files"], dict)
+            and isinstance(document["options"], dict)
+            and all(is_bare_name(name) and _is_hashed(file) for name, file in document["files"].items())
         )
         chunk_bytes = document["hashes"]["chunk_bytes"]
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
@@ -108,6 +120,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not known or chunk_bytes != hashing.CHUNK_BYTES:
         raise _foreign(path, f"format {document['format']!r}, chunks of {chunk_bytes!r} bytes")
     return dict(document)
+
+
+def _is_hashed(file: Any) -> bool:
+    size, digests = file["bytes"], file["blake3"]
+    return type(size) is int and size >= 0 and isinstance(digests, list) and len(digests) == chunk_count(size)
 
 
 def _foreign(path: Path, found: str) -> CheckpointFormatError:

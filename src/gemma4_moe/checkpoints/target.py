@@ -73,7 +73,8 @@ def _check_replaceable(target: Path) -> None:
         raise UsageError("the working directory lies in the target", file=target, hint="change to another directory")
     try:
         with open_checkpoint(target) as old:
-            unknown = old.left_behind
+            directories = [f"{entry.name}/" for entry in target.iterdir() if entry.is_dir()]
+            unknown = tuple(dict.fromkeys([*old.left_behind, *directories]))
     except InputError as error:
         raise UsageError(
             f"the target is not a checkpoint that may be replaced: {error.problem}",
