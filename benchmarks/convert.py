@@ -2,8 +2,8 @@
 
     python benchmarks/convert.py [--directory DIR] [--layers 3] [--pairs 5] [--naive] [--json FILE]
 
-Runs are interleaved: every row of the table runs once in each round, in a process of its own, with the source dropped
-from the page cache before it. Throughput is the target's bytes by wall time until all is on the device; memory is the
+Runs are interleaved pairs: in each round every row of the table runs beside a copy of its own, now before it and now
+after it, each in a process of its own, with the source dropped from the page cache before it. Throughput is the target's bytes by wall time until all is on the device; memory is the
 process' peak resident size. The peer is NeMo AutoModel's adapter, between safetensors' `load_file` and `save_file`.
 """
 
@@ -20,7 +20,9 @@ import sys
 import tempfile
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -106,7 +108,21 @@ def write_source(directory: Path, layers: int) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def measured(program: str, source: Path, target: Path, *words: str) -> tuple[float, int]:
+class Run(NamedTuple):
+    """How long a process took, in seconds, and its peak resident size, in bytes."""
+
+    seconds: float
+    peak: int
+
+
+class Pair(NamedTuple):
+    """A copy, and what is compared with it."""
+
+    copy: Run
+    ours: Run
+
+
+def measured(program: str, source: Path, target: Path, *words: str) -> Run:
     """Return the seconds and the peak resident bytes of a program that makes `target` from `source`."""
     shutil.rmtree(target, ignore_errors=True)
     os.sync()
@@ -117,14 +133,13 @@ def measured(program: str, source: Path, target: Path, *words: str) -> tuple[flo
     start = time.perf_counter()
     text = textwrap.dedent(program) + textwrap.dedent(PEAK)
     done = subprocess.run([sys.executable, "-c", text, source, target, *words], stdout=subprocess.PIPE, check=True)
-    return time.perf_counter() - start, int(done.stdout.split()[-1]) * 1024
+    return Run(time.perf_counter() - start, int(done.stdout.split()[-1]) * 1024)
 
 
 def rows(directory: Path, naive: bool) -> dict[str, tuple[str, Path, tuple[str, ...]]]:
     """Return each row's program, source and words."""
     hf, nemo = directory / "hf", directory / "nemo"
     found: dict[str, tuple[str, Path, tuple[str, ...]]] = {
-        "cp + fsync": (COPY, hf, ()),
         "hf → nemo": (OURS, hf, ("direct",)),
         "hf → nemo, read back": (OURS, hf, ("read-back",)),
         "nemo → hf": (OURS, nemo, ("direct",)),
@@ -140,7 +155,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     options.add_argument("--directory", type=Path, help="where to work; a temporary directory by default")
     options.add_argument("--layers", type=int, default=3, help="layers of 1.54 GB")
-    options.add_argument("--pairs", type=int, default=5, help="rounds")
+    options.add_argument("--pairs", type=int, default=5, help="pairs for each row")
     options.add_argument("--naive", action="store_true", help="the peer too; needs three times the bytes in memory")
     options.add_argument("--json", type=Path, help="write all figures there")
     given = options.parse_args()
@@ -150,31 +165,35 @@ def main() -> None:
         convert(directory / "hf", directory / "nemo")
         nbytes = sum(path.stat().st_size for path in (directory / "nemo").glob("*.safetensors"))
         table = rows(directory, given.naive)
-        runs: dict[str, list[tuple[float, int]]] = {row: [] for row in table}
-        for _ in range(given.pairs):
+        runs: dict[str, list[Pair]] = {row: [] for row in table}
+        for number in range(given.pairs):
             for row, (program, source, words) in table.items():
-                runs[row].append(measured(program, source, directory / "target", *words))
+                ours = partial(measured, program, source, directory / "target", *words)
+                copy = partial(measured, COPY, source, directory / "target")
+                pair = [run() for run in ((copy, ours) if number % 2 else (ours, copy))]
+                runs[row].append(Pair(*(pair if number % 2 else pair[::-1])))
     report(runs, nbytes, given)
 
 
-def report(runs: dict[str, list[tuple[float, int]]], nbytes: int, given: argparse.Namespace) -> None:
+def report(runs: dict[str, list[Pair]], nbytes: int, given: argparse.Namespace) -> None:
     """Print the table, and write all figures where they are wanted."""
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {platform.platform()}; "
-        f"{nbytes / 1e9:.2f} GB, {given.pairs} rounds"
+        f"{nbytes / 1e9:.2f} GB, {given.pairs} pairs"
     )
-    print(f"{'':42} {'GB/s':>6} {'spread':>13} {'× cp':>6} {'peak RSS':>10}")
-    copies = [seconds for seconds, _ in runs["cp + fsync"]]
-    for row, figures in runs.items():
-        speeds = [nbytes / seconds / 1e9 for seconds, _ in figures]
-        ratios = [copy / seconds for copy, (seconds, _) in zip(copies, figures, strict=True)]
-        spread = f"{min(speeds):.2f}–{max(speeds):.2f}"
-        peak = max(rss for _, rss in figures) / 2**20
-        print(
-            f"{row:42} {statistics.median(speeds):6.2f} {spread:>13} {statistics.median(ratios):6.2f} {peak:6.0f} MiB"
-        )
+    print(f"{'':42} {'GB/s':>6} {'spread':>11} {'cp':>6} {'spread':>11} {'× cp':>6} {'spread':>11} {'peak RSS':>10}")
+    for row, pairs in runs.items():
+        ours = spread([nbytes / pair.ours.seconds / 1e9 for pair in pairs])
+        copies = spread([nbytes / pair.copy.seconds / 1e9 for pair in pairs])
+        ratios = spread([pair.copy.seconds / pair.ours.seconds for pair in pairs])
+        print(f"{row:42} {ours} {copies} {ratios} {max(pair.ours.peak for pair in pairs) / 2**20:6.0f} MiB")
     if given.json is not None:
         given.json.write_text(json.dumps({"bytes": nbytes, "layers": given.layers, "runs": runs}, indent=1))
+
+
+def spread(values: list[float]) -> str:
+    """Return a median, and the least and the largest value."""
+    return f"{statistics.median(values):6.2f} {f'{min(values):.2f}–{max(values):.2f}':>11}"
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """How fast expert bytes move: ours beside a copy, torch, torch.compile and the peer's adapter, in one run.
 
-    python benchmarks/kernels.py [--device cpu|cuda] [--experts 128] [--repeats 7] [--json FILE]
+    python benchmarks/kernels.py [--device cpu|cuda] [--experts 128] [--repeats 7] [--fresh-memory] [--json FILE]
 
 Bandwidth counts bytes read plus bytes written. `share` is our bandwidth over that of a plain copy on the same device in
 the same run: a copy of as many bytes, measured in turn with everything else. Every row alternates its contenders
 and, where memory allows, two sets of inputs and outputs larger than any cache; the figures are medians, and `spread`
 is the distance of the quartiles over the median. The peer is nemo-automodel 0.7.0, if it is installed.
+
+On the CPU, results that are allocated anew come from memory that the process keeps, for every contender: fresh pages
+from the system can take several times as long as the work. `--fresh-memory` measures with them.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -270,6 +274,15 @@ def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+def keep_memory() -> None:
+    """Make glibc's malloc keep what is freed; other C libraries are left as they are."""
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Return what the figures depend on."""
     if device.type == "cuda":
@@ -322,11 +335,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--fresh-memory", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
     timer = Timer(device, options.repeats)
     if device.type == "cpu":
+        if not options.fresh_memory:
+            keep_memory()
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     about = machine(device)
     print(json.dumps(about, indent=1, ensure_ascii=False))
