@@ -95,6 +95,28 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.randn(shape[1:], device=device).to(dtype).expand(shape).contiguous()
 
 
+def copying(nbytes: int, device: torch.device) -> Contender:
+    """Return a contender that copies nbytes / 2, so that nbytes cross the bus, between two buffers beyond any cache."""
+    size = min(nbytes // 2, 1 << 29)
+    buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2)]
+
+    def copy(turn: int) -> None:
+        for first in range(0, nbytes // 2, size):
+            part = slice(0, min(size, nbytes // 2 - first))
+            buffers[turn % 2][part].copy_(buffers[1 - turn % 2][part])
+
+    return copy
+
+
+def sets_that_fit(nbytes: int, device: torch.device) -> int:
+    """Return 2, or 1 where two sets of inputs and outputs beside torch's intermediate results would fill the memory."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 2 if 12 * nbytes < total else 1
+
+
 def move_rows(E: int, timer: Timer) -> Iterator[dict[str, Any]]:
     """Yield a row for each shape, pair of dtypes, and with or without the scale."""
     device = timer.device
@@ -106,32 +128,30 @@ def move_rows(E: int, timer: Timer) -> Iterator[dict[str, Any]]:
     scale = torch.rand(E, device=device) + 0.5
     for name, (R, C) in SHAPES.items():
         for source, target in PAIRS:
-            xs = [random((E, R, C), source, device) for _ in range(2)]
-            outs = [torch.zeros(E, C, R, dtype=target, device=device) for _ in range(2)]
-            nbytes = xs[0].nbytes + outs[0].nbytes
-            copies = [torch.zeros(nbytes // 2, dtype=torch.uint8, device=device) for _ in range(2)]
+            nbytes = E * R * C * (source.itemsize + target.itemsize)
+            sets = sets_that_fit(nbytes, device)
+            xs = [random((E, R, C), source, device) for _ in range(sets)]
+            outs = [torch.zeros(E, C, R, dtype=target, device=device) for _ in range(sets)]
+            copy = copying(nbytes, device)
             for scaled in (False, True):
                 factors = scale if scaled else None
 
                 def ours(n, xs=xs, outs=outs, factors=factors):
-                    kernels.transpose_scale_cast(xs[n % 2], scale=factors, out=outs[n % 2])
+                    kernels.transpose_scale_cast(xs[n % len(xs)], scale=factors, out=outs[n % len(xs)])
 
                 def eager(n, xs=xs, target=target, scaled=scaled):
-                    x = xs[n % 2]
+                    x = xs[n % len(xs)]
                     wide = x.float() * scale[:, None, None] if scaled else x
                     return wide.to(target).transpose(1, 2).contiguous()
 
                 def fused(n, xs=xs, target=target, scaled=scaled):
-                    x = xs[n % 2]
+                    x = xs[n % len(xs)]
                     return compiled(x, scale, target) if scaled else compiled_plain(x, target)
-
-                def copy(n, copies=copies):
-                    copies[n % 2].copy_(copies[1 - n % 2])
 
                 times = timer({"copy": copy, "ours": ours, "torch": eager, "compile": fused})
                 operation = f"{name}{' scaled' if scaled else ''}"
                 yield row(operation, f"{SHORT[source]}→{SHORT[target]}", nbytes, times)
-            del xs, outs, copies
+            del xs, outs, copy
 
 
 def in_place_rows(E: int, timer: Timer) -> Iterator[dict[str, Any]]:
@@ -140,10 +160,9 @@ def in_place_rows(E: int, timer: Timer) -> Iterator[dict[str, Any]]:
     for view in ("contiguous", "transposed view"):
         xs = [random((E, I, H), torch.bfloat16, timer.device) for _ in range(2)]
         native = xs if view == "contiguous" else [x.transpose(1, 2) for x in xs]
-        copies = [torch.zeros_like(xs[0]) for _ in range(2)]
         times = timer(
             {
-                "copy": lambda n, copies=copies: copies[n % 2].copy_(copies[1 - n % 2]),
+                "copy": copying(2 * xs[0].nbytes, timer.device),
                 "ours": lambda n, native=native: kernels.scale_in_place(native[n % 2], scale),
                 "torch": lambda n, native=native: native[n % 2].mul_(scale[:, None, None]),
             }
@@ -196,8 +215,7 @@ def adapter_rows(E: int, timer: Timer) -> Iterator[dict[str, Any]]:
                 ),
             )
         for call, (nbytes, function) in calls.items():
-            copies = [torch.zeros(nbytes // 2, dtype=torch.uint8, device=device) for _ in range(2)]
-            contenders: dict[str, Contender] = {"copy": lambda n, copies=copies: copies[n % 2].copy_(copies[1 - n % 2])}
+            contenders = {"copy": copying(nbytes, device)}
             for name, adapter in adapters.items():
                 contenders[name] = lambda _, function=function, adapter=adapter: function(adapter)
             times = timer(contenders)
