@@ -3,9 +3,9 @@
     python benchmarks/convert.py [--directory DIR] [--layers 3] [--pairs 5] [--naive] [--json FILE]
 
 Runs are interleaved pairs: in each round every row of the table runs beside a copy of its own, now before it and now
-after it, each in a process of its own, with the source dropped from the page cache before it. Throughput is the
-target's bytes by wall time until all is on the device; memory is the
-process' peak resident size. The peer is NeMo AutoModel's adapter, between safetensors' `load_file` and `save_file`.
+after it, each in a process of its own, with the source dropped from the page cache before it. Throughput is that of the
+target's bytes, by wall time until all is on the device; memory is the process' peak resident size. The peer is NeMo
+AutoModel's adapter, between safetensors' `load_file` and `save_file`.
 """
 
 from __future__ import annotations
