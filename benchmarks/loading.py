@@ -22,34 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_layers import MLP, E, H, I, write_source
 
-E, H, I = 128, 2816, 704  # noqa: E741
 MESHES = {"ep 2": ((2,), (0,)), "ep_shard 2 × ep 2": ((2, 2), (1, 0))}
-
-
-def write_checkpoint(directory: Path, layers: int) -> None:
-    """Write random bf16 layers, one file each, with their index and config."""
-    from safetensors.torch import save_file
-
-    directory.mkdir(parents=True)
-    weight_map = {}
-    for layer in range(layers):
-        path = f"model.language_model.layers.{layer}."
-        shapes = {
-            "experts.gate_up_proj": (E, 2 * I, H),
-            "experts.down_proj": (E, H, I),
-            "router.per_expert_scale": (E,),
-            "router.proj.weight": (E, H),
-            "router.scale": (H,),
-            "mlp.up_proj.weight": (2112, H),
-        }
-        state = {path + name: torch.rand(shape, dtype=torch.bfloat16) + 0.5 for name, shape in shapes.items()}
-        file = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
-        save_file(state, directory / file)
-        weight_map |= dict.fromkeys(state, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    text = {"num_experts": E, "hidden_size": H, "moe_intermediate_size": I, "num_hidden_layers": layers}
-    (directory / "config.json").write_text(json.dumps({"model_type": "gemma4", "text_config": text}))
 
 
 def forget(directory: Path) -> None:
@@ -97,7 +72,7 @@ def one_rank(directory: Path, mesh_name: str, rank: int, layers: int) -> None:
             )
         model[f"{path}gate.proj.weight"] = torch.full((E, H), 3.0, dtype=torch.bfloat16)
         model[f"{path}gate.scale"] = torch.full((H,), 3.0, dtype=torch.bfloat16)
-        model[path.removesuffix("moe.") + "mlp.up_proj.weight"] = torch.full((2112, H), 3.0, dtype=torch.bfloat16)
+        model[path.removesuffix("moe.") + "mlp.down_proj.weight"] = torch.full((H, MLP), 3.0, dtype=torch.bfloat16)
     share = sum(t.to_local().nbytes if isinstance(t, DTensor) else t.nbytes for t in model.values())
     others = sum(tensor.nbytes for tensor in model.values() if not isinstance(tensor, DTensor))
     limit = layers * (expert_rows * 3 * I * H * 2 + E * 2) + others
@@ -129,7 +104,8 @@ def main() -> None:
     if options.rank:
         one_rank(checkpoint, options.rank[0], int(options.rank[1]), options.layers)
         return
-    write_checkpoint(checkpoint, options.layers)
+    options.directory.mkdir(parents=True, exist_ok=True)
+    write_source(checkpoint, options.layers)
     results: dict[str, list[dict[str, Any]]] = {}
     try:
         print(

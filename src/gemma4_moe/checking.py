@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gemma4_moe import dtypes
-from gemma4_moe.errors import ConfigError, IncompleteExpertsError, TensorShapeError
+from gemma4_moe.errors import ConfigError, IncompleteExpertsError, InputError
 from gemma4_moe.inventory import Inventory
-from gemma4_moe.layouts import RULES, Layout, MoEName, Operation
+from gemma4_moe.layouts import CHECKPOINT_RULES, Layout, MoEName, Operation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from gemma4_moe.checkpoints.config_file import ConfigFile
     from gemma4_moe.checkpoints.directories import StoredTensor
@@ -25,38 +25,39 @@ def check_tensors(tensors: Iterable[StoredTensor], layout: Layout, config: Confi
         IncompleteExpertsError: A layer lacks a row of the table, or the config counts a layer that is not there.
         ConfigError: There are layers that the config does not count.
     """
-    inventory = Inventory(layout, config_sizes(config))
-    parsed = {}
-    for stored in tensors:
-        name = parsed[stored.name] = inventory.add(stored.name, stored.shape)
-        if name is not None:
-            check_dtype(stored, name)
-    rules = [rule for rule in RULES if layout is Layout.HF or rule.in_nemo]
-    inventory.require_complete(rules)
-    check_layer_count(inventory, config)
+    parsed: dict[str, MoEName | None] = {}
+    for problem in wrong_tensors(tensors, layout, config, parsed):
+        raise problem
     return parsed
+
+
+def wrong_tensors(
+    tensors: Iterable[StoredTensor], layout: Layout, config: ConfigFile, parsed: dict[str, MoEName | None]
+) -> Iterator[InputError]:
+    """Yield what `check_tensors` would raise: every wrong tensor, then the first layer that is not complete.
+
+    What the name of each tensor that is not wrong means is put into `parsed`.
+    """
+    inventory = Inventory(layout, config_sizes(config))
+    for stored in tensors:
+        try:
+            name = inventory.add(stored.name, stored.shape)
+            if name is not None and name.rule.operation is not Operation.KEEP:
+                dtypes.require_expert_dtype(stored.name, stored.dtype.tag)
+            parsed[stored.name] = name
+        except InputError as error:
+            yield error
+    try:
+        inventory.require_complete(CHECKPOINT_RULES[layout])
+        check_layer_count(inventory, config)
+    except InputError as error:
+        yield error
 
 
 def config_sizes(config: ConfigFile) -> dict[str, int]:
     """Return the sizes of E, H and I that a config.json gives."""
     given = {"E": config.experts, "H": config.hidden_size, "I": config.expert_size}
     return {axis: size for axis, size in given.items() if size is not None}
-
-
-def check_dtype(stored: StoredTensor, name: MoEName) -> None:
-    """Check that a tensor of the table has a dtype that can be converted.
-
-    Raises:
-        TensorShapeError: It has not.
-    """
-    if name.rule.operation is not Operation.KEEP and stored.dtype not in dtypes.EXPERT_DTYPES:
-        raise TensorShapeError(
-            "an expert tensor of a dtype that is not converted",
-            tensor=stored.name,
-            expected=f"one of {', '.join(dtype.tag for dtype in dtypes.EXPERT_DTYPES)}",
-            found=stored.dtype.tag,
-            hint="start from the unquantised checkpoint",
-        )
 
 
 def check_layer_count(inventory: Inventory, config: ConfigFile) -> None:

@@ -3,112 +3,33 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shlex
 import signal
 import sys
-import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from gemma4_moe import __version__
+from gemma4_moe.command import Output, Size, common
 from gemma4_moe.coordination import launched_as_one_of_several
-from gemma4_moe.errors import DifferenceError, Gemma4MoEError, StorageError, UsageError
+from gemma4_moe.errors import DifferenceError, Gemma4MoEError, StorageError
 from gemma4_moe.layouts import Layout
-from gemma4_moe.quantities import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from types import FrameType
-
-    from rich.console import Console
 
 #: Exit statuses beside those of the errors.
 _INTERRUPTED = 130
 _TERMINATED = 143
 _CLOSED_PIPE = 141
 
-#: Columns of a table that goes into a pipe or a file: wide enough that no name is cut.
-_PIPE_WIDTH = 200
-
 
 class _Terminated(BaseException):
     """SIGTERM has come."""
-
-
-class _Size(click.ParamType[int]):
-    """A size in bytes: 5GB, 512MiB, 4096."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return parse_size(value)
-        except UsageError as error:
-            self.fail(f"{error.facts.get('found')}: {error.problem}; {error.facts.get('expected')}", param, ctx)
-
-
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """Where a command's data and its talk go.
-
-    Attributes:
-        data: stdout.
-        talk: stderr; quiet if the user wants it so.
-        as_json: Whether data is JSON.
-    """
-
-    data: Console
-    talk: Console
-    as_json: bool
-
-    def give(self, result: Any, as_json: Callable[[Any], dict[str, Any]], as_text: Callable[..., None]) -> None:
-        """Print a result as data."""
-        if self.as_json:
-            click.echo(json.dumps(as_json(result), indent=1, ensure_ascii=True))
-        else:
-            as_text(self.data, result)
-
-    def say(self, *lines: str) -> None:
-        """Print lines as talk."""
-        from gemma4_moe.reporting import sentences
-
-        if lines:
-            self.talk.print(sentences(lines), markup=False, highlight=False, soft_wrap=True)
-
-
-def _common(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that every command has, and hand them over as one `_Output`."""
-
-    def run(*, format: str, quiet: bool, verbose: bool, **arguments: Any) -> None:  # noqa: A002
-        from rich.console import Console
-
-        class Ours(Console):
-            def on_broken_pipe(self) -> None:
-                raise BrokenPipeError  # rich's own would end with status 1
-
-        data = Ours() if sys.stdout.isatty() else Ours(width=_PIPE_WIDTH)
-        output = _Output(data, Ours(stderr=True, quiet=quiet), format == "json")
-        try:
-            command(output, **arguments)
-        except Gemma4MoEError:
-            if verbose:
-                traceback.print_exc()
-            raise
-
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-    for option in (
-        click.option("-v", "--verbose", is_flag=True, help="Show where an error came from."),
-        click.option("-q", "--quiet", is_flag=True, help="No talk on stderr, only errors."),
-        click.option("--format", type=click.Choice(["human", "json"]), default="human", help="How stdout is written."),
-    ):
-        run = option(run)
-    return run
 
 
 _source = click.argument("source", metavar="SRC")
@@ -124,9 +45,9 @@ _dtype = click.option(
     help="Dtype of every floating-point tensor.",
 )
 _shard_size = click.option(
-    "--max-shard-size", type=_Size(), default="5GB", show_default=True, help="Most bytes in one file."
+    "--max-shard-size", type=Size(), default="5GB", show_default=True, help="Most bytes in one file."
 )
-_memory = click.option("--max-memory", type=_Size(), default="1GiB", show_default=True, help="Most bytes of buffers.")
+_memory = click.option("--max-memory", type=Size(), default="1GiB", show_default=True, help="Most bytes of buffers.")
 _stream = click.option("--stream", is_flag=True, help="Read SRC on the Hub in place, and keep nothing of it.")
 _break_lock = click.option(
     "--break-lock", is_flag=True, help="Take DST from a process that can't be shown to live, on another host."
@@ -150,8 +71,8 @@ def cli() -> None:
 @cli.command()
 @_source
 @_revision
-@_common
-def inspect(output: _Output, *, source: str, revision: str | None) -> None:
+@common
+def inspect(output: Output, *, source: str, revision: str | None) -> None:
     """Say what a checkpoint is: layout, tensors, bytes, and what is wrong with it."""
     from gemma4_moe import inspecting, reporting
     from gemma4_moe.checkpoints.unfinished import heal
@@ -170,8 +91,8 @@ def inspect(output: _Output, *, source: str, revision: str | None) -> None:
 @click.option("--mesh", metavar="DIM=RANKS,...", help="Say what each rank of a mesh would hold: ep_shard=2,ep=8.")
 @_revision
 @_stream
-@_common
-def plan(output: _Output, *, source: str, mesh: str | None, **options: Any) -> None:
+@common
+def plan(output: Output, *, source: str, mesh: str | None, **options: Any) -> None:
     """Say what convert would do: files, bytes, space, memory. Reads headers alone."""
     if mesh is None:
         _preview(output, source, None, options)
@@ -196,8 +117,8 @@ def plan(output: _Output, *, source: str, mesh: str | None, **options: Any) -> N
 @click.option("--dry-run", is_flag=True, help="Write nothing; print the plan.")
 @_revision
 @_stream
-@_common
-def convert(output: _Output, *, source: str, target: Path, dry_run: bool, no_read_back: bool, **options: Any) -> None:
+@common
+def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read_back: bool, **options: Any) -> None:
     """Convert SRC into the new directory DST. Under torchrun, all ranks work on it together."""
     from gemma4_moe import converting, reporting
     from gemma4_moe.checkpoints.target import check_target
@@ -224,8 +145,8 @@ def convert(output: _Output, *, source: str, target: Path, dry_run: bool, no_rea
 @cli.command()
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @_break_lock
-@_common
-def clean(output: _Output, *, target: Path, break_lock: bool) -> None:
+@common
+def clean(output: Output, *, target: Path, break_lock: bool) -> None:
     """Remove what an unfinished conversion to DST has left beside it. DST itself stays as it is."""
     from gemma4_moe import reporting
     from gemma4_moe.checkpoints import unfinished
@@ -237,8 +158,8 @@ def clean(output: _Output, *, target: Path, break_lock: bool) -> None:
 @click.argument("source", metavar="[SRC]")
 @click.argument("target", metavar="DST", required=False, type=click.Path(path_type=Path))
 @_revision
-@_common
-def verify(output: _Output, *, source: str, target: Path | None, revision: str | None) -> None:
+@common
+def verify(output: Output, *, source: str, target: Path | None, revision: str | None) -> None:
     """Recompute every tensor of DST from SRC and compare bits. Without SRC, check DST against its manifest."""
     from gemma4_moe import reporting, verifying
     from gemma4_moe.checkpoints.recheck import check_manifest
@@ -260,8 +181,8 @@ def verify(output: _Output, *, source: str, target: Path | None, revision: str |
 @cli.command()
 @click.argument("first", metavar="A", type=click.Path(path_type=Path))
 @click.argument("second", metavar="B", type=click.Path(path_type=Path))
-@_common
-def diff(output: _Output, *, first: Path, second: Path) -> None:
+@common
+def diff(output: Output, *, first: Path, second: Path) -> None:
     """Compare two checkpoints of the same layout, tensor by tensor."""
     from gemma4_moe import differing
     from gemma4_moe.checkpoints.unfinished import heal
@@ -276,15 +197,15 @@ def diff(output: _Output, *, first: Path, second: Path) -> None:
 
 @cli.command()
 @click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
-@_common
-def demo(output: _Output, *, directory: Path | None) -> None:
+@common
+def demo(output: Output, *, directory: Path | None) -> None:
     """Convert a small random model there and back, and check every step. Needs torch and transformers."""
     from gemma4_moe import demo as demonstration
 
     demonstration.run_demo(directory, console=output.data)
 
 
-def _preview(output: _Output, source: str, target: Path | None, options: dict[str, Any]) -> None:
+def _preview(output: Output, source: str, target: Path | None, options: dict[str, Any]) -> None:
     from gemma4_moe import planning, reporting
 
     preview = planning.plan(source, target, **options)
@@ -295,7 +216,7 @@ def _preview(output: _Output, source: str, target: Path | None, options: dict[st
             output.say("note: with --stream, convert keeps nothing of SRC on this machine")
 
 
-def _predict(output: _Output, source: str, mesh: str, options: dict[str, Any]) -> None:
+def _predict(output: Output, source: str, mesh: str, options: dict[str, Any]) -> None:
     from gemma4_moe import planning, predicting, reporting
 
     ranks = predicting.parse_mesh(mesh)
@@ -303,7 +224,7 @@ def _predict(output: _Output, source: str, mesh: str, options: dict[str, Any]) -
     output.give(prediction, reporting.prediction_json, reporting.print_prediction)
 
 
-def _compare(output: _Output, found: Any) -> None:
+def _compare(output: Output, found: Any) -> None:
     from gemma4_moe import reporting
 
     output.give(found, reporting.verification_json, reporting.print_verification)

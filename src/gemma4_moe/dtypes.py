@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.errors import InputError
+from gemma4_moe.errors import InputError, TensorShapeError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,6 +111,23 @@ def named(name: str) -> DType:
     if found is None:
         raise InputError("unknown dtype", expected=f"one of {', '.join(BY_NAME)}", found=name)
     return found
+
+
+def require_expert_dtype(tensor: str, dtype: str, hint: str = "start from the unquantised checkpoint") -> None:
+    """Check that an expert tensor has one of `EXPERT_DTYPES`; `dtype` is its name in torch or in safetensors.
+
+    Raises:
+        TensorShapeError: It has not.
+    """
+    name = dtype.removeprefix("torch.")
+    if not any(name in (known.name, known.tag) for known in EXPERT_DTYPES):
+        raise TensorShapeError(
+            "an expert tensor of a dtype that is not converted",
+            tensor=tensor,
+            expected=f"one of {', '.join(f'{known.name} ({known.tag})' for known in EXPERT_DTYPES)}",
+            found=name,
+            hint=hint,
+        )
 
 
 def is_exact(source: DType, target: DType) -> bool:

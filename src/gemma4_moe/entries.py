@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from gemma4_moe.interface import StateDict
     from gemma4_moe.inventory import Inventory, Owner
 
-_EXPERT_DTYPES = tuple(dtype.name for dtype in dtypes.EXPERT_DTYPES)
-
 
 class Entry(NamedTuple):
     """One entry of a state dict.
@@ -90,14 +88,8 @@ def explain(name: str, value: Any, inventory: Inventory, mesh: DeviceMesh | None
     if found is not None and mesh is not None and not isinstance(value, DTensor):
         shape = _whole_shape(found, name, shape, inventory, mesh)
     parsed = inventory.add(name, shape)
-    if parsed is not None and parsed.rule.operation is not Operation.KEEP and _dtype(value) not in _EXPERT_DTYPES:
-        raise TensorShapeError(
-            "an expert tensor of a dtype that is not converted",
-            tensor=name,
-            expected=f"one of {', '.join(_EXPERT_DTYPES)}",
-            found=_dtype(value),
-            hint="start from the unquantised checkpoint",
-        )
+    if parsed is not None and parsed.rule.operation is not Operation.KEEP:
+        dtypes.require_expert_dtype(name, _dtype(value))
     return Entry(parsed, name, value, shape)
 
 

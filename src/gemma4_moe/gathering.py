@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from gemma4_moe.errors import ParallelError
 from gemma4_moe.parallel import Placed, as_bytes, take
-from gemma4_moe.sharding import count, part_of
+from gemma4_moe.sharding import count, joined, part_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -130,7 +130,7 @@ def _holding(where: Placed, shape: Sequence[int], dim: int, place: int, gathered
     for ranks in product(*ranges):
         for axis, runs in enumerate(where.runs(shape, ranks)):
             held[axis].update(runs)
-    return tuple(_merged(runs) for runs in held)
+    return tuple(joined(sorted(runs, key=lambda run: run.start)) for runs in held)
 
 
 def _exchange(whole: torch.Tensor, parts: Sequence[tuple[Runs, ...]], own: int, group: Any, staging_bytes: int) -> None:
@@ -176,15 +176,6 @@ def _side_by_side(parts: Sequence[tuple[Runs, ...]], shape: Sequence[int]) -> bo
         part == ((range(i * step, (i + 1) * step),), *((range(size),) for size in shape[1:]))
         for i, part in enumerate(parts)
     )
-
-
-def _merged(runs: Collection[range]) -> Runs:
-    merged: list[range] = []
-    for run in sorted(runs, key=lambda run: run.start):
-        if merged and merged[-1].stop == run.start:
-            run = range(merged.pop().start, run.stop)
-        merged.append(run)
-    return tuple(merged)
 
 
 def _axis(where: Placed, dim: int) -> int:

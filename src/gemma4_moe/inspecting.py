@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gemma4_moe.checking import check_dtype, check_layer_count, config_sizes
+from gemma4_moe.checking import config_sizes, wrong_tensors
 from gemma4_moe.checkpoints.config_file import ConfigFile
 from gemma4_moe.checkpoints.directories import Checkpoint, open_checkpoint
 from gemma4_moe.errors import ConfigError, InputError, UnsupportedCheckpointError
 from gemma4_moe.folding import Fold, fold
-from gemma4_moe.inventory import Inventory
-from gemma4_moe.layouts import RULES, Layout, Operation, lookup
+from gemma4_moe.layouts import Layout, Operation, lookup
 from gemma4_moe.planning import natural_key
 from gemma4_moe.recognising import recognise
 from gemma4_moe.sources import locate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
 
@@ -81,7 +79,7 @@ def _inspect(checkpoint: Checkpoint) -> Inspection:
     if recognition.refusal is not None and not (problems and isinstance(recognition.refusal, ConfigError)):
         problems.append(recognition.refusal)  # an unreadable config is a problem once, not twice
     if recognition.layout is not None:
-        problems += _wrong_tensors(checkpoint, recognition.layout, config)
+        problems += wrong_tensors(checkpoint.tensors.values(), recognition.layout, config, {})
     tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: natural_key(tensor.name))
     groups: dict[str, int] = {}
     for tensor in tensors:
@@ -110,23 +108,6 @@ def _config(checkpoint: Checkpoint, problems: list[InputError]) -> ConfigFile:
     except ConfigError as error:
         problems.append(error)
         return ConfigFile(checkpoint.path / "config.json", {}, None, None, None, None, None)
-
-
-def _wrong_tensors(checkpoint: Checkpoint, layout: Layout, config: ConfigFile) -> Iterable[InputError]:
-    """Yield what the planner would stop at: every wrong tensor, then the first layer that is not complete."""
-    inventory = Inventory(layout, config_sizes(config))
-    for stored in checkpoint.tensors.values():
-        try:
-            name = inventory.add(stored.name, stored.shape)
-            if name is not None:
-                check_dtype(stored, name)
-        except InputError as error:
-            yield error
-    try:
-        inventory.require_complete([rule for rule in RULES if layout is Layout.HF or rule.in_nemo])
-        check_layer_count(inventory, config)
-    except InputError as error:
-        yield error
 
 
 def _group(name: str, layout: Layout | None) -> str:

@@ -69,31 +69,16 @@ class IntoHf:
 
     def as_sharded(self, entry: Entry) -> Pairs:
         """Yield tensors as they lie: a copy of a whole tensor, a view of a DTensor. Nothing communicates."""
-        names = self._names(entry)
-        if not names:
-            return
-        parsed, value = entry.parsed, self._on_mesh(entry)
-        for hf in names:
-            if parsed is None or parsed.rule.operation is Operation.KEEP:
-                yield hf, value
-            elif hf != parsed.hf:
-                yield hf, _ones(value, entry.name)
-            elif isinstance(value, DTensor):
-                yield hf, convert_view(value, parsed.rule.operation, entry.name)
-            else:
-                yield hf, transpose_scale_cast(value.detach(), kernel=self.kernel)
+        for hf, value in self._wanted(entry):
+            yield hf, self._as_it_lies(hf, value, entry)
 
     def as_gathered(self, entry: Entry) -> Pairs:
         """Yield whole tensors; each rank puts its own part into hf layout before it is gathered."""
-        names = self._names(entry)
-        if not names:
-            return
-        parsed, value = entry.parsed, self._on_mesh(entry)
-        if not isinstance(value, DTensor):
-            yield from self.as_sharded(entry._replace(value=value))
-            return
-        for hf in names:
-            if parsed is None or parsed.rule.operation is Operation.KEEP:
+        parsed = entry.parsed
+        for hf, value in self._wanted(entry):
+            if not isinstance(value, DTensor):
+                yield hf, self._as_it_lies(hf, value, entry)
+            elif parsed is None or parsed.rule.operation is Operation.KEEP:
                 yield hf, value.full_tensor()
             elif hf != parsed.hf:
                 yield hf, torch.ones(value.shape[:1], dtype=value.dtype, device=local_of(value).device)
@@ -106,11 +91,8 @@ class IntoHf:
 
     def as_destinations(self, entry: Entry) -> Pairs:
         """Yield destinations: views of the model's own storage, and scales that say "not loaded"."""
-        names = self._names(entry)
-        if not names:
-            return
-        parsed, value = entry.parsed, self._on_mesh(entry)
-        for hf in names:
+        parsed = entry.parsed
+        for hf, value in self._wanted(entry):
             if parsed is None or parsed.rule.operation is Operation.KEEP:
                 yield hf, value
             elif hf != parsed.hf:
@@ -120,8 +102,21 @@ class IntoHf:
             else:
                 yield hf, destinations.mark(value.detach().transpose(-1, -2), entry.value)
 
-    def _names(self, entry: Entry) -> list[str]:
-        return [hf for hf in hf_names(entry.parsed, entry.name) if not self.excluded(hf, entry.name)]
+    def _as_it_lies(self, hf: str, value: Any, entry: Entry) -> Any:
+        parsed = entry.parsed
+        if parsed is None or parsed.rule.operation is Operation.KEEP:
+            return value
+        if hf != parsed.hf:
+            return _ones(value, entry.name)
+        if isinstance(value, DTensor):
+            return convert_view(value, parsed.rule.operation, entry.name)
+        return transpose_scale_cast(value.detach(), kernel=self.kernel)
+
+    def _wanted(self, entry: Entry) -> Pairs:
+        """Yield each hf name that is not left out, with the native value; a value that nobody wants is not read."""
+        names = [hf for hf in hf_names(entry.parsed, entry.name) if not self.excluded(hf, entry.name)]
+        value = self._on_mesh(entry) if names else None
+        yield from ((hf, value) for hf in names)
 
     def _on_mesh(self, entry: Entry) -> Any:
         """Return a plain part of a tensor as a DTensor, a lazy value read, others as they are."""

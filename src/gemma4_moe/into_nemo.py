@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe import destinations
-from gemma4_moe.dtypes import EXPERT_DTYPES
+from gemma4_moe.dtypes import require_expert_dtype
 from gemma4_moe.errors import IncompleteExpertsError, ParallelError, TensorShapeError, UsageError
 from gemma4_moe.kernels import scale_in_place, transpose_scale_cast
 from gemma4_moe.layouts import SCALE
@@ -62,7 +62,7 @@ class IntoNemo:
         shape = converted_shape(operation, value.shape)
         target = None if self.out is None else out_tensor(self.out, name.nemo, shape)
         if target is not None:
-            check_expert_dtype(name.nemo, target.dtype)
+            require_expert_dtype(name.nemo, str(target.dtype), "hold the experts in one of these dtypes")
         where = self._where(name, value, target)
         if where is None:
             part, factor = _whole(value), None if scale is None else _whole(scale)
@@ -131,22 +131,6 @@ def out_tensor(out: Mapping[str, torch.Tensor], native: str, shape: tuple[int, .
             hint="give `out` the tensors of the same model",
         )
     return out[native]
-
-
-def check_expert_dtype(name: str, dtype: torch.dtype) -> None:
-    """Check that a native expert tensor has a dtype that can be converted to.
-
-    Raises:
-        TensorShapeError: It has not.
-    """
-    if str(dtype).removeprefix("torch.") not in {known.name for known in EXPERT_DTYPES}:
-        raise TensorShapeError(
-            "a native expert tensor of a dtype that is not converted to",
-            tensor=name,
-            expected=", ".join(f"torch.{known.name}" for known in EXPERT_DTYPES),
-            found=str(dtype),
-            hint="hold the experts in one of these dtypes",
-        )
 
 
 def _whole(entry: Entry) -> torch.Tensor:

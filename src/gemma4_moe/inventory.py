@@ -74,11 +74,11 @@ class Inventory:
         for (prefix, layer), seen in self.layers.items():
             missing = [rule for rule in wanted if rule not in seen]
             if missing and any(rule in seen for rule in wanted):
-                path = f"{prefix}layers.{layer}."
+                path = MoEName(prefix, layer, missing[0]).layer_path
                 raise IncompleteExpertsError(
                     f"Incomplete expert weights for layer {layer}: {', '.join(rule.role for rule in missing)} missing",
-                    tensor=path + (missing[0].hf if self.layout is Layout.HF else missing[0].nemo),
-                    expected=", ".join(rule.hf if self.layout is Layout.HF else rule.nemo for rule in wanted),
+                    tensor=path + missing[0].name(self.layout),
+                    expected=", ".join(rule.name(self.layout) for rule in wanted),
                     found=", ".join(name.removeprefix(path) for rule, name in seen.items() if rule in wanted),
                     hint="give all of a layer's tensors together; a shard file of the checkpoint may be missing",
                 )

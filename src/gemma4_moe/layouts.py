@@ -73,6 +73,10 @@ class Rule:
         """Whether the nemo layout has a tensor of its own for this row."""
         return bool(self.nemo_axes)
 
+    def name(self, layout: Layout) -> str:
+        """Return REST in `layout`, current spelling; for what is folded away, that of the tensor that takes it in."""
+        return self.hf if layout is Layout.HF else self.nemo
+
     def axes(self, layout: Layout) -> tuple[str, ...]:
         """Return the axes of this row's tensor in `layout`."""
         return self.hf_axes if layout is Layout.HF else self.nemo_axes
@@ -120,6 +124,9 @@ EXPERT_ROWS = {
     DOWN:    (ExpertRow("experts.{}.down_proj.weight", ("H", "I")),),
 }
 # fmt: on
+
+#: The rows that every layer of a checkpoint must have in each layout.
+CHECKPOINT_RULES = {layout: tuple(rule for rule in RULES if rule.axes(layout)) for layout in Layout}
 
 #: Modules of a layer that hold nothing but rows of the table, whichever layout's name they carry.
 MOE_MODULES = frozenset(rest.split(".")[0] for rule in RULES for rest in (rule.hf, rule.nemo))
@@ -177,7 +184,7 @@ class MoEName:
 
     def name(self, layout: Layout) -> str:
         """Return the whole name in `layout`, current spelling."""
-        return self.hf if layout is Layout.HF else self.nemo
+        return self.layer_path + self.rule.name(layout)
 
     def of_expert(self, row: ExpertRow, expert: int) -> str:
         """Return the whole hf name of one expert's part of this tensor."""

@@ -30,7 +30,7 @@ from gemma4_moe.errors import ParallelError, UnknownTensorError
 from gemma4_moe.gathering import gather
 from gemma4_moe.inventory import Inventory
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
-from gemma4_moe.layouts import DOWN, RULES, SCALE, Layout, Operation
+from gemma4_moe.layouts import CHECKPOINT_RULES, DOWN, SCALE, Layout, Operation
 from gemma4_moe.parallel import Placed, as_bytes, local_of, placed
 from gemma4_moe.planning import DEFAULT_SHARD_SIZE, PlannedFile, PlannedTensor, layout_files, natural_key, target_dtype
 from gemma4_moe.quantities import parse_size
@@ -230,7 +230,7 @@ def _targets(tensors: Mapping[str, _Described], config_from: Path, dtype: str | 
             found=f"{len(tensors)} tensors",
             hint="give a model in the nemo layout",
         )
-    inventory.require_complete([rule for rule in RULES if rule.in_nemo])
+    inventory.require_complete(CHECKPOINT_RULES[Layout.NEMO])
     check_layer_count(inventory, config)
     return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
 

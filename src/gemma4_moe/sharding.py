@@ -60,7 +60,7 @@ def local_runs(
         if placement is not None and placement.axis == axis:
             pieces = [_chunk(runs, placement.split_factor, number) for number in range(placement.split_factor)]
             runs = [run for piece in pieces for run in _chunk(piece, ranks, place)]
-    return tuple(_joined(runs))
+    return joined(runs)
 
 
 def count(runs: Iterable[range]) -> int:
@@ -86,9 +86,9 @@ def part_of(runs: Sequence[range], first: int, last: int) -> tuple[range, ...]:
     return tuple(part)
 
 
-def _joined(runs: Sequence[range]) -> list[range]:
+def joined(runs: Sequence[range]) -> tuple[range, ...]:
     """Return runs with those that continue each other made one."""
     if not runs:
-        return []
+        return ()
     starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(runs)) if a.stop != b.start), len(runs)]
-    return [range(runs[a].start, runs[b - 1].stop) for a, b in pairwise(starts)]
+    return tuple(range(runs[a].start, runs[b - 1].stop) for a, b in pairwise(starts))

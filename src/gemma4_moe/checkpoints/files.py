@@ -121,8 +121,9 @@ class SafetensorsFile:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise self._changed("no file") from error
             raise
+        header_digest = self._header_digest()
         for status in statuses:
-            now = FileIdentity(status.st_size, status.st_mtime_ns, status.st_ino, self._header_digest())
+            now = FileIdentity(status.st_size, status.st_mtime_ns, status.st_ino, header_digest)
             if now != self.identity:
                 raise self._changed(now)
 

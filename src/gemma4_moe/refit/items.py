@@ -187,11 +187,5 @@ def _by_expert(item: Item) -> Iterator[Item]:
 
 
 def _check_expert_dtype(parsed: MoEName | None, native: str, dtype: DType) -> None:
-    if parsed is not None and parsed.rule.operation is not Operation.KEEP and dtype not in dtypes.EXPERT_DTYPES:
-        raise InputError(
-            "an expert tensor of a dtype that is not converted",
-            tensor=native,
-            expected=f"one of {', '.join(known.name for known in dtypes.EXPERT_DTYPES)}",
-            found=dtype.name,
-            hint="stream the unquantised training weights",
-        )
+    if parsed is not None and parsed.rule.operation is not Operation.KEEP:
+        dtypes.require_expert_dtype(native, dtype.name, "stream the unquantised training weights")

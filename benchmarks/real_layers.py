@@ -1,0 +1,52 @@
+"""A checkpoint of layers of the real model's sizes, which the benchmarks of loading and converting share."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gemma4_moe.checkpoints.header_layout import layout_header
+from gemma4_moe.dtypes import BFLOAT16
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+E, H, I = 128, 2816, 704  # noqa: E741
+
+#: The inner size of the dense MLP beside the experts.
+MLP = 2112
+
+
+def write_source(directory: Path, layers: int) -> None:
+    """Write `layers` real-size layers and an embedding, bf16; values repeat after 16 MiB."""
+    rng = np.random.default_rng(0)
+    tile = rng.standard_normal(2**23, np.float32).astype(BFLOAT16.numpy()).tobytes()
+    directory.mkdir()
+    text = {"model_type": "gemma4_text", "num_experts": E, "moe_intermediate_size": I, "hidden_size": H}
+    config = {"model_type": "gemma4", "text_config": text | {"num_hidden_layers": layers}}
+    (directory / "config.json").write_text(json.dumps(config))
+    weight_map = {}
+    for layer in range(layers):
+        path = f"model.language_model.layers.{layer}."
+        shapes = {
+            "experts.gate_up_proj": (E, 2 * I, H),
+            "experts.down_proj": (E, H, I),
+            "router.per_expert_scale": (E,),
+            "router.proj.weight": (E, H),
+            "router.scale": (H,),
+            "mlp.down_proj.weight": (H, MLP),
+        }
+        header, entries = layout_header([(path + name, BFLOAT16, shape) for name, shape in shapes.items()])
+        name = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
+        with (directory / name).open("wb") as file:
+            file.write(header)
+            for entry in entries:
+                weight_map[entry.name] = name
+                left = entry.nbytes
+                while left:
+                    left -= file.write(tile[:left])
+            os.fsync(file.fileno())
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
