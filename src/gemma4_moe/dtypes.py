@@ -116,15 +116,18 @@ def named(name: str) -> DType:
 def require_expert_dtype(tensor: str, dtype: str, hint: str = "start from the unquantised checkpoint") -> None:
     """Check that an expert tensor has one of `EXPERT_DTYPES`; `dtype` is its name in torch or in safetensors.
 
+    The error names the dtypes in the language of `dtype`.
+
     Raises:
         TensorShapeError: It has not.
     """
     name = dtype.removeprefix("torch.")
-    if not any(name in (known.name, known.tag) for known in EXPERT_DTYPES):
+    allowed = [known.tag if name in BY_TAG else known.name for known in EXPERT_DTYPES]
+    if name not in allowed:
         raise TensorShapeError(
             "an expert tensor of a dtype that is not converted",
             tensor=tensor,
-            expected=f"one of {', '.join(f'{known.name} ({known.tag})' for known in EXPERT_DTYPES)}",
+            expected=f"one of {', '.join(allowed)}",
             found=name,
             hint=hint,
         )
