@@ -47,4 +47,4 @@ def assert_same_stream(found: Iterable[tuple[str, torch.Tensor]], expected: Iter
 
 def raw(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor in the order of its elements."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

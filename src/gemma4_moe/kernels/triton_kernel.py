@@ -19,6 +19,8 @@ from gemma4_moe.kernels.choice import interpreted
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_Four = tuple[int, int, int, int]
+
 #: The formats' numbers inside the kernel, and the integers of their size.
 _FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float8_e4m3fn: 3}
 _CODES = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -33,6 +35,9 @@ _TILES = {
     (2, 1): (64, 64, 2),
     (4, 1): (64, 64, 2),
 }
+
+#: Triton asks for the interpreter once, too: when the kernel below is made.
+_INTERPRETED = interpreted()
 
 #: Elements of a tile where both sides are contiguous along the same axis, and its warps.
 _ROW_ELEMENTS, _ROW_WARPS = 1024, 8
@@ -49,50 +54,69 @@ def scale_cast(x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor)
         for index in range(x.shape[1]):
             scale_cast(x.select(1, index), factors, out.select(1, index))
         return
-    x, out = _matrices(x, out, scaled=factors is not None)
-    rows, columns, warps = _tile(x, out)
-    tiles = prod(x.shape[:2]) * triton.cdiv(x.shape[2], rows) * triton.cdiv(x.shape[3], columns)
+    shape, x_stride, out_stride = _matrices(x, out, scaled=factors is not None)
+    rows, columns, warps = _tile(shape, out_stride, x.itemsize, out.itemsize)
+    tiles = prod(shape[:2]) * _ceil_div(shape[2], rows) * _ceil_div(shape[3], columns)
     with _on_device(x):
         _move[(tiles,)](
             x.view(_CODES[x.itemsize]),
             x if factors is None else factors,
             out.view(_CODES[out.itemsize]),
-            *x.shape[1:],
-            *x.stride(),
-            *out.stride(),
+            *shape[1:],
+            *x_stride,
+            *out_stride,
             IN=_FORMATS[x.dtype],
             OUT=_FORMATS[out.dtype],
             SCALED=factors is not None,
             ROWS=rows,
             COLUMNS=columns,
-            WHOLE=x.shape[2] % rows == 0 and x.shape[3] % columns == 0,
-            WIDE=max(map(abs, (*x.stride()[2:], *out.stride()[2:]))) * max(rows, columns) >= 1 << 30,
-            INTERPRETED=interpreted(),
+            WHOLE=shape[2] % rows == 0 and shape[3] % columns == 0,
+            WIDE=max(map(abs, (*x_stride[2:], *out_stride[2:]))) * max(rows, columns) >= 1 << 30,
+            INTERPRETED=_INTERPRETED,
             num_warps=warps,
         )
 
 
-def _matrices(x: torch.Tensor, out: torch.Tensor, *, scaled: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both as [E, B, R, C] such that x is contiguous along C if it is along R or C."""
-    while x.ndim < 4:
-        axis = 1 if scaled else 0
-        x, out = x.unsqueeze(axis), out.unsqueeze(axis)
-    if x.stride(2) == 1 or (x.stride(3) != 1 and out.stride(2) != 1):
-        x, out = x.transpose(2, 3), out.transpose(2, 3)
-    if all(each.stride(3) == 1 and each.stride(2) == each.shape[3] for each in (x, out)):
-        return x.flatten(2).unsqueeze(2), out.flatten(2).unsqueeze(2)
-    return x, out
+def _matrices(x: torch.Tensor, out: torch.Tensor, *, scaled: bool) -> tuple[_Four, _Four, _Four]:
+    """Return shape and strides of both as [E, B, R, C] such that x is contiguous along C if it is along R or C.
+
+    In numbers alone: views would take as long as the launch, and small tensors are launched by the dozen.
+    """
+    front, missing = int(scaled), 4 - x.ndim
+    shape = [*x.shape[:front], *[1] * missing, *x.shape[front:]]
+
+    def padded(stride: tuple[int, ...]) -> list[int]:
+        step = stride[front] * x.shape[front] if x.ndim > front else 1  # that of an axis of one element
+        return [*stride[:front], *[step] * missing, *stride[front:]]
+
+    x_stride, out_stride = padded(x.stride()), padded(out.stride())
+    if x_stride[2] == 1 or (x_stride[3] != 1 and out_stride[2] != 1):
+        for sizes in (shape, x_stride, out_stride):
+            sizes[2:] = reversed(sizes[2:])
+    if all(stride[3] == 1 and stride[2] == shape[3] for stride in (x_stride, out_stride)):
+        whole = shape[2] * shape[3]
+        shape[2:], x_stride[2:], out_stride[2:] = (1, whole), (whole, 1), (whole, 1)
+    return tuple(shape), tuple(x_stride), tuple(out_stride)  # type: ignore[return-value]
 
 
-def _tile(x: torch.Tensor, out: torch.Tensor) -> tuple[int, int, int]:
-    if out.stride(3) == 1:
-        columns = min(_ROW_ELEMENTS, triton.next_power_of_2(x.shape[3]))
-        return min(_ROW_ELEMENTS // columns, triton.next_power_of_2(x.shape[2])), columns, _ROW_WARPS
-    return _TILES[x.itemsize, out.itemsize]
+def _tile(shape: _Four, out_stride: _Four, in_bytes: int, out_bytes: int) -> tuple[int, int, int]:
+    if out_stride[3] == 1:
+        columns = min(_ROW_ELEMENTS, _power_of_2(shape[3]))
+        return min(_ROW_ELEMENTS // columns, _power_of_2(shape[2])), columns, _ROW_WARPS
+    return _TILES[in_bytes, out_bytes]
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(size: int) -> int:
+    """Return the least power of two that is no smaller."""
+    return 1 << (size - 1).bit_length()
 
 
 def _on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else nullcontext()
 
 
 def _jit(function: Callable[..., Any]) -> Any:

@@ -40,27 +40,35 @@ class BucketEntry(NamedTuple):
     nbytes: int
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Run:
     """One item; or the same part of consecutive experts of one tensor, which lie at equal distances in a bucket.
 
     Attributes:
         items: The items.
         entries: Where they lie.
+        dtype: Their dtype.
+        shape: What they are as one tensor: an item's own shape, or [n, rows, columns] for n experts.
+        stride: Its strides in elements.
+        start: Its first element, counted from the start of the buffer.
     """
 
     items: tuple[Item, ...]
     entries: tuple[BucketEntry, ...]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
 
-    def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Return its place in a buffer: one tensor, or [n, rows, columns] for n experts."""
-        first = self.entries[0]
-        if self.items[0].row is None:
-            return unpack(buffer, [first])[0][1]
-        flat = buffer.view(getattr(torch, first.dtype))
-        apart = (self.entries[1].offset - first.offset if len(self.entries) > 1 else first.nbytes) // flat.itemsize
-        rows, columns = first.shape
-        start = flat.storage_offset() + first.offset // flat.itemsize
-        return flat.as_strided((len(self.items), rows, columns), (apart, columns, 1), start)
+    @classmethod
+    def of(cls, items: Sequence[Item], entries: Sequence[BucketEntry]) -> Run:
+        """Say how items of one shape, at equal distances, lie in a buffer."""
+        first, dtype = entries[0], getattr(torch, entries[0].dtype)
+        shape, stride = first.shape, torch.empty(first.shape, device="meta").stride()
+        if items[0].row is not None:
+            apart = entries[1].offset - first.offset if len(entries) > 1 else first.nbytes
+            shape, stride = (len(items), *shape), (apart // dtype.itemsize, *stride)
+        return cls(tuple(items), tuple(entries), dtype, shape, stride, first.offset // dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +102,7 @@ class Bucket:
     def __init__(self, buffer: torch.Tensor, entries: Sequence[BucketEntry]) -> None:
         self.entries = tuple(entries)
         self._buffer: torch.Tensor | None = buffer
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
         self._events: list[Any] = []
 
     @property
@@ -116,6 +125,13 @@ class Bucket:
         """Return (hf name, tensor) for everything in the bucket: views of the buffer, no copies."""
         return unpack(self.buffer, self.entries)
 
+    def place_of(self, run: Run) -> torch.Tensor:
+        """Return a run's place in the buffer, as one tensor; a bucket holds dozens, so this is one view each."""
+        typed = self._typed.get(run.dtype)
+        if typed is None:
+            typed = self._typed[run.dtype] = self.buffer.view(run.dtype)
+        return typed.as_strided(run.shape, run.stride, run.start)
+
     def done_on(self, stream: torch.cuda.Stream) -> None:
         """Say that what `stream` has been given by now is the last that reads this bucket there."""
         self._events.append(stream.record_event())
@@ -124,6 +140,7 @@ class Bucket:
     def _retire(self, stream: torch.cuda.Stream | None) -> None:
         """Take the buffer back; what is put on `stream` from now on comes after the consumer's last reads."""
         self._buffer = None
+        self._typed.clear()
         if stream is not None:
             for event in self._events:
                 stream.wait_event(event)
@@ -236,7 +253,7 @@ def _planned(group: Sequence[Item], bucket_bytes: int) -> PlannedBucket:
     for item, entry in zip(group, entries, strict=True):
         runs.setdefault(item.name if item.row is None else (item.native, item.row), []).append((item, entry))
     return PlannedBucket(
-        tuple(Run(*map(tuple, zip(*run, strict=True))) for run in runs.values()),
+        tuple(Run.of(*zip(*run, strict=True)) for run in runs.values()),
         tuple(entries),
         offset,
         ordinary=group[0].nbytes <= bucket_bytes,

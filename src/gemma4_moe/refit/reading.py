@@ -12,7 +12,8 @@ from gemma4_moe.parallel import local_of
 from gemma4_moe.refit.items import Source
 from gemma4_moe.sharded_loading import storage_key
 
-Tensors = Mapping[str, torch.Tensor]
+#: Tensors by name; other values, such as a state dict may have, are no weights.
+Tensors = Mapping[str, Any]
 #: What a stream takes.
 State = torch.nn.Module | Tensors | Iterable[Tensors]
 
@@ -32,18 +33,14 @@ def check_readable_again(state: State) -> None:
         )
 
 
-def mappings_of(state: State) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the tensors of a state, all in one mapping, or mapping by mapping; what is no tensor is no weight."""
+def mappings_of(state: State) -> Iterator[Tensors]:
+    """Yield the mappings of a state: one, or one after the other."""
     if isinstance(state, torch.nn.Module):
-        yield _tensors_of(state.state_dict())
+        yield state.state_dict()
     elif isinstance(state, Mapping):
-        yield _tensors_of(state)
+        yield state
     else:
-        yield from map(_tensors_of, state)
-
-
-def _tensors_of(mapping: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in mapping.items() if isinstance(value, torch.Tensor)}
+        yield from state
 
 
 def describe(tensors: Tensors) -> tuple[dict[str, Source], dict[str, str]]:
@@ -52,6 +49,8 @@ def describe(tensors: Tensors) -> tuple[dict[str, Source], dict[str, str]]:
     aliases: dict[str, str] = {}
     first: dict[object, str] = {}
     for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
         same = first.setdefault(_identity(tensor), name) if local_of(tensor).numel() else name
         if same == name:
             sources[name] = Source.of(tensor)
@@ -108,8 +107,8 @@ class Reader:
 
 def _checked(tensors: Tensors, name: str, source: Source) -> torch.Tensor:
     tensor = tensors.get(name)
-    found = None if tensor is None else Source.of(tensor)
-    if tensor is None or found != source:
+    found = Source.of(tensor) if isinstance(tensor, torch.Tensor) else None
+    if found != source:
         raise InputError(
             "a tensor that is no longer what it was when the stream was planned",
             tensor=name,
@@ -117,6 +116,7 @@ def _checked(tensors: Tensors, name: str, source: Source) -> torch.Tensor:
             found="absent" if found is None else _text(found),
             hint="make a new WeightStream after the model has changed",
         )
+    assert isinstance(tensor, torch.Tensor), "it is what it was"
     return tensor
 
 

@@ -160,8 +160,8 @@ class WeightStream:
             for run in planned.runs:
                 item = run.items[0]
                 value = reader.tensor(item.mapping, item.native)
-                _check_device(value, item.native, bucket.buffer.device)
-                filler.fill_run(run, value, bucket.buffer)
+                _check_device(value, item.native, device)
+                filler.fill_run(run, value, bucket)
                 del value
             filler.flush()
             if self.keeps:
@@ -199,7 +199,7 @@ def _agreements(
 
 
 def _check_device(value: torch.Tensor, name: str, device: torch.device) -> None:
-    found = local_of(value).device
+    found = value.device
     if found != device:
         raise UsageError(
             "tensors on several devices in one stream of buckets",
