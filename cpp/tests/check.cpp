@@ -20,11 +20,16 @@ std::mt19937_64 random_bits(20240229);
 
 int64_t draw(std::initializer_list<int64_t> choices) { return choices.begin()[random_bits() % choices.size()]; }
 
-// Strides for a random order of the axes, with gaps; returns the bytes that they span.
-int64_t random_strides(const std::vector<int64_t>& sizes, int64_t element, std::vector<ptrdiff_t>& strides) {
-  std::vector<size_t> order(sizes.size());
+std::vector<size_t> random_order(size_t axes) {
+  std::vector<size_t> order(axes);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random_bits);
+  return order;
+}
+
+// Strides for axes that lie in this order, the innermost first, with gaps; returns the bytes that they span.
+int64_t random_strides(const std::vector<int64_t>& sizes, const std::vector<size_t>& order, int64_t element,
+                       std::vector<ptrdiff_t>& strides) {
   int64_t stride = element * draw({1, 1, 1, 2});
   int64_t last = 0;
   for (size_t axis : order) {
@@ -49,7 +54,11 @@ bool once(bool large) {
   std::vector<int64_t> sizes{draw({1, 2, 3}), draw({1, 7, 32, 64, 65, 130}), draw({1, 5, 31, 33, 64, 96, 100})};
   if (large) sizes = {3, draw({700, 1024}), draw({1024, 1056, 1111})};
   std::vector<ptrdiff_t> src(sizes.size()), dst(sizes.size());
-  int64_t src_bytes = random_strides(sizes, size_of(in), src), dst_bytes = random_strides(sizes, size_of(out), dst);
+  // The same order on both sides makes rows, others make tiles or single elements.
+  std::vector<size_t> src_order = random_order(sizes.size());
+  std::vector<size_t> dst_order = draw({0, 1}) != 0 ? src_order : random_order(sizes.size());
+  int64_t src_bytes = random_strides(sizes, src_order, size_of(in), src);
+  int64_t dst_bytes = random_strides(sizes, dst_order, size_of(out), dst);
 
   // Exactly as large as needed, so that a step beyond is a step out of the allocation.
   int64_t shift = draw({0, 0, 1, 2, 32});

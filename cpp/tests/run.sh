@@ -9,11 +9,12 @@ here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 sanitize=${1:+-fsanitize=$1 -fno-sanitize-recover=all}
+pids=
 for source in "$here"/../kernels_*.cpp "$here"/../layout.cpp "$here"/../move.cpp "$here"/../pool.cpp "$here"/check.cpp; do
     # shellcheck disable=SC2086  # several options
     ${CXX:-c++} -std=c++17 -O1 -g -ffp-contract=off -Wall -Wno-psabi -Wno-uninitialized $sanitize \
         -c "$source" -o "$work/$(basename "$source").o" &
-    pids="${pids:-} $!"
+    pids="$pids $!"
 done
 for pid in $pids; do wait "$pid"; done
 # shellcheck disable=SC2086
