@@ -1,36 +1,36 @@
 """How fast expert bytes move: ours beside a copy, torch, torch.compile and the peer's adapter, in one run.
 
-    python benchmarks/kernels.py [--device cpu|cuda] [--experts 128] [--repeats 7] [--fresh-memory] [--json FILE]
+    python benchmarks/kernels.py [--device cpu|cuda] [--rows move,in-place,adapter] [--dtypes bf16:bf16,bf16:fp32,...]
+                                 [--experts 128] [--rounds 15] [--fresh-memory] [--json FILE]
 
-Bandwidth counts bytes read plus bytes written. `share` is our bandwidth over that of a plain copy on the same device in
-the same run: a copy of as many bytes, measured in turn with everything else. Every row alternates its contenders
-and, where memory allows, two sets of inputs and outputs larger than any cache; the figures are medians, and `spread`
-is the distance of the quartiles over the median. The peer is nemo-automodel 0.7.0, if it is installed.
+Bandwidth counts bytes read plus bytes written. Every round measures a copy of as many bytes, ours, and the copy again;
+every fourth measures the others too. `share` is the copy's time over ours in the same round, so that a machine that
+grows slower or faster changes nothing: the median of the rounds, and the quartiles. Where memory allows, two sets of
+inputs and outputs larger than any cache take turns. The peer is nemo-automodel 0.7.0, if it is installed.
 
-On the CPU, results that are allocated anew come from memory that the process keeps, for every contender: fresh pages
-from the system can take several times as long as the work. `--fresh-memory` measures with them.
+Copy and `transpose_scale_cast` write into tensors that exist. torch, torch.compile and both adapters allocate their
+results. On the CPU these come from memory that the process keeps, for every contender, since fresh pages from the
+system can take several times as long as the work. `--fresh-memory` leaves malloc as it is, as most programs do.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
-import platform
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from timing import Measured, Timer, copying, give_back_memory, keep_memory, machine, random, sets_that_fit
 
 from gemma4_moe import Gemma4MoEStateDictAdapter, kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
 
 H, I = 2816, 704  # noqa: E741  the real model's
 SHAPES = {  # what each tensor of a layer looks like, in the layout that it comes from
@@ -39,85 +39,13 @@ SHAPES = {  # what each tensor of a layer looks like, in the layout that it come
     "down hf→nemo": (H, I),
     "down nemo→hf": (I, H),
 }
-PAIRS = [
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float32),
-]
-SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-Contender = Callable[[int], Any]  # takes the number of the round, to rotate inputs by
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SHORT = {dtype: name for name, dtype in DTYPES.items()}
+Pair = tuple[torch.dtype, torch.dtype]
+PAIRS: list[Pair] = [(source, target) for source in DTYPES.values() for target in DTYPES.values()]
 
 
-class Timer:
-    """Runs contenders in turn, round after round, and times each."""
-
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self.device = device
-        self.repeats = repeats
-
-    def __call__(self, contenders: dict[str, Contender]) -> dict[str, list[float]]:
-        """Return the seconds of each contender's rounds, after one round to warm up."""
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        for turn in range(-1, self.repeats):
-            for name, contender in contenders.items():
-                seconds = self._once(contender, turn)
-                if turn >= 0:
-                    times[name].append(seconds)
-        return times
-
-    def _once(self, contender: Contender, turn: int) -> float:
-        if self.device.type == "cpu":
-            started = time.perf_counter()
-            contender(turn)
-            return time.perf_counter() - started
-        # What runs before the first event hides the time that the host takes to launch what is timed.
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        contender(turn)
-        begin.record()
-        for step in range(4):
-            contender(4 * turn + step)
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 4e3
-
-
-def spread(times: list[float]) -> float:
-    """Return the distance of the quartiles over the median."""
-    low, middle, high = statistics.quantiles(times, n=4)
-    return (high - low) / middle
-
-
-def random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return ordinary numbers; one expert's, repeated, since drawing them all takes longer than the benchmark."""
-    return torch.randn(shape[1:], device=device).to(dtype).expand(shape).contiguous()
-
-
-def copying(nbytes: int, device: torch.device) -> Contender:
-    """Return a contender that copies nbytes / 2, so that nbytes cross the bus, between two buffers beyond any cache."""
-    size = min(nbytes // 2, 1 << 29)
-    buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2)]
-
-    def copy(turn: int) -> None:
-        for first in range(0, nbytes // 2, size):
-            part = slice(0, min(size, nbytes // 2 - first))
-            buffers[turn % 2][part].copy_(buffers[1 - turn % 2][part])
-
-    return copy
-
-
-def sets_that_fit(nbytes: int, device: torch.device) -> int:
-    """Return 2, or 1 where two sets of inputs and outputs beside torch's intermediate results would fill the memory."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 2 if 12 * nbytes < total else 1
-
-
-def move_rows(E: int, timer: Timer) -> Iterator[dict[str, Any]]:
+def move_rows(E: int, timer: Timer, pairs: list[Pair]) -> Iterator[dict[str, Any]]:
     """Yield a row for each shape, pair of dtypes, and with or without the scale."""
     device = timer.device
     compiled = torch.compile(
@@ -127,7 +55,7 @@ def move_rows(E: int, timer: Timer) -> Iterator[dict[str, Any]]:
     torch._dynamo.config.recompile_limit = 64  # one program a row
     scale = torch.rand(E, device=device) + 0.5
     for name, (R, C) in SHAPES.items():
-        for source, target in PAIRS:
+        for source, target in pairs:
             nbytes = E * R * C * (source.itemsize + target.itemsize)
             sets = sets_that_fit(nbytes, device)
             xs = [random((E, R, C), source, device) for _ in range(sets)]
@@ -148,9 +76,9 @@ def move_rows(E: int, timer: Timer) -> Iterator[dict[str, Any]]:
                     x = xs[n % len(xs)]
                     return compiled(x, scale, target) if scaled else compiled_plain(x, target)
 
-                times = timer({"copy": copy, "ours": ours, "torch": eager, "compile": fused})
+                measured = timer(copy, ours, torch=eager, compile=fused)
                 operation = f"{name}{' scaled' if scaled else ''}"
-                yield row(operation, f"{SHORT[source]}→{SHORT[target]}", nbytes, times)
+                yield move_row(operation, f"{SHORT[source]}→{SHORT[target]}", nbytes, measured)
             del xs, outs, copy
 
 
@@ -160,27 +88,23 @@ def in_place_rows(E: int, timer: Timer) -> Iterator[dict[str, Any]]:
     for view in ("contiguous", "transposed view"):
         xs = [random((E, I, H), torch.bfloat16, timer.device) for _ in range(2)]
         native = xs if view == "contiguous" else [x.transpose(1, 2) for x in xs]
-        times = timer(
-            {
-                "copy": copying(2 * xs[0].nbytes, timer.device),
-                "ours": lambda n, native=native: kernels.scale_in_place(native[n % 2], scale),
-                "torch": lambda n, native=native: native[n % 2].mul_(scale[:, None, None]),
-            }
+        measured = timer(
+            copying(2 * xs[0].nbytes, timer.device),
+            lambda n, native=native: kernels.scale_in_place(native[n % 2], scale),
+            torch=lambda n, native=native: native[n % 2].mul_(scale[:, None, None]),
         )
-        yield row(f"scale_in_place, {view}", "bf16", 2 * xs[0].nbytes, times)
+        yield move_row(f"scale_in_place, {view}", "bf16", 2 * xs[0].nbytes, measured)
 
 
-def row(operation: str, dtypes: str, nbytes: int, times: dict[str, list[float]]) -> dict[str, Any]:
-    """Return one line of the table: GB/s of each contender, our share of the copy, and how many times torch we are."""
-    medians = {name: statistics.median(measured) for name, measured in times.items()}
+def move_row(operation: str, dtypes: str, nbytes: int, measured: Measured) -> dict[str, Any]:
+    """Return one line of the table: GB/s of each contender, and how many times torch we are."""
     return {
         "operation": operation,
         "dtypes": dtypes,
         "bytes": nbytes,
-        "GB/s": {name: nbytes / seconds / 1e9 for name, seconds in medians.items()},
-        "spread": {name: spread(measured) for name, measured in times.items()},
-        "share": medians["copy"] / medians["ours"],
-        "times torch": medians["torch"] / medians["ours"],
+        "GB/s": {name: nbytes / measured.median(name) / 1e9 for name in measured.seconds},
+        "times torch": measured.median("torch") / measured.median("ours"),
+        **measured.summary(),
     }
 
 
@@ -197,15 +121,13 @@ def adapter_rows(E: int, timer: Timer) -> Iterator[dict[str, Any]]:
             prefix + "experts.down_proj": random((E, H, I), torch.bfloat16, device),
             prefix + "router.per_expert_scale": (torch.rand(E, device=device) + 0.5).bfloat16(),
         }
-        adapters = {"ours": Gemma4MoEStateDictAdapter(config, moe_config, None, dtype=target)}
-        if peer_class is not None:
-            adapters["peer"] = peer_class(config, moe_config, None, dtype=target)
-        native = adapters["ours"].from_hf(hf)
-        moved = {"from_hf": _nbytes(hf) + _nbytes(native), "to_hf": 2 * _nbytes(native)}
+        ours = Gemma4MoEStateDictAdapter(config, moe_config, None, dtype=target)
+        others = {} if peer_class is None else {"peer": peer_class(config, moe_config, None, dtype=target)}
+        native = ours.from_hf(hf)
         gate_up, down = sorted(native, key=lambda name: "down" in name)
         calls: dict[str, tuple[int, Callable[[Any], Any]]] = {
-            "from_hf": (moved["from_hf"], lambda adapter, hf=hf: _contiguous(adapter.from_hf(dict(hf)))),
-            "to_hf": (moved["to_hf"], lambda adapter, native=native: _contiguous(adapter.to_hf(dict(native)))),
+            "from_hf": (_nbytes(hf) + _nbytes(native), lambda adapter, hf=hf: _contiguous(adapter.from_hf(dict(hf)))),
+            "to_hf": (2 * _nbytes(native), lambda adapter, native=native: _contiguous(adapter.to_hf(dict(native)))),
         }
         for part in (gate_up, down):
             calls[f"convert_single {part.rsplit('.', 1)[1]}"] = (
@@ -215,61 +137,47 @@ def adapter_rows(E: int, timer: Timer) -> Iterator[dict[str, Any]]:
                 ),
             )
         for call, (nbytes, function) in calls.items():
-            contenders = {"copy": copying(nbytes, device)}
-            for name, adapter in adapters.items():
-                contenders[name] = lambda _, function=function, adapter=adapter: function(adapter)
-            times = timer(contenders)
-            medians = {name: statistics.median(measured) for name, measured in times.items()}
-            yield {
-                "operation": call,
-                "dtypes": f"bf16→{SHORT[target]}" if call == "from_hf" else SHORT[target],
-                "bytes": nbytes,
-                "seconds": medians,
-                "spread": {name: spread(measured) for name, measured in times.items()},
-                "share": medians["copy"] / medians["ours"],
-                "times peer": medians["peer"] / medians["ours"] if "peer" in medians else None,
-            }
+            measured = timer(
+                copying(nbytes, device),
+                lambda _, function=function, ours=ours: function(ours),
+                **{name: lambda _, function=function, other=other: function(other) for name, other in others.items()},
+            )
+            dtypes = f"bf16→{SHORT[target]}" if call == "from_hf" else SHORT[target]
+            yield call_row(call, dtypes, nbytes, measured)
 
 
 def whole_model_row(E: int, timer: Timer, layers: int = 30) -> dict[str, Any]:
     """Return the row for `to_hf` of all layers' experts: ours against a copy of the same tensors."""
     config = SimpleNamespace(hidden_size=H, moe_intermediate_size=I, num_experts=E)
     adapter = Gemma4MoEStateDictAdapter(config, SimpleNamespace(n_routed_experts=E), None, dtype=torch.bfloat16)
-    native = {}
-    for layer in range(layers):
-        prefix = f"model.language_model.layers.{layer}.moe.experts."
-        # One storage for all layers: what is measured is the reading, and a card holds one model, not two.
-        if layer == 0:
-            first = {
-                "gate_and_up_projs": random((E, H, 2 * I), torch.bfloat16, timer.device),
-                "down_projs": random((E, I, H), torch.bfloat16, timer.device),
-            }
-        native |= {prefix + part: tensor for part, tensor in first.items()}
+    # One storage for all layers: what is measured is the reading, and a card holds one model, not two.
+    one = {
+        "gate_and_up_projs": random((E, H, 2 * I), torch.bfloat16, timer.device),
+        "down_projs": random((E, I, H), torch.bfloat16, timer.device),
+    }
+    prefixes = [f"model.language_model.layers.{layer}.moe.experts." for layer in range(layers)]
+    native = {prefix + part: tensor for prefix in prefixes for part, tensor in one.items()}
     turns = count()
 
     def convert(_: int) -> None:
         for name, tensor in native.items():
             adapter.convert_single_tensor_to_hf(name, tensor)
 
-    outs = [[torch.empty_like(tensor) for tensor in first.values()] for _ in range(2)]
+    outs = [[torch.empty_like(tensor) for tensor in one.values()] for _ in range(2)]
 
     def copy(_: int) -> None:
         for _ in range(layers):
-            for out, tensor in zip(outs[next(turns) % 2], first.values(), strict=True):
+            for out, tensor in zip(outs[next(turns) % 2], one.values(), strict=True):
                 out.copy_(tensor)
 
-    timer = Timer(timer.device, max(3, timer.repeats // 2))
-    times = timer({"copy": copy, "ours": convert})
-    medians = {name: statistics.median(measured) for name, measured in times.items()}
-    return {
-        "operation": f"to_hf, {layers} layers",
-        "dtypes": "bf16",
-        "bytes": 2 * layers * _nbytes(first),
-        "seconds": medians,
-        "spread": {name: spread(measured) for name, measured in times.items()},
-        "share": medians["copy"] / medians["ours"],
-        "times peer": None,
-    }
+    measured = Timer(timer.device, max(3, timer.rounds // 2))(copy, convert)
+    return call_row(f"to_hf, {layers} layers", "bf16", 2 * layers * _nbytes(one), measured)
+
+
+def call_row(call: str, dtypes: str, nbytes: int, measured: Measured) -> dict[str, Any]:
+    """Return one line of the adapter's table, with how many times the peer we are."""
+    times_peer = measured.median("peer") / measured.median("ours") if "peer" in measured.seconds else None
+    return {"operation": call, "dtypes": dtypes, "bytes": nbytes, "times peer": times_peer, **measured.summary()}
 
 
 def peers_adapter() -> Any:
@@ -292,86 +200,88 @@ def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def keep_memory() -> None:
-    """Make glibc's malloc keep what is freed; other C libraries are left as they are."""
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_max = -1, -4  # malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, -1)
-        libc.mallopt(mmap_max, 0)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        name = next(
-            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-        )
-        name += f", {torch.get_num_threads()} threads"
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": name,
-        "torch": torch.__version__,
-        "kernels": {name: found.detail for name, found in kernels.available().items()},
-    }
-
-
-def show_moves(rows: list[dict[str, Any]]) -> None:
-    """Print the table of bandwidths."""
-    columns = f"{'copy':>7} {'ours':>7} {'torch':>7} {'compile':>8}  {'share':>6} {'×torch':>7} {'spread':>7}"
+def shown_moves(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print the table of bandwidths, each row as it is measured, and return the rows."""
+    shown = []
+    columns = f"{'copy':>7} {'ours':>7} {'torch':>7} {'compile':>8}  {'share of copy':18} {'×torch':>7}"
     print(f"\n{'GB/s':31} {'':10} {columns}")
     for r in rows:
         speed = {name: f"{value:.1f}" for name, value in r["GB/s"].items()}
         print(
             f"{r['operation']:31} {r['dtypes']:10} {speed['copy']:>7} {speed['ours']:>7} {speed['torch']:>7} "
-            f"{speed.get('compile', ''):>8}  {r['share']:6.2f} {r['times torch']:7.1f} {r['spread']['ours']:7.0%}",
+            f"{speed.get('compile', ''):>8}  {share(r):18} {r['times torch']:7.1f}",
             flush=True,
         )
+        shown.append(r)
+        give_back_memory()
+    return shown
 
 
-def show_calls(rows: list[dict[str, Any]]) -> None:
-    """Print the table of the adapter's calls."""
-    columns = f"{'copy ms':>8} {'ours ms':>8} {'peer ms':>8}  {'share':>6} {'×peer':>6} {'spread':>7}"
+def shown_calls(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print the table of the adapter's calls, each row as it is measured, and return the rows."""
+    shown = []
+    columns = f"{'copy ms':>8} {'ours ms':>8} {'peer ms':>8}  {'share of copy':18} {'×peer':>6}"
     print(f"\n{'':32} {'':10} {columns}")
     for r in rows:
         ms = {name: f"{seconds * 1e3:.2f}" for name, seconds in r["seconds"].items()}
         times_peer = "" if r["times peer"] is None else f"{r['times peer']:.1f}"
         print(
             f"{r['operation']:32} {r['dtypes']:10} {ms['copy']:>8} {ms['ours']:>8} {ms.get('peer', ''):>8}  "
-            f"{r['share']:6.2f} {times_peer:>6} {r['spread']['ours']:7.0%}",
+            f"{share(r):18} {times_peer:>6}",
             flush=True,
         )
+        shown.append(r)
+        give_back_memory()
+    return shown
+
+
+def share(row: dict[str, Any]) -> str:
+    """Return the share of the copy's bandwidth with its quartiles."""
+    low, high = row["share quartiles"]
+    return f"{row['share']:.2f} ({low:.2f}–{high:.2f})"
 
 
 def main() -> None:
     """Measure, print, and write the JSON file if one is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=["move", "in-place", "adapter"])
+    parser.add_argument("--dtypes", type=pairs_named, default=PAIRS)
     parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--fresh-memory", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
-    timer = Timer(device, options.repeats)
+    timer = Timer(device, options.rounds)
     if device.type == "cpu":
         if not options.fresh_memory:
             keep_memory()
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    about = machine(device)
+    about = machine(device) | {"fresh memory": options.fresh_memory}
     print(json.dumps(about, indent=1, ensure_ascii=False))
-    moves = [*move_rows(options.experts, timer), *in_place_rows(options.experts, timer)]
-    show_moves(moves)
-    calls = list(adapter_rows(options.experts, timer))
-    if device.type == "cuda":
-        calls.append(whole_model_row(options.experts, timer))
-    show_calls(calls)
+    moves, calls = [], []
+    if "move" in options.rows:
+        moves.append(move_rows(options.experts, timer, options.dtypes))
+    if "in-place" in options.rows:
+        moves.append(in_place_rows(options.experts, timer))
+    if "adapter" in options.rows:
+        calls.append(adapter_rows(options.experts, timer))
+        if device.type == "cuda":
+            calls.append(of(options.experts, timer) for of in [whole_model_row])
+    results = {
+        "machine": about,
+        "moves": shown_moves(chain(*moves)) if moves else [],
+        "adapter": shown_calls(chain(*calls)) if calls else [],
+    }
     if options.json:
-        options.json.write_text(json.dumps({"machine": about, "moves": moves, "adapter": calls}, ensure_ascii=False))
+        options.json.write_text(json.dumps(results, ensure_ascii=False))
+
+
+def pairs_named(text: str) -> list[Pair]:
+    """Return the pairs of dtypes that e.g. "bf16:bf16,bf16:fp32" names."""
+    pairs = (pair.split(":") for pair in text.split(","))
+    return [(DTYPES[source], DTYPES[target]) for source, target in pairs]
 
 
 if __name__ == "__main__":

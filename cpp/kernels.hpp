@@ -7,18 +7,21 @@
 #include <vector>
 
 #include "formats.hpp"
+#include "lines.hpp"
 
 namespace gemma4_moe {
 
 // A tile is whole 64-byte lines on both sides: `tile_columns` elements along the input's contiguous axis, `tile_rows`
 // along the output's. These are the only tile sizes; every instruction set fills the same tiles.
-constexpr int64_t line_bytes = 64;
 constexpr int64_t tile_columns(DType in) { return line_bytes / size_of(in); }
 constexpr int64_t tile_rows(DType out) { return out == DType::fp8 ? 64 : 32; }
 
-// dst[c][r] = convert(src[r][c]); the strides are in bytes. Returns false where an input was Inf or NaN and the kernel
-// does not know how to convert it: the tile must then be done again by `strided`.
-using TileKernel = bool (*)(const char* src, ptrdiff_t src_stride, char* dst, ptrdiff_t dst_stride, float scale);
+// dst[c][r] = convert(src[r][c]); the strides are in bytes. Meanwhile it asks for `tile_rows` lines `src_stride` apart,
+// from `next_tile` on, in the first-level cache, and for as many of `next_block` in the second-level one. Returns false
+// where an input was Inf or NaN and the kernel does not know how to convert it: the tile must then be done again by
+// `strided`.
+using TileKernel = bool (*)(const char* src, ptrdiff_t src_stride, char* dst, ptrdiff_t dst_stride, float scale,
+                            const char* next_tile, Lines& next_block);
 
 // dst[i] = convert(src[i]) for i < n, both contiguous. Any value; src == dst is allowed.
 using RowKernel = void (*)(const char* src, char* dst, int64_t n, float scale);

@@ -23,8 +23,11 @@ void strided(const char* src, ptrdiff_t src_stride, char* dst, ptrdiff_t dst_str
 }
 
 template <class In, class Out, bool scaled>
-bool tile(const char* src, ptrdiff_t src_stride, char* dst, ptrdiff_t dst_stride, float scale) {
+bool tile(const char* src, ptrdiff_t src_stride, char* dst, ptrdiff_t dst_stride, float scale, const char* next_tile,
+          Lines& next_block) {
   constexpr int64_t in = size_of(In::dtype), out = size_of(Out::dtype);
+  for (int64_t r = 0; r < tile_rows(Out::dtype); ++r) __builtin_prefetch(next_tile + r * src_stride, 0, 3);
+  next_block.fetch(tile_rows(Out::dtype));
   for (int64_t c = 0; c < tile_columns(In::dtype); ++c) {
     for (int64_t r = 0; r < tile_rows(Out::dtype); ++r) {
       if constexpr (scaled) {

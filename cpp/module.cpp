@@ -8,6 +8,7 @@
 #include <string>
 
 #include "move.hpp"
+#include "pages.hpp"
 
 namespace nb = nanobind;
 using namespace gemma4_moe;
@@ -49,6 +50,8 @@ void scale_cast(const std::vector<int64_t>& shape, uintptr_t src, int in, const 
 NB_MODULE(_cpu, m) {
   m.doc() = "Transposes, scales and casts raw buffers. Use gemma4_moe.kernels, which checks what it passes on.";
   m.def("instruction_sets", &instruction_sets, "Names of what this processor can run, best first.");
+  m.def("advise_large_pages", &advise_large_pages, nb::arg("address"), nb::arg("nbytes"),
+        "Let memory that nothing was written to yet come in large pages, where the system has them.");
   m.def("scale_cast", &scale_cast, nb::arg("shape"), nb::arg("src"), nb::arg("src_dtype"), nb::arg("src_strides"),
         nb::arg("dst"), nb::arg("dst_dtype"), nb::arg("dst_strides"), nb::arg("scale"), nb::arg("threads"),
         nb::arg("instruction_set"),

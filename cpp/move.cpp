@@ -2,7 +2,8 @@
 //
 // Tiles are visited so that every line of both tensors is touched once: an input block of `block_rows` rows and about
 // `block_row_bytes` of each is asked into the second-level cache, line after line as it lies in memory, while the block
-// before it is transposed. From there each tile's lines are asked into the first-level cache one tile ahead. Within a block, the tiles of one column strip follow each other,
+// before it is transposed. From there each tile's lines are asked into the first-level cache one tile ahead. The tiles'
+// kernels do the asking, between their other steps. Within a block, the tiles of one column strip follow each other,
 // which writes `block_rows` consecutive elements of each output row.
 
 #include "move.hpp"
@@ -74,31 +75,6 @@ struct Block {
   float scale;
 };
 
-// The lines of a block of input as they lie in memory, to be asked for in the second-level cache.
-class Lines {
- public:
-  Lines(const char* row, ptrdiff_t stride, int64_t rows, int64_t row_bytes)
-      : row_(row), stride_(stride), rows_(rows), row_bytes_(row_bytes) {}
-
-  int64_t count() const { return rows_ * ceil_div(row_bytes_, line_bytes); }
-
-  void fetch(int64_t lines) {
-    for (; lines > 0 && rows_ > 0; --lines) {
-      __builtin_prefetch(row_ + at_, 0, 2);
-      at_ += line_bytes;
-      if (at_ < row_bytes_) continue;
-      at_ = 0;
-      row_ += stride_;
-      --rows_;
-    }
-  }
-
- private:
-  const char* row_;
-  ptrdiff_t stride_;
-  int64_t rows_, row_bytes_, at_ = 0;
-};
-
 class TileWork {
  public:
   explicit TileWork(const Call& call)
@@ -134,43 +110,42 @@ class TileWork {
 
   void transpose(const Block& block, const Block& next) const {
     Treatment how = treatment(call_, block.scale);
+    Lines lines = Lines::only(block.src);
+    int64_t row_lines = ceil_div(next.columns * call_.in, line_bytes), left = next.rows * row_lines;
+    if (left > 0) lines = {next.src, next.src + row_lines * line_bytes, call_.layout.row.src, row_lines * line_bytes};
     int64_t tiles = ceil_div(block.rows, tile_rows_) * ceil_div(block.columns, tile_columns_);
-    Lines next_lines(next.src, call_.layout.row.src, next.rows, next.columns * call_.in);
-    int64_t share = ceil_div(next_lines.count(), tiles);
+    int64_t surplus = std::max<int64_t>(0, ceil_div(left, tiles) - tile_rows_);  // where this block is the smaller one
     for (int64_t c = 0; c < block.columns; c += tile_columns_) {
       for (int64_t r = 0; r < block.rows; r += tile_rows_) {
-        next_lines.fetch(share);
-        bool last_of_strip = r + tile_rows_ >= block.rows;
-        fetch_tile(block, last_of_strip ? 0 : r + tile_rows_, last_of_strip ? c + tile_columns_ : c);
-        tile(block, r, c, how);
+        lines.fetch(surplus);
+        tile(block, r, c, how, lines);
+        left -= tile_rows_ + surplus;
+        if (left <= 0) lines = Lines::only(block.src);
       }
     }
   }
 
-  // Asks for a tile's lines in the first-level cache.
-  void fetch_tile(const Block& block, int64_t r, int64_t c) const {
-    if (c >= block.columns) return;
-    const char* line = block.src + r * call_.layout.row.src + c * call_.in;
-    for (int64_t end = std::min(tile_rows_, block.rows - r), i = 0; i < end; ++i, line += call_.layout.row.src) {
-      __builtin_prefetch(line, 0, 3);
-    }
-  }
-
-  void tile(const Block& block, int64_t r, int64_t c, Treatment how) const {
+  void tile(const Block& block, int64_t r, int64_t c, Treatment how, Lines& lines) const {
     ptrdiff_t src_stride = call_.layout.row.src, dst_stride = call_.layout.column.dst;
     const char* src = block.src + r * src_stride + c * call_.in;
     char* dst = block.dst + r * call_.out + c * dst_stride;
     int64_t rows = std::min(tile_rows_, block.rows - r), columns = std::min(tile_columns_, block.columns - c);
+    bool whole = rows == tile_rows_ && columns == tile_columns_;
     bool done = false;
-    if (how != Treatment::strided) {
-      bool whole = rows == tile_rows_ && columns == tile_columns_;
-      TileKernel kernel = choose(how, call_.stream && whole);
-      done = whole ? kernel(src, src_stride, dst, dst_stride, block.scale)
-                   : partial(kernel, src, dst, rows, columns, block.scale);
+    if (how != Treatment::strided && whole) {
+      done = choose(how, call_.stream)(src, src_stride, dst, dst_stride, block.scale, after(block, r, c), lines);
+    } else if (how != Treatment::strided) {
+      done = partial(choose(how, false), src, dst, rows, columns, block.scale, lines);
     }
     for (int64_t i = 0; !done && i < columns; ++i) {
       call_.strided(src + i * call_.in, src_stride, dst + i * dst_stride, call_.out, rows, &block.scale, 0);
     }
+  }
+
+  // Where the next tile's input begins; this one's if it is the block's last.
+  const char* after(const Block& block, int64_t r, int64_t c) const {
+    if (r + tile_rows_ < block.rows) return block.src + (r + tile_rows_) * call_.layout.row.src + c * call_.in;
+    return block.src + (c + tile_columns_ < block.columns ? c + tile_columns_ : c) * call_.in;
   }
 
   TileKernel choose(Treatment how, bool stream) const {
@@ -179,14 +154,15 @@ class TileWork {
   }
 
   // A tile at the edge: through a whole one on the stack.
-  bool partial(TileKernel kernel, const char* src, char* dst, int64_t rows, int64_t columns, float scale) const {
+  bool partial(TileKernel kernel, const char* src, char* dst, int64_t rows, int64_t columns, float scale,
+               Lines& lines) const {
     alignas(line_bytes) char whole_in[64 * line_bytes] = {};
     alignas(line_bytes) char whole_out[32 * 2 * line_bytes];
     int64_t line = tile_rows_ * call_.out;
     for (int64_t i = 0; i < rows; ++i) {
       std::memcpy(whole_in + i * line_bytes, src + i * call_.layout.row.src, columns * call_.in);
     }
-    bool done = kernel(whole_in, line_bytes, whole_out, line, scale);
+    bool done = kernel(whole_in, line_bytes, whole_out, line, scale, whole_in, lines);
     for (int64_t i = 0; done && i < columns; ++i) {
       std::memcpy(dst + i * call_.layout.column.dst, whole_out + i * line, rows * call_.out);
     }

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 
+def advise_large_pages(address: int, nbytes: int) -> None: ...
 def instruction_sets() -> list[str]: ...
 def scale_cast(
     shape: Sequence[int],

@@ -26,6 +26,7 @@ def scale_cast(
     """Return x [E, ...], each x[e] times scale[e], in `dtype`, written to `out` if it is given."""
     target = dtype or (x.dtype if out is None else out.dtype)
     x = x.detach()
+    fresh = out is None
     out = torch.empty(x.shape, dtype=target, device=x.device) if out is None else _checked(out, x.shape, target)
     if scale is not None and scale.shape != x.shape[:1]:
         raise TensorShapeError("one scale an expert is needed", expected=tuple(x.shape[:1]), found=tuple(scale.shape))
@@ -36,15 +37,17 @@ def scale_cast(
 
         triton_kernel.scale_cast(x, factors, out.detach())
     elif chosen == "cpu":
-        _on_cpu(x, factors, out, choice.allowed_cores() if threads is None else threads)
+        _on_cpu(x, factors, out, choice.allowed_cores() if threads is None else threads, fresh=fresh)
     else:
         torch_kernel.scale_cast(x, factors, out.detach())
     return out
 
 
-def _on_cpu(x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor, threads: int) -> None:
+def _on_cpu(x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor, threads: int, *, fresh: bool) -> None:
     from gemma4_moe.kernels import _cpu
 
+    if fresh:
+        _cpu.advise_large_pages(out.data_ptr(), out.nbytes)  # NumPy does so for its arrays by itself
     _cpu.scale_cast(
         x.shape,
         x.data_ptr(),
