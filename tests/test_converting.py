@@ -8,14 +8,14 @@ import os
 import subprocess
 import sys
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from blake3 import blake3
 from safetensors.torch import load_file
 
-from gemma4_moe import convert, finishing
+from gemma4_moe import convert, converting, finishing, writing
 from gemma4_moe.checkpoints import hashing
 from gemma4_moe.checkpoints.beside import copy_side_files
 from gemma4_moe.errors import SourceChangedError, StorageError, TargetBusyError, UsageError
@@ -25,6 +25,8 @@ from support.models import random_hf_state_dict, read_directory, respell_as_lega
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from gemma4_moe.job import Job
 
 
 @pytest.fixture
@@ -49,9 +51,10 @@ def test_nemo_is_the_fold_by_formula(source: Path, state: dict[str, torch.Tensor
     assert_bits(read_directory(tmp_path / "nemo"), nemo_from_hf(state))
 
 
-def test_there_and_back_keeps_native_bits(source: Path, tmp_path: Path) -> None:
+def test_there_and_back_keeps_native_bits_where_no_manifest_is(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "nemo")
     native = read_directory(tmp_path / "nemo")
+    (tmp_path / "nemo/gemma4_moe.json").unlink()
     convert(tmp_path / "nemo", tmp_path / "back")
     assert_bits(read_directory(tmp_path / "back"), hf_from_nemo(native))
     convert(tmp_path / "back", tmp_path / "again")
@@ -85,7 +88,7 @@ def test_dtype_casts_every_floating_point_tensor(tmp_path: Path, dtype: str) -> 
         for name, tensor in nemo_from_hf(state, target).items()
     }
     assert_bits(read_directory(tmp_path / "nemo"), expected)
-    assert (dtype == "float32") == (done.notes == ())
+    assert (dtype == "float32") == (not any("rounded" in note for note in done.notes))
 
 
 def test_fold_is_rounded_once_after_an_fp32_product(tmp_path: Path) -> None:
@@ -339,3 +342,24 @@ def test_peak_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
         command = [sys.executable, "-c", textwrap.dedent(program), source, tmp_path / f"nemo{layers}"]
         peaks.append(int(subprocess.run(command, check=True, capture_output=True).stdout) * 1024)
     assert abs(peaks[1] - peaks[0]) < 4 * 2**20, peaks
+
+
+@pytest.mark.parametrize(
+    ("launched", "asked", "workers"), [(None, None, 6), ("4", None, 1), ("2", None, 3), ("2", 5, 5)]
+)
+def test_ranks_of_one_host_share_its_cores(
+    launched: str | None, asked: int | None, workers: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    write = writing.write_weights
+
+    def note(job: Job, *others: Any) -> None:
+        used.append(job.workers)
+        write(job, *others)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setattr(converting, "write_weights", note)
+    if launched is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", launched)
+    convert(source, tmp_path / "nemo", workers=asked)
+    assert used == [workers]

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.blocks import DEFAULT_MEMORY, Memory, plan_memory
+from gemma4_moe.checkpoints.manifest import read_manifest
 from gemma4_moe.checkpoints.target import check_existing, check_place
 from gemma4_moe.checkpoints.transaction import Transaction
 from gemma4_moe.checkpoints.unfinished import clean, heal
-from gemma4_moe.coordination import current
+from gemma4_moe.coordination import current, ranks_on_this_host
 from gemma4_moe.finishing import finish
 from gemma4_moe.job import Job
+from gemma4_moe.kernels.choice import allowed_cores
+from gemma4_moe.notes import cast_notes, overflow_notes
 from gemma4_moe.planning import DEFAULT_SHARD_SIZE, Plan, make_plan
 from gemma4_moe.quantities import parse_size
 from gemma4_moe.resuming import is_made_already
-from gemma4_moe.scales import read_scales, unusual_scales
+from gemma4_moe.scales import read_scales, unfold_scales, unfolded_experts, unusual_scales
 from gemma4_moe.sources import open_source
 from gemma4_moe.writing import write_weights
 
@@ -41,7 +44,8 @@ class Conversion:
         target: The directory that it made.
         plan: What was planned, and done.
         memory: The buffers that were used.
-        notes: What a user should know of the values: scales that are zero, negative or not finite; inexact casts.
+        notes: What a user should know of the values: scales that are zero, negative or not finite; experts that got
+            their scale back; casts that round, tensors that are not cast, and finite values that became infinite.
         left_behind: Names in the source directory that were not taken along.
     """
 
@@ -84,7 +88,8 @@ def convert(
         max_shard_size: The most bytes of tensors in one file, or text such as "5GB"; a larger tensor gets a file of
             its own.
         max_memory: The most bytes of buffers of each rank, likewise.
-        workers: Threads of the kernel; the cores that this process may use by default.
+        workers: Threads of the kernel; by default the cores that this process may use, shared with the other ranks that
+            torchrun has started on this host.
         buffered: Read and write through the page cache, even where it can be passed by.
         read_back: Read every file from the device and compare its hashes before the target appears.
         sha256: Put the SHA-256 of each source and target file into the manifest too; reads the source once more.
@@ -105,6 +110,7 @@ def convert(
         ParallelError: Another rank failed.
     """
     ranks, target = current(), Path(target)
+    workers = workers or max(1, allowed_cores() // ranks_on_this_host())
     with ExitStack() as stack:
         with ranks.together("plan the conversion"):
             checkpoint, commit = stack.enter_context(open_source(source, revision, stream=stream))
@@ -121,11 +127,14 @@ def convert(
                 check_existing(target, overwrite=overwrite)
                 transaction = stack.enter_context(Transaction(target, resume=resume, break_lock=break_lock))
         (out, *_) = ranks.everyones(None if transaction is None else transaction.out)
+        unfolded: Scales = {}
         if out is not None:
+            unfolded = unfold_scales(plan, ranks, buffered=buffered, threads=workers)
             job = Job(
                 checkpoint=checkpoint,
                 plan=plan,
                 scales=scales,
+                unfolded=unfolded,
                 options=options,
                 target=target,
                 out=out,
@@ -142,7 +151,7 @@ def convert(
                 checkpoint.check_unchanged()
                 if transaction is not None:
                     transaction.publish(overwrite=overwrite)
-        return Conversion(target, plan, memory, _notes(plan, scales), checkpoint.left_behind)
+        return Conversion(target, plan, memory, _notes(target, plan, scales, unfolded), checkpoint.left_behind)
 
 
 def _is_made(
@@ -156,6 +165,6 @@ def _is_made(
     return True
 
 
-def _notes(plan: Plan, scales: Scales) -> tuple[str, ...]:
-    casts = (f"{n} tensors are rounded from {old.name} to {new.name}" for (old, new), n in plan.inexact.items())
-    return (*unusual_scales(scales), *casts)
+def _notes(target: Path, plan: Plan, scales: Scales, unfolded: Scales) -> tuple[str, ...]:
+    overflows = overflow_notes(plan, read_manifest(target)["overflowed"])
+    return (*unusual_scales(scales), *unfolded_experts(plan, unfolded), *cast_notes(plan), *overflows)

@@ -82,6 +82,11 @@ def launched_as_one_of_several() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def ranks_on_this_host() -> int:
+    """Return how many ranks the launcher has started on this host, which share its cores; one without a launcher."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 @contextmanager
 def under_torchrun() -> Iterator[Ranks]:
     """Join the other ranks where torchrun has started this process as one of several; otherwise there is one rank."""

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoints.directories import StoredTensor
 
+_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
+
 
 @dataclass(frozen=True, slots=True)
 class Fold:
@@ -35,16 +37,33 @@ def fold(tensors: Iterable[StoredTensor]) -> tuple[Fold, ...]:
     """Fold tensors of one shape and dtype whose names differ in numbers only, in the order of their first."""
     groups: dict[tuple[str, tuple[int, ...], str], list[StoredTensor]] = {}
     for tensor in tensors:
-        pattern = re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "{}", tensor.name)
-        groups.setdefault((pattern, tensor.shape, tensor.dtype.name), []).append(tensor)
+        groups.setdefault((_pattern(tensor.name), tensor.shape, tensor.dtype.name), []).append(tensor)
     return tuple(
-        Fold(_name(pattern, members), shape, dtype, len(members), sum(member.nbytes for member in members))
+        Fold(
+            name=_name(pattern, [member.name for member in members]),
+            shape=shape,
+            dtype=dtype,
+            tensors=len(members),
+            bytes=sum(member.nbytes for member in members),
+        )
         for (pattern, shape, dtype), members in groups.items()
     )
 
 
-def _name(pattern: str, members: list[StoredTensor]) -> str:
-    numbers = [[int(number) for number in re.findall(r"(?<=\.)[0-9]+(?=\.|$)", member.name)] for member in members]
+def fold_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Fold names that differ in numbers only, in the order of their first; return each with the names it stands for."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_pattern(name), []).append(name)
+    return {_name(pattern, members): tuple(members) for pattern, members in groups.items()}
+
+
+def _pattern(name: str) -> str:
+    return _NUMBER.sub("{}", name)
+
+
+def _name(pattern: str, members: list[str]) -> str:
+    numbers = [[int(number) for number in _NUMBER.findall(member)] for member in members]
     parts = pattern.split("{}")
     sets = [_numbers(sorted(set(column))) for column in zip(*numbers, strict=True)]
     return parts[0] + "".join(shown + part for shown, part in zip(sets, parts[1:], strict=True))

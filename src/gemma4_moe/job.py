@@ -23,11 +23,12 @@ class Job:
         checkpoint: The source, open.
         plan: What is made of it.
         scales: The scales that are folded, by the target tensor's name.
+        unfolded: The scales that experts are written with on the way back, by the target tensor's name.
         options: Those options that decide what is made.
         target: The directory that is to appear.
         out: Where its files are written.
         memory: The buffers of each rank.
-        workers: Threads of the kernel, or None for all cores.
+        workers: Threads of the kernel.
         buffered: Whether to go through the page cache.
         read_back: Whether to read the files back before they are published.
         sha256: Whether SHA-256 is wanted too.
@@ -37,11 +38,12 @@ class Job:
     checkpoint: Checkpoint
     plan: Plan
     scales: Scales
+    unfolded: Scales
     options: dict[str, Any]
     target: Path
     out: Path
     memory: Memory
-    workers: int | None
+    workers: int
     buffered: bool
     read_back: bool
     sha256: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gemma4_moe.checkpoints.journal import as_rows
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoints.direct_io import PageWriter
     from gemma4_moe.checkpoints.hashing import Chunk
-    from gemma4_moe.checkpoints.journal import Journal, Journalled
+    from gemma4_moe.checkpoints.journal import Journal, Journalled, Overflows
 
 #: Between two entries into the journal: at most so many bytes, and about so many seconds.
 FLUSH_BYTES = 2**30
@@ -50,6 +50,7 @@ class Ledger:
         self._check = check
         self._unsynced: dict[PageWriter, None] = {}
         self._target: dict[Chunk, str] = {}
+        self._overflows: dict[Chunk, Mapping[str, int]] = {}
         self._source: deque[tuple[Chunk, str]] = deque()  # filled by another thread
         self._written = 0
         self._flushed = time.monotonic()
@@ -58,8 +59,10 @@ class Ledger:
         """Take note of chunks of the source that were read whole. Called by the computing thread."""
         self._source.extend(hashes.items())
 
-    def wrote(self, file: PageWriter, nbytes: int, hashes: Mapping[Chunk, str]) -> None:
-        """Take note of bytes that were written, and of the chunks that they have completed.
+    def wrote(
+        self, file: PageWriter, nbytes: int, hashes: Mapping[Chunk, str], overflows: Overflows | None = None
+    ) -> None:
+        """Take note of bytes that were written, of the chunks that they complete, and of what has overflowed in these.
 
         Raises:
             SourceChangedError, TargetBusyError: What `check` raised, or the source gave other bytes than before.
@@ -69,6 +72,7 @@ class Ledger:
         self._written += nbytes
         self._unsynced[file] = None
         self._target.update(hashes)
+        self._overflows.update(overflows or {})
         if self._written >= FLUSH_BYTES or time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
         if self._progress is not None and nbytes:
@@ -81,10 +85,13 @@ class Ledger:
         self._check()
         source = dict(self._source.popleft() for _ in range(len(self._source)))
         if self._target or source:
-            record = {"target": as_rows(self._target), "source": as_rows(source)}
+            record: dict[str, Any] = {"target": as_rows(self._target), "source": as_rows(source)}
+            if self._overflows:
+                record["overflows"] = as_rows(self._overflows)
             self._known.take(record)
             self._journal.append(**record)
         self._unsynced.clear()
         self._target.clear()
+        self._overflows.clear()
         self._written = 0
         self._flushed = time.monotonic()

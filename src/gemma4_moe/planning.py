@@ -17,9 +17,11 @@ from gemma4_moe import dtypes
 from gemma4_moe.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.checking import check_tensors
 from gemma4_moe.checkpoints.header_layout import layout_header
+from gemma4_moe.checkpoints.manifest import read_folded
 from gemma4_moe.checkpoints.storage import refusals
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layouts import DOWN, SCALE, Layout, MoEName, Operation
+from gemma4_moe.notes import cast_notes
 from gemma4_moe.quantities import parse_size
 from gemma4_moe.recognising import recognise
 from gemma4_moe.sources import open_source
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoints.directories import Checkpoint, StoredTensor
     from gemma4_moe.checkpoints.header import TensorEntry
+    from gemma4_moe.checkpoints.manifest import Folded
     from gemma4_moe.dtypes import DType
     from gemma4_moe.inventory import Owner
 
@@ -45,8 +48,9 @@ class PlannedTensor:
         dtype: Its dtype.
         shape: Its shape.
         operation: What makes it from `source`.
-        source: The source tensor that it comes from; None for the ones of a `per_expert_scale`.
+        source: The source tensor that it comes from; None for a `per_expert_scale`.
         scale: The source tensor whose values multiply its experts, or None.
+        folded: What the source's manifest says was folded into it, or None.
     """
 
     name: str
@@ -55,6 +59,7 @@ class PlannedTensor:
     operation: Operation
     source: StoredTensor | None
     scale: StoredTensor | None = None
+    folded: Folded | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,7 @@ class Plan:
         target_layout: Layout of the target.
         tensors: The target's tensors by name.
         files: The target's weight files.
+        cast: The dtype that all tensors are cast to that can be, or None.
         inexact: For each cast that can change values: source dtype, target dtype, number of tensors.
     """
 
@@ -92,6 +98,7 @@ class Plan:
     target_layout: Layout
     tensors: Mapping[str, PlannedTensor]
     files: tuple[PlannedFile, ...]
+    cast: DType | None
     inexact: Mapping[tuple[DType, DType], int]
 
     @property
@@ -113,6 +120,7 @@ class Preview:
         free_bytes: Free space on the disk that would hold the target.
         side_files: Names of the files that would be taken along unchanged.
         left_behind: Names in the source directory that would not.
+        notes: What is to be known of the values: casts that round, and tensors that are not cast.
     """
 
     source: Path
@@ -123,6 +131,7 @@ class Preview:
     free_bytes: int
     side_files: tuple[str, ...]
     left_behind: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def missing_bytes(self) -> int:
@@ -170,6 +179,7 @@ def plan(
             free_bytes=free,
             side_files=tuple(file.name for file in checkpoint.side_files),
             left_behind=checkpoint.left_behind,
+            notes=cast_notes(planned),
         )
 
 
@@ -200,10 +210,12 @@ def make_plan(
         raise UsageError(f"the source is in the {layout} layout already", hint=f"convert it with --to {layout.other}")
     parsed = check_tensors(sources.values(), layout, config)
     layer_scales = {name.owner: sources[own] for own, name in parsed.items() if name and name.rule is SCALE}
+    experts = {own: sources[own].shape[0] for own, name in parsed.items() if name and name.rule is DOWN}
+    folded = read_folded(checkpoint.path, experts) if layout is Layout.NEMO else {}
     tensors = {
         tensor.name: tensor
         for stored in sources.values()
-        for tensor in _targets(stored, parsed[stored.name], layout, layer_scales, cast)
+        for tensor in _targets(stored, parsed[stored.name], layout, layer_scales, folded, cast)
     }
     _check_used_once(sources, tensors)
     ordered = dict(sorted(tensors.items(), key=lambda item: natural_key(item[0])))
@@ -213,6 +225,7 @@ def make_plan(
         target_layout=layout.other,
         tensors=ordered,
         files=layout_files(list(ordered.values()), parse_size(max_shard_size)),
+        cast=cast,
         inexact=_inexact(ordered.values()),
     )
 
@@ -240,6 +253,7 @@ def _targets(
     name: MoEName | None,
     layout: Layout,
     layer_scales: Mapping[Owner, StoredTensor],
+    folded: Mapping[str, Folded],
     dtype: DType | None,
 ) -> Iterable[PlannedTensor]:
     """Yield what one source tensor becomes in the other layout."""
@@ -252,7 +266,8 @@ def _targets(
         return
     scale = layer_scales[name.owner] if scales(operation, layout) else None
     shape = converted_shape(operation, source.shape)
-    yield PlannedTensor(name.name(layout.other), target_dtype, shape, operation, source, scale)
+    said = folded.get(source.name)
+    yield PlannedTensor(name.name(layout.other), target_dtype, shape, operation, source, scale, said)
     if name.rule is DOWN and layout is Layout.NEMO:
         yield PlannedTensor(name.sibling(SCALE).hf, target_dtype, source.shape[:1], Operation.FOLD, None)
 

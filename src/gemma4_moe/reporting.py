@@ -94,6 +94,7 @@ def preview_json(preview: Preview) -> dict[str, Any]:
             "side_files": list(preview.side_files),
         },
         "inexact_casts": {f"{old.name} to {new.name}": count for (old, new), count in plan.inexact.items()},
+        "notes": list(preview.notes),
         "free_bytes": preview.free_bytes,
         "missing_bytes": preview.missing_bytes,
         "peak_memory_bytes": preview.memory.peak_bytes,
@@ -117,8 +118,8 @@ def print_preview(console: Console, preview: Preview) -> None:
         ("taken along", ", ".join(preview.side_files) or "nothing"),
         ("left behind", ", ".join(preview.left_behind) or "nothing"),
     )
-    for (old, new), count in plan.inexact.items():
-        console.print(f"{count} tensors would be rounded from {old.name} to {new.name}")
+    for note in preview.notes:
+        console.print(_text(note))
 
 
 def prediction_json(found: Prediction) -> dict[str, Any]:

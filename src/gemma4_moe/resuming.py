@@ -36,6 +36,9 @@ def plan_digest(plan: Plan) -> str:
                 None if stored is None else (stored.name, stored.file.path.name, stored.entry.start, stored.dtype.name)
                 for stored in (tensor.source, tensor.scale)
             ),
+            None
+            if tensor.folded is None
+            else (tensor.folded.dtype.name, [scale.hex() for scale in tensor.folded.scale]),
         )
         for tensor in plan.tensors.values()
     ]

@@ -2,62 +2,60 @@
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gemma4_moe import dtypes, kernels
 from gemma4_moe.checkpoints.direct_io import PAGE
-from gemma4_moe.checkpoints.hashing import ChunkHasher
+from gemma4_moe.checkpoints.hashing import Chunk, ChunkHasher
 from gemma4_moe.layouts import Operation
+from gemma4_moe.overflows import can_overflow, overflows_by_chunk
 from gemma4_moe.transforms import transposes
+from gemma4_moe.unfolding import unfold_experts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gemma4_moe.blocks import Block
     from gemma4_moe.checkpoints.direct_io import PageWriter, Reader
-    from gemma4_moe.checkpoints.hashing import Chunk
+    from gemma4_moe.checkpoints.journal import Overflows
+    from gemma4_moe.job import Job
     from gemma4_moe.ledger import Ledger
-    from gemma4_moe.planning import Plan
-    from gemma4_moe.scales import Scales
+    from gemma4_moe.planning import PlannedTensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class ConversionSteps:
-    """Reads, converts, hashes and writes the blocks of one plan."""
+    """Reads, converts, hashes and writes the blocks of one job."""
 
     def __init__(
-        self,
-        plan: Plan,
-        scales: Scales,
-        readers: Mapping[str, Reader],
-        writers: Mapping[str, PageWriter],
-        ledger: Ledger,
-        workers: int | None,
+        self, job: Job, readers: Mapping[str, Reader], writers: Mapping[str, PageWriter], ledger: Ledger
     ) -> None:
         """Take what the steps work with.
 
         Args:
-            plan: What is converted.
-            scales: The scales that are folded, by the target tensor's name.
+            job: What is done.
             readers: The source's files by name.
             writers: The target's files by name.
             ledger: Told of what was read and written.
-            workers: Threads of the kernel.
         """
-        self._scales = scales
+        self._scales = job.scales
+        self._unfolded = job.unfolded
         self._readers = readers
         self._writers = writers
         self._ledger = ledger
-        self._workers = workers
-        self._headers = {file.name: memoryview(file.header) for file in plan.files}
-        self._sizes = {file.name: file.size for file in plan.files}
+        self._workers = job.workers
+        self._headers = {file.name: memoryview(file.header) for file in job.plan.files}
+        self._sizes = {file.name: file.size for file in job.plan.files}
         self._source_hasher = ChunkHasher("", 0)
         self._source_name = ""
         self._target_hasher = ChunkHasher("", 0)
         self._target_name = ""
+        self._overflows: deque[Counter[int]] = deque()  # of each block, from the computing to the hashing thread
+        self._counts: dict[Chunk, Counter[str]] = {}  # of each chunk that is not complete, by tensors
 
     def read(self, block: Block, buffer: memoryview) -> memoryview:
         """Read the block's source bytes, with the pages around them."""
@@ -70,29 +68,43 @@ class ConversionSteps:
     def compute(self, block: Block, source: memoryview, buffer: memoryview) -> None:
         """Make the block's target bytes, as far behind a page as they are in the file."""
         self._hash_source(block, source)
-        tensor = block.tensor
-        rows = block.last - block.first
         offset, size = block.target_span
         into = buffer[offset % PAGE : offset % PAGE + size]
         if block.is_copy:
             np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(source, np.uint8))
-            return
+            self._overflows.append(Counter())
+        else:
+            self._overflows.append(self._convert(block, source, into))
+
+    def _convert(self, block: Block, source: memoryview, into: memoryview) -> Counter[int]:
+        """Make a block that is no copy, and count by chunks of the file which finite values have become infinite."""
+        tensor, part = block.tensor, slice(block.first, block.last)
+        rows = block.last - block.first
         result = _array(into, tensor.dtype, (rows, *tensor.shape[1:]) if transposes(tensor.operation) else (rows,))
         if tensor.source is None:
-            result[...] = 1
-        elif tensor.operation is Operation.KEEP:
-            kernels.scale_cast(_array(source, tensor.source.dtype, (rows,)), out=result, threads=self._workers)
+            result[...] = self._unfolded[tensor.name][part] if tensor.name in self._unfolded else 1
+            return Counter()
+        if tensor.operation is Operation.KEEP:
+            given = _array(source, tensor.source.dtype, (rows,))
+            kernels.scale_cast(given, out=result, threads=self._workers)
         else:
-            scale = self._scales.get(tensor.name)
-            kernels.transpose_scale_cast(
-                _array(source, tensor.source.dtype, (rows, *tensor.source.shape[1:])),
-                scale=None if scale is None else scale[block.first : block.last],
-                out=result,
-                threads=self._workers,
-            )
+            experts = _array(source, tensor.source.dtype, (rows, *tensor.source.shape[1:]))
+            self._convert_experts(tensor, part, experts, result)
+            given = experts.swapaxes(1, 2)
+        if not can_overflow(tensor.source.dtype, tensor.dtype):
+            return Counter()
+        return overflows_by_chunk(given, result, *block.written_range, block.target_span[0])
 
-    def digest(self, block: Block, buffer: memoryview) -> dict[Chunk, str]:
-        """Return the hash of each chunk of the target's file that the block completes."""
+    def _convert_experts(self, tensor: PlannedTensor, part: slice, experts: Array, result: Array) -> None:
+        if tensor.folded is not None and np.any(self._unfolded[tensor.name][part] != 1):
+            unfold_experts(experts, self._unfolded[tensor.name][part], tensor.folded.dtype, result, self._workers)
+            return
+        scale = self._scales.get(tensor.name)
+        factors = None if scale is None else scale[part]
+        kernels.transpose_scale_cast(experts, scale=factors, out=result, threads=self._workers)
+
+    def digest(self, block: Block, buffer: memoryview) -> tuple[dict[Chunk, str], Overflows]:
+        """Return the hash of each chunk of the target's file that the block completes, and what overflowed in it."""
         file, (start, end) = block.file, block.written_range
         if file != self._target_name:
             self._target_name = file
@@ -102,14 +114,17 @@ class ConversionSteps:
         if start == header.nbytes and block.span.start < start:
             found |= self._target_hasher.feed(block.span.start, header[block.span.start :])
         begin = _place(block, start)
-        return found | self._target_hasher.feed(start, buffer[begin : begin + end - start])
+        found |= self._target_hasher.feed(start, buffer[begin : begin + end - start])
+        for number, count in self._overflows.popleft().items():
+            self._counts.setdefault(Chunk(file, number), Counter())[block.tensor.name] += count
+        return found, {chunk: self._counts.pop(chunk) for chunk in found if chunk in self._counts}
 
-    def write(self, block: Block, buffer: memoryview, digest: dict[Chunk, str]) -> None:
+    def write(self, block: Block, buffer: memoryview, digest: tuple[dict[Chunk, str], Overflows]) -> None:
         """Write what the run has to write of the block."""
         start, end = block.written_range
         writer = self._writers[block.file]
         writer.write(start, buffer, _place(block, start), _place(block, end))
-        self._ledger.wrote(writer, end - start, digest)
+        self._ledger.wrote(writer, end - start, *digest)
 
     def _hash_source(self, block: Block, source: memoryview) -> None:
         stored = block.tensor.source

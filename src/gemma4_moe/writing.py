@@ -88,7 +88,7 @@ def _write_share(
             if any(span.file == file.name for span in spans)
         }
         ledger = Ledger(journal, known, check, total, progress)
-        steps = ConversionSteps(job.plan, job.scales, readers, writers, ledger, job.workers)
+        steps = ConversionSteps(job, readers, writers, ledger)
         try:
             for chunk, digest in header_hashes(job.plan, spans).items():
                 ledger.wrote(writers[chunk.name], 0, {chunk: digest})

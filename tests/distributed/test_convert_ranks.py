@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from gemma4_moe import convert, ledger
@@ -16,7 +18,7 @@ from gemma4_moe.checkpoints.unfinished import remains
 from gemma4_moe.errors import ParallelError, StorageError
 from support import ranks
 from support.checkpoints import contents, write_checkpoint
-from support.models import random_hf_state_dict
+from support.models import random_hf_state_dict, read_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +56,16 @@ def resume_on_all(source: Path, target: Path) -> None:
     convert(source, target, resume=True, **OPTIONS)
 
 
+def convert_to_fp32(source: Path, target: Path) -> None:
+    shrink()
+    convert(source, target, dtype="float32", **OPTIONS)
+
+
+def convert_to_fp16(source: Path, target: Path) -> None:
+    shrink()
+    convert(source, target, dtype="float16", **OPTIONS)
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24))
@@ -85,6 +97,28 @@ def test_one_failure_stops_all_and_any_number_of_ranks_can_go_on(
     ranks.run(4, resume_on_all, source, tmp_path / "nemo")
     assert contents(tmp_path / "nemo") == alone
     assert remains(tmp_path / "nemo") is None
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_judge_the_experts_of_the_way_back_together(world: int, source: Path, tmp_path: Path) -> None:
+    ranks.run(1, convert_to_fp32, source, tmp_path / "nemo")
+    ranks.run(1, resume_on_all, tmp_path / "nemo", tmp_path / "alone")
+    ranks.run(world, resume_on_all, tmp_path / "nemo", tmp_path / "together")
+    assert contents(tmp_path / "together") == contents(tmp_path / "alone")
+    back, state = read_directory(tmp_path / "together"), read_directory(source)
+    assert all(torch.equal(back[name], state[name].float()) for name in state)
+
+
+def test_ranks_count_together_what_becomes_infinite(tmp_path: Path) -> None:
+    state = random_hf_state_dict(layers=2, E=6, H=40, I=24, dtype=torch.float32)
+    for name, tensor in state.items():
+        if "gate_up" in name:
+            tensor[:, ::3] *= 1e6
+    source = write_checkpoint(tmp_path / "hf", state)
+    ranks.run(1, convert_to_fp16, source, tmp_path / "alone")
+    ranks.run(3, convert_to_fp16, source, tmp_path / "together")
+    assert contents(tmp_path / "together") == contents(tmp_path / "alone")
+    assert len(json.loads((tmp_path / "alone/gemma4_moe.json").read_text())["overflowed"]) == 2
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:

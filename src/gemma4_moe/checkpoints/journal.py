@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from blake3 import blake3
 
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
     from types import TracebackType
+
+    #: For each chunk, how many finite values of each tensor have become infinite in it.
+    Overflows = Mapping[Chunk, Mapping[str, int]]
+
+_T = TypeVar("_T")
 
 _PATTERN = "journal-*"
 
@@ -36,11 +41,13 @@ class Journalled:
         opening: What the conversion is: plan, options, source. None where no journal has a first line.
         target: Hash of each chunk of the target's files that is on the device.
         source: Hash of each chunk of the source's tensors that was read.
+        overflows: For chunks of `target`, how many finite values of each tensor have become infinite in it.
     """
 
     opening: dict[str, Any] | None = None
     target: dict[Chunk, str] = field(default_factory=dict)
     source: dict[Chunk, str] = field(default_factory=dict)
+    overflows: dict[Chunk, Mapping[str, int]] = field(default_factory=dict)
 
     def take(self, record: Mapping[str, Any]) -> None:
         """Take one record in.
@@ -51,6 +58,9 @@ class Journalled:
         self.opening = record.get("opening", self.opening)
         for name, number, digest in record.get("target", ()):
             self.target[Chunk(name, number)] = digest
+            self.overflows.pop(Chunk(name, number), None)  # the chunk was made once more
+        for name, number, counts in record.get("overflows", ()):
+            self.overflows[Chunk(name, number)] = counts
         for name, number, digest in record.get("source", ()):
             known = self.source.setdefault(Chunk(name, number), digest)
             if known != digest:
@@ -122,9 +132,9 @@ def journals(control: Path) -> list[Path]:
     return sorted(control.glob(_PATTERN))
 
 
-def as_rows(hashes: Mapping[Chunk, str]) -> list[tuple[str, int, str]]:
-    """Return hashes as a record holds them."""
-    return [(chunk.name, chunk.number, digest) for chunk, digest in hashes.items()]
+def as_rows(facts: Mapping[Chunk, _T]) -> list[tuple[str, int, _T]]:
+    """Return hashes, or other facts of chunks, as a record holds them."""
+    return [(chunk.name, chunk.number, fact) for chunk, fact in facts.items()]
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoints import hashing
 from gemma4_moe.checkpoints.hashing import Chunk, chunk_count
 from gemma4_moe.checkpoints.index import is_bare_name
 from gemma4_moe.checkpoints.storage import read_whole, refusals
+from gemma4_moe.dtypes import EXPERT_DTYPES, DType
 from gemma4_moe.errors import CheckpointFormatError
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gemma4_moe.checkpoints.files import SafetensorsFile
-    from gemma4_moe.checkpoints.journal import Journalled
+    from gemma4_moe.checkpoints.journal import Journalled, Overflows
     from gemma4_moe.planning import Plan
     from gemma4_moe.scales import Scales
 
@@ -31,6 +33,19 @@ FORMAT = 1
 
 #: The longest manifest that is read, in bytes. The real model's has about 0.4 MB.
 LONGEST_MANIFEST = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """What a manifest says of a tensor that scales were folded into.
+
+    Attributes:
+        scale: The scale of each expert, as fp32 holds it.
+        dtype: The dtype that the experts had before.
+    """
+
+    scale: tuple[float, ...]
+    dtype: DType
 
 
 def build_manifest(
@@ -49,7 +64,7 @@ def build_manifest(
         plan: What was done.
         sources: The source's safetensors files by name.
         scales: For each target tensor that a scale was folded into, the scale [E], fp32.
-        hashes: The hash of each chunk of the target's weight files and of the source's tensors.
+        hashes: The hash of each chunk of the target's weight files and of the source's tensors, and what overflowed.
         beside: What is said of each file of the target that holds no weights.
         plan_digest: The plan's hash.
         facts: What the caller has to say besides: versions, options.
@@ -80,6 +95,7 @@ def build_manifest(
         "source_dtypes": {
             tensor.name: tensor.source.dtype.name for tensor in plan.tensors.values() if tensor.source is not None
         },
+        "overflowed": _overflowed(plan, hashes.overflows),
         "folded_scales": {name: [_number(value) for value in scale.tolist()] for name, scale in scales.items()},
     }
 
@@ -122,6 +138,40 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return dict(document)
 
 
+def read_folded(directory: Path, experts: Mapping[str, int]) -> dict[str, Folded]:
+    """Return what the manifest of a directory says of the scales that were folded into tensors; nothing without one.
+
+    Nobody has to believe it: what can be made of it is for the bits of the tensors to show.
+
+    Args:
+        directory: The directory.
+        experts: The number of experts of each tensor that may be asked about.
+
+    Raises:
+        CheckpointFormatError: There is a manifest that makes no sense, or that does not fit these tensors.
+        StorageError: The disk or its permissions refused.
+    """
+    path = directory / MANIFEST_NAME
+    with refusals("look at the directory", directory):
+        if not path.exists():
+            return {}
+    raw = read_whole(path, LONGEST_MANIFEST)
+    known = {dtype.name: dtype for dtype in EXPERT_DTYPES}
+    try:
+        document = json.loads(raw)
+        scales, dtypes = document["folded_scales"], document["source_dtypes"]
+        folded = {
+            name: Folded(tuple(_read_number(value) for value in scales[name]), known[dtypes[name]])
+            for name in experts.keys() & scales.keys()
+        }
+    except (ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise _senseless(path, f"{type(error).__name__}: {error}") from error
+    for name, said in folded.items():
+        if len(said.scale) != experts[name]:
+            raise _senseless(path, f"{len(said.scale)} scales for the {experts[name]} experts of {name}")
+    return folded
+
+
 def _is_hashed(file: Any) -> bool:
     size, digests = file["bytes"], file["blake3"]
     return type(size) is int and size >= 0 and isinstance(digests, list) and len(digests) == chunk_count(size)
@@ -137,10 +187,33 @@ def _foreign(path: Path, found: str) -> CheckpointFormatError:
     )
 
 
+def _senseless(path: Path, found: str) -> CheckpointFormatError:
+    return CheckpointFormatError(
+        "a manifest whose scales make no sense",
+        file=path,
+        expected="folded_scales, a list of a number for each expert, and source_dtypes, by the tensor's name",
+        found=found,
+        hint=f"get {MANIFEST_NAME} again, or move it away: then every scale becomes one",
+    )
+
+
 def _digests(hashes: Mapping[Chunk, str], name: str, size: int) -> list[str]:
     return [hashes[Chunk(name, number)] for number in range(chunk_count(size))]
+
+
+def _overflowed(plan: Plan, overflows: Overflows) -> dict[str, int]:
+    """Return how many finite values of each target tensor have become infinite, in the order of the plan."""
+    counts = {name: sum(chunk.get(name, 0) for chunk in overflows.values()) for name in plan.tensors}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _number(value: float) -> float | str:
     """Return a number that JSON can hold: it has no NaN and no infinities."""
     return value if math.isfinite(value) else str(value)
+
+
+def _read_number(value: Any) -> float:
+    """Return the number that `_number` has written."""
+    if type(value) is not float and value not in ("nan", "inf", "-inf"):
+        raise ValueError(f"{value!r} is not a number that a manifest holds")
+    return float(value)
