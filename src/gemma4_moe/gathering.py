@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 #: One collective under the name that torch has for it since 2.13, and before.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-#: The most bytes of staging that a gather takes by default.
-STAGING_BYTES = 256 * 2**20
+#: The most bytes of staging that a gather takes by default. More is slower on a CPU: it falls out of the caches, and
+#: its pages are new to the process. See docs/benchmarks.md.
+STAGING_BYTES = 16 * 2**20
 
 #: How long a rank waits for the others' word on what they are about to do, in seconds.
 AGREEMENT_SECONDS = 300.0
