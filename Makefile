@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile CMakeLists.txt $(wildcard cpp/
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 	$(PIP) torch
-	$(PIP) --editable '.[hub,torch]' --group test --group lint
+	$(PIP) --editable '.[demo,hub,torch]' --group test --group lint
 	$(PIP) --no-deps nemo-automodel==0.7.0
 	$(BIN)/python -c "import gemma4_moe.kernels._cpu"  # a compiler is expected here; the package itself does without
 	touch $@

@@ -11,7 +11,19 @@ import torch
 from safetensors.torch import save
 
 from gemma4_moe import dtypes
-from gemma4_moe.dtypes import ALL, BFLOAT16, EXPERT_DTYPES, FLOAT8_E4M3, FLOAT16, FLOAT32, DType, FloatFormat, is_exact
+from gemma4_moe.dtypes import (
+    ALL,
+    BFLOAT16,
+    BY_NAME,
+    EXPERT_DTYPES,
+    FLOAT8_E4M3,
+    FLOAT16,
+    FLOAT32,
+    DType,
+    FloatFormat,
+    cast_to,
+    is_exact,
+)
 from gemma4_moe.errors import InputError
 
 COMPUTED = (*EXPERT_DTYPES, FLOAT8_E4M3)
@@ -102,3 +114,10 @@ def test_formats_are_those_of_the_dtype(dtype: DType) -> None:
 )
 def test_a_format_holds_another_up_and_down_to_its_last_subnormal(wide: FloatFormat, held: bool) -> None:
     assert wide.holds(FloatFormat(8, 127, -126)) == held
+
+
+def test_a_cast_is_of_the_floats_that_are_computed_with_and_of_nothing_else() -> None:
+    assert [cast_to(own, FLOAT16) for own in (BFLOAT16, FLOAT32, FLOAT16)] == [FLOAT16] * 3
+    for name in ("int64", "bool", "uint8", "float64", "complex64"):
+        assert cast_to(BY_NAME[name], FLOAT16) is BY_NAME[name]
+    assert all(cast_to(own, None) is own for own in ALL)

@@ -107,7 +107,9 @@ def plan(output: Output, *, source: str, mesh: str | None, **options: Any) -> No
 @_dtype
 @_shard_size
 @_memory
-@click.option("--workers", type=click.IntRange(min=1), help="Threads of the kernel; all allowed cores by default.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Threads of the kernel; by default, this rank's share of the cores."
+)
 @click.option("--buffered", is_flag=True, help="Go through the page cache, even where direct I/O works.")
 @click.option("--no-read-back", is_flag=True, help="Don't read the files back before DST appears.")
 @click.option("--sha256", is_flag=True, help="Put the SHA-256 of each file into the manifest too.")
@@ -199,7 +201,7 @@ def diff(output: Output, *, first: Path, second: Path) -> None:
 @click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
 @common
 def demo(output: Output, *, directory: Path | None) -> None:
-    """Convert a small random model there and back, and check every step. Needs torch and transformers."""
+    """Convert a small random model there and back, and check every step. Needs the extra `demo`."""
     from gemma4_moe import demo as demonstration
 
     demonstration.run_demo(directory, console=output.data)

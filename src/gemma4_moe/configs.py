@@ -65,7 +65,12 @@ def axis_sizes(config: Any, moe_config: Any) -> dict[str, int]:
             if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} has no meaning", expected="a positive integer", found=repr(value))
+                raise ConfigError(
+                    f"{name} has no meaning",
+                    expected="a positive integer",
+                    found=repr(value),
+                    hint="give the configuration of the model itself",
+                )
             if sizes.setdefault(axis, value) != value:
                 raise ConfigError(
                     f"config and moe_config disagree about {axis}",
@@ -86,4 +91,9 @@ def conversion_of(backend: Any) -> Conversion:
     for known in get_args(Conversion):
         if name == known:
             return cast("Conversion", known)
-    raise UsageError("unknown kernel", expected=f"one of {', '.join(get_args(Conversion))}", found=repr(name))
+    raise UsageError(
+        "unknown kernel",
+        expected=f"one of {', '.join(get_args(Conversion))}",
+        found=repr(name),
+        hint="set backend.conversion to one of these, or leave it out",
+    )

@@ -192,7 +192,8 @@ def _require_libraries() -> None:
         raise UsageError(
             "the demo needs torch, and transformers to build and load a model",
             found=str(error),
-            hint="pip install torch 'transformers>=5.5'",
+            expected="the extra `demo`",
+            hint="pip install 'gemma4-moe[demo]'",
         ) from error
     del torch, transformers
 

@@ -3,6 +3,9 @@
 A destination carries a mark: an attribute of the tensor object itself. Whoever hands the same object back (as
 `torch.distributed.checkpoint.load` does) hands back the mark; `clone`, `detach`, `contiguous`, `deepcopy` and pickle
 lose it, and then the tensor is an ordinary one. So no adapter has to remember that a load is under way.
+
+Whether a destination was loaded shows in the scale alone, which starts as NaN. The views of the experts start with the
+values that the model has: a NaN there would have to be written through the whole model before every load.
 """
 
 from __future__ import annotations

@@ -109,7 +109,12 @@ def named(name: str) -> DType:
     """
     found = BY_NAME.get(name.removeprefix("torch."))
     if found is None:
-        raise InputError("unknown dtype", expected=f"one of {', '.join(BY_NAME)}", found=name)
+        raise InputError(
+            "unknown dtype",
+            expected=f"one of {', '.join(BY_NAME)}",
+            found=name,
+            hint="give the tensor one of these dtypes: safetensors has no others",
+        )
     return found
 
 
@@ -131,6 +136,11 @@ def require_expert_dtype(tensor: str, dtype: str, hint: str = "start from the un
             found=name,
             hint=hint,
         )
+
+
+def cast_to(own: DType, wanted: DType | None) -> DType:
+    """Return what a tensor of dtype `own` becomes where floating-point tensors are to become `wanted`, if anything."""
+    return own if wanted is None or own.float_format is None else wanted
 
 
 def is_exact(source: DType, target: DType) -> bool:

@@ -21,11 +21,12 @@ class Gemma4MoEError(Exception):
     Attributes:
         problem: One sentence that says what is wrong.
         facts: Label and value of each known fact, in the order in which they are shown.
-        hint: What to do next, or None.
+        hint: What to do next: the raiser's own word, or else the class's, or None where neither has one.
         exit_status: The status with which the command line ends.
     """
 
     exit_status: ClassVar[int] = 1
+    _usual_hint: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -40,7 +41,8 @@ class Gemma4MoEError(Exception):
         self.problem = printable(problem)
         labelled = {"tensor": tensor, "file": file, "expected": expected, "found": found}
         self.facts = {label: printable(str(value)) for label, value in labelled.items() if value is not None}
-        self.hint = hint if hint is None else printable(hint)
+        hint = self._usual_hint if hint is None else hint
+        self.hint = None if hint is None else printable(hint)
         super().__init__(self.problem)
 
     def __str__(self) -> str:
@@ -54,6 +56,7 @@ class UsageError(Gemma4MoEError):
     """What was asked for can't be done as asked: the target exists, an argument has no meaning."""
 
     exit_status = 2
+    _usual_hint = "call again with what is expected"
 
 
 class InputError(Gemma4MoEError, ValueError):
@@ -69,9 +72,13 @@ class UnknownTensorError(InputError):
 class TensorShapeError(InputError):
     """A tensor whose shape or dtype is not the one that its name promises."""
 
+    _usual_hint = "give a tensor of the shape and dtype that are expected"
+
 
 class DuplicateTensorError(InputError):
     """Two entries that name the same tensor, in one spelling or in two."""
+
+    _usual_hint = "give each tensor once: remove all but one"
 
 
 class IncompleteExpertsError(InputError, RuntimeError):
@@ -93,6 +100,8 @@ class UnsupportedCheckpointError(InputError):
 class CheckpointFormatError(InputError):
     """A file or directory that breaks the rules of safetensors or of its index."""
 
+    _usual_hint = "get the file again, or save it again with the safetensors library"
+
 
 class ConfigError(InputError):
     """A config.json that is missing, senseless, or at odds with the tensors."""
@@ -112,6 +121,7 @@ class StorageError(Gemma4MoEError, OSError):
     """The disk or its permissions refused: no space, no right, an input or output error."""
 
     exit_status = 5
+    _usual_hint = "check the disk, the path and its permissions, then call again"
 
 
 class TargetBusyError(Gemma4MoEError):

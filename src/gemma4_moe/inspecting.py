@@ -1,4 +1,4 @@
-"""What a checkpoint is, from headers and its small scales: layout, spelling, sizes, and everything wrong with it."""
+"""What a checkpoint is, from headers, index and config.json: layout, spelling, sizes, and everything wrong with it."""
 
 from __future__ import annotations
 

@@ -130,10 +130,13 @@ class IntoHf:
 def _ones(value: torch.Tensor, name: str) -> torch.Tensor:
     """Return the scale [E] of ones of a native `down_projs`, sharded as its experts are."""
     local = local_of(value)
-    ones = torch.ones(local.shape[:1], dtype=value.dtype, device=local.device)
-    return placed(value, name).of_experts().wrap(ones, value.shape[:1]) if isinstance(value, DTensor) else ones
+    return _beside_experts(torch.ones(local.shape[:1], dtype=value.dtype, device=local.device), value, name)
 
 
 def _unfilled_scale(value: torch.Tensor, name: str) -> torch.Tensor:
-    scale = destinations.unfilled_scale(local_of(value))
+    return _beside_experts(destinations.unfilled_scale(local_of(value)), value, name)
+
+
+def _beside_experts(scale: torch.Tensor, value: torch.Tensor, name: str) -> torch.Tensor:
+    """Return this rank's scale as a DTensor that is sharded as the experts of `value`, if that is one."""
     return placed(value, name).of_experts().wrap(scale, value.shape[:1]) if isinstance(value, DTensor) else scale

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from gemma4_moe.errors import UnknownTensorError
+from gemma4_moe.foreign_spellings import FOREIGN_SPELLINGS as FOREIGN_SPELLINGS
+from gemma4_moe.foreign_spellings import foreign_spelling
 
 
 class Layout(StrEnum):
@@ -254,52 +256,3 @@ def _unknown(name: str, rest: str, layout: Layout) -> UnknownTensorError:
         found=f"{rest} ({foreign.name})" if foreign else rest,
         hint=foreign.reason if foreign else "remove the tensor, or exclude it if it isn't part of the model",
     )
-
-
-@dataclass(frozen=True, slots=True)
-class ForeignSpelling:
-    """A published form of Gemma 4 MoE, or a relative of it, that this package names and does not convert.
-
-    Attributes:
-        name: What it is called.
-        reason: Why it is refused, and what to do instead.
-        pattern: Matches a tensor name that only this form has.
-    """
-
-    name: str
-    reason: str
-    pattern: re.Pattern[str]
-
-
-_DEQUANTISE = "quantised experts are not dequantised here: start from the unquantised checkpoint"
-
-#: By rank: the first that any tensor shows names the whole checkpoint. Quantised experts are per-expert, too.
-FOREIGN_SPELLINGS = tuple(
-    ForeignSpelling(name, reason, re.compile(pattern, re.DOTALL))
-    for name, reason, pattern in (
-        ("compressed-tensors NVFP4", _DEQUANTISE, r".*\.(weight_packed|weight_global_scale|input_global_scale)"),
-        ("ModelOpt NVFP4", _DEQUANTISE, r".*\.(weight_scale_2|input_scale)"),
-        ("compressed-tensors FP8", _DEQUANTISE, r".*\.weight_scale"),
-        ("MLX", "MLX has its own layout: start from the Hugging Face checkpoint", r".*\.switch_(glu|mlp)\..*"),
-        (
-            "DiffusionGemma",
-            "a diffusion model shares these layers, but NeMo's Gemma 4 MoE model does not load it",
-            r"model\.(decoder\.layers\.\d+\.(router|experts|moe)\..*|encoder\.language_model\..*)",
-        ),
-        (
-            "per-expert",
-            "one two-dimensional tensor an expert is not converted: start from the checkpoint with fused experts",
-            r".*layers\.\d+\.(moe\.)?experts\.\d+\.(gate_proj|up_proj|down_proj)(\.weight)?",
-        ),
-        (
-            "LoRA adapter",
-            "merge the adapter into its base with PEFT first, then convert the merged model",
-            r".*(\blora_[A-Za-z_]+|\.base_layer)(\.[A-Za-z0-9_]+)*",
-        ),
-    )
-)
-
-
-def foreign_spelling(name: str) -> ForeignSpelling | None:
-    """Return the foreign form that has a tensor of this name, or None."""
-    return next((form for form in FOREIGN_SPELLINGS if form.pattern.fullmatch(name)), None)

@@ -64,7 +64,12 @@ class Placed:
         if coordinate is None:
             coordinate = self.mesh.get_coordinate()
         if coordinate is None:
-            raise ParallelError("this rank is not in the tensor's mesh", found=str(self.mesh))
+            raise ParallelError(
+                "this rank is not in the tensor's mesh",
+                expected="a rank of the mesh",
+                found=str(self.mesh),
+                hint="call on the mesh's ranks alone",
+            )
         mesh_shape = tuple(self.mesh.shape)
         return tuple(local_runs(size, axis, mesh_shape, coordinate, self.placements) for axis, size in enumerate(shape))
 

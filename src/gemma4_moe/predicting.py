@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
-from gemma4_moe.blocks import BLOCK_BYTES
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layouts import Layout
 from gemma4_moe.sharding import NAMED_DIMENSIONS, count, local_runs
+from gemma4_moe.staging import load_staging_bytes
 from gemma4_moe.transforms import transposes
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Prediction:
         mesh: Ranks along each dimension, by name.
         shares: One for each rank, in the order of ranks.
         other_bytes: Bytes of all tensors that are not experts; a rank that shards them too holds less.
-        staging_bytes: What a load needs beside the model: one block, or one expert where that is larger.
+        staging_bytes: What a load needs beside the model: one block, or one row of the source where that is larger.
     """
 
     mesh: Mapping[str, int]
@@ -83,10 +83,13 @@ def parse_mesh(text: str) -> dict[str, int]:
                 "not a mesh",
                 expected=f"such as ep_shard=2,ep=8, with dimensions of {', '.join(NAMED_DIMENSIONS)}",
                 found=text,
+                hint="name each dimension once, with its number of ranks",
             )
         mesh[name] = int(ranks)
     if not 0 < math.prod(mesh.values()) <= MOST_RANKS:
-        raise UsageError("not a mesh", expected=f"1 to {MOST_RANKS} ranks", found=text)
+        raise UsageError(
+            "not a mesh", expected=f"1 to {MOST_RANKS} ranks", found=text, hint="give the ranks of one pipeline stage"
+        )
     return mesh
 
 
@@ -97,7 +100,12 @@ def predict(plan: Plan, mesh: Mapping[str, int]) -> Prediction:
         UsageError: The plan does not lead to the nemo layout.
     """
     if plan.target_layout is not Layout.NEMO:
-        raise UsageError("a mesh holds the nemo layout", expected="a source in the hf layout", hint="leave --mesh out")
+        raise UsageError(
+            "a mesh holds the nemo layout",
+            expected="a source in the hf layout",
+            found=f"a source in the {plan.source_layout} layout",
+            hint="leave --mesh out",
+        )
     placements = tuple(NAMED_DIMENSIONS[name] for name in mesh)
     experts = [tensor for tensor in plan.tensors.values() if transposes(tensor.operation)]
     shapes = tuple(mesh.values())
@@ -109,7 +117,7 @@ def predict(plan: Plan, mesh: Mapping[str, int]) -> Prediction:
         mesh=dict(mesh),
         shares=shares,
         other_bytes=every - sum(_nbytes(tensor, tensor.shape) for tensor in experts),
-        staging_bytes=max(BLOCK_BYTES, *(_nbytes(tensor, tensor.shape[1:]) for tensor in experts)),
+        staging_bytes=load_staging_bytes(plan.tensors.values()),
     )
 
 

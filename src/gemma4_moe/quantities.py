@@ -28,10 +28,17 @@ def parse_size(size: int | str) -> int:
         match = _SIZE.fullmatch(size)
         units = {unit.upper(): factor for unit, factor in _UNITS.items()}
         if match is None or match[2].upper() not in units:
-            raise UsageError("not a size", expected="a number and a unit, such as 5GB or 512MiB", found=repr(size))
+            raise UsageError(
+                "not a size",
+                expected="a number and a unit, such as 5GB or 512MiB",
+                found=repr(size),
+                hint=f"write it with one of {', '.join(unit for unit in _UNITS if unit)}, or as a number of bytes",
+            )
         amount = int(min(float(match[1]), _MOST) * units[match[2].upper()])
     if amount < 1:
-        raise UsageError("a size must be positive", expected="at least 1 byte", found=repr(size))
+        raise UsageError(
+            "a size must be positive", expected="at least 1 byte", found=repr(size), hint="give a larger one"
+        )
     return amount
 
 

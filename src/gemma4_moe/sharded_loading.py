@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
-from gemma4_moe.blocks import BLOCK_BYTES
 from gemma4_moe.checkpoints.directories import open_checkpoint
+from gemma4_moe.dtypes import EXPERT_DTYPES
 from gemma4_moe.errors import TensorShapeError, UnknownTensorError, UsageError
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
 from gemma4_moe.layouts import Layout
@@ -21,6 +21,7 @@ from gemma4_moe.parallel import local_of, placed, take
 from gemma4_moe.planning import make_plan
 from gemma4_moe.sharding import count, part_of
 from gemma4_moe.sources import locate
+from gemma4_moe.staging import load_staging_bytes, rows_at_once, source_row_bytes
 from gemma4_moe.transforms import converted_axis, transposes
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoints.directories import StoredTensor
     from gemma4_moe.planning import PlannedTensor
+
+
+#: The dtypes of a model that any floating-point dtype of a file may be loaded into.
+_CASTABLE = tuple(getattr(torch, dtype.name) for dtype in EXPERT_DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ def load_hf(module_or_state: torch.nn.Module | Mapping[str, torch.Tensor], path:
     with open_checkpoint(locate(path)) as checkpoint:
         planned = make_plan(checkpoint, to=Layout.NEMO).tensors
         _check(state, planned, str(checkpoint.path))
-        staging = torch.empty(max(BLOCK_BYTES, *map(_row_bytes, planned.values())), dtype=torch.uint8)
+        staging = torch.empty(load_staging_bytes(planned.values()), dtype=torch.uint8)
         for name, tensor in state.items():
             if name in planned:
                 read_bytes += _fill(tensor, planned[name], staging)
@@ -140,12 +145,6 @@ def _check_dtype(name: str, dtype: torch.dtype, planned: PlannedTensor) -> None:
         )
 
 
-def _row_bytes(planned: PlannedTensor) -> int:
-    """Return what the file has for one index of a tensor's first axis, in bytes."""
-    assert planned.source is not None, "every nemo tensor comes from an hf tensor"
-    return planned.source.nbytes // max(1, planned.source.shape[0] if planned.source.shape else 1)
-
-
 def _fill(tensor: torch.Tensor, planned: PlannedTensor, staging: torch.Tensor) -> int:
     """Fill this rank's part of one tensor through `staging`, and return how many bytes were read."""
     source = planned.source
@@ -165,9 +164,9 @@ def _fill(tensor: torch.Tensor, planned: PlannedTensor, staging: torch.Tensor) -
         scale = take(_read(planned.scale, 0, planned.scale.nbytes, staging), hf_runs[:1]).to(local.device, copy=True)
         read_bytes += planned.scale.nbytes
     rows, row_shape = (hf_runs[0], source.shape[1:]) if ndim else ((range(1),), ())
-    row_bytes = _row_bytes(planned)
+    row_bytes = source_row_bytes(planned)
     target = local if ndim else local.reshape(1)
-    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    step = rows_at_once(row_bytes)
     for first in range(0, count(rows), step):
         done = first
         for run in part_of(rows, first, first + step):
@@ -184,9 +183,6 @@ def _fill(tensor: torch.Tensor, planned: PlannedTensor, staging: torch.Tensor) -
             done += len(run)
             read_bytes += len(run) * row_bytes
     return read_bytes
-
-
-_CASTABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _read(source: StoredTensor, offset: int, size: int, staging: torch.Tensor) -> torch.Tensor:

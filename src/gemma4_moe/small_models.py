@@ -1,8 +1,8 @@
 """A small random Gemma 4 mixture-of-experts model, built with transformers, for the demo and for tests.
 
 It has every kind of tensor that the real model has (sliding and full attention, `attention_k_eq_v`, tied embeddings, a
-vision tower) at sizes that are all different: E = 6 experts, H = 64, I = 24, 2I = 48. No scale, norm or layer scalar is
-one, so that a tensor which is lost, exchanged or folded wrongly changes the logits.
+vision tower) at sizes that are all different: E = 6 experts, H = 64, and by default I = 24, 2I = 48. No scale, norm or
+layer scalar is one, so that a tensor which is lost, exchanged or folded wrongly changes the logits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ _TEXT: dict[str, Any] = {
     "enable_moe_block": True,
     "num_experts": 6,
     "top_k_experts": 2,
-    "moe_intermediate_size": 24,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -63,13 +62,19 @@ _SPECIAL_TOKENS: dict[str, Any] = {
 
 
 def build_model(
-    kind: Literal["multimodal", "text"] = "multimodal", *, layers: int = 2, dtype: str = "float32", seed: int = 0
+    kind: Literal["multimodal", "text"] = "multimodal",
+    *,
+    layers: int = 2,
+    expert_size: int = 24,
+    dtype: str = "float32",
+    seed: int = 0,
 ) -> PreTrainedModel:
     """Return a `Gemma4ForConditionalGeneration` or a `Gemma4ForCausalLM` with random weights, ready to be called.
 
     Args:
         kind: "multimodal" has a vision tower and names that start with `model.language_model.`, "text" neither.
         layers: Number of decoder layers, at least 2: the last has full attention, the others have sliding attention.
+        expert_size: I. Kernels of some engines ask for a multiple of 32.
         dtype: torch's name of the weights' dtype.
         seed: Decides every weight.
     """
@@ -77,7 +82,8 @@ def build_model(
     from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4TextConfig
 
     layer_types = ["sliding_attention"] * (layers - 1) + ["full_attention"]
-    text = _TEXT | {"num_hidden_layers": layers, "layer_types": layer_types}
+    sizes = {"num_hidden_layers": layers, "moe_intermediate_size": expert_size}
+    text = _TEXT | sizes | {"layer_types": layer_types}
     model: Any
     if kind == "text":
         model = Gemma4ForCausalLM(Gemma4TextConfig(**text))

@@ -138,6 +138,9 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
             device_mesh: The mesh of plain local shards; DTensors know their own.
             for_checkpoint_load: Return destinations instead of copies: transposed views of the given tensors'
                 storage for a checkpoint reader to fill, and an fp32 scale full of NaN, both for `from_hf` to finish.
+                The NaN alone says "not loaded": `from_hf` refuses a layer whose scale the reader did not fill. The
+                views hold the model's own values, which `to_hf` leaves as they are; where a reader skips one of
+                them, nothing here can tell, and the reader itself must report it.
             gather: Return whole tensors on every rank. All ranks of the tensors' meshes must call; they agree on what
                 to do first.
             staging_bytes: The most bytes of staging that a gather takes.
@@ -157,7 +160,12 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         del kwargs
         _refuse_quantization(quantization)
         if gather and for_checkpoint_load:
-            raise UsageError("a destination can't be gathered", hint="leave out gather or for_checkpoint_load")
+            raise UsageError(
+                "a destination can't be gathered",
+                expected="gather or for_checkpoint_load",
+                found="both",
+                hint="leave one of them out",
+            )
         mesh, excluded = expert_mesh(device_mesh), excluding(exclude_key_regex)
         found: Iterable[Entry] = entries.explained(
             state_dict, self._inventory(Layout.NEMO), mesh, lambda name: excluded(name, name)

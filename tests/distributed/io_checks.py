@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from distributed.placement_checks import CASES, is_expert, same, shard
 from gemma4_moe import load_hf, save_hf
-from gemma4_moe.errors import ParallelError
+from gemma4_moe.errors import ParallelError, StorageError
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 
@@ -103,6 +104,31 @@ def check_save_groups(source: Path, target: Path) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     state = shard(native(), mesh["ep"], (Shard(0),))
     save_hf(state, target, config_from=source, max_shard_size=2000, dtype="bfloat16")
+
+
+def check_save_read_back(source: Path, target: Path) -> None:
+    """The last byte of the last rank's experts changes on the disk before the target appears: no rank publishes it."""
+    from gemma4_moe import sharded_saving
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = shard_all(native(), mesh, (Shard(0),))
+    write = sharded_saving.copy_side_files
+
+    def flipping(paths: Any, out: Path) -> None:
+        write(paths, out)
+        file = out / "model.safetensors"
+        length = int.from_bytes(file.read_bytes()[:8], "little")
+        entry = json.loads(file.read_bytes()[8 : 8 + length])["model.language_model.layers.1.experts.down_proj"]
+        content = bytearray(file.read_bytes())
+        content[8 + length + entry["data_offsets"][1] - 1] ^= 1
+        file.write_bytes(content)
+
+    sharded_saving.copy_side_files = flipping
+    with pytest.raises(StorageError if mesh.get_rank() == mesh.size() - 1 else ParallelError, match="other bytes"):
+        save_hf(model, target, config_from=source)
+    assert not target.exists()
+    sharded_saving.copy_side_files = write
+    save_hf(model, target, config_from=source)
 
 
 def _everyones(value: int) -> list[int]:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from distributed import io_checks, plain_pytorch
-from gemma4_moe import load_hf, save_hf
-from gemma4_moe.errors import Gemma4MoEError, TensorShapeError, UnknownTensorError, UsageError
+from gemma4_moe import load_hf, save_hf, sharded_saving
+from gemma4_moe.checkpoints.transaction import Transaction
+from gemma4_moe.checkpoints.written import Written
+from gemma4_moe.errors import (
+    Gemma4MoEError,
+    StorageError,
+    TargetBusyError,
+    TensorShapeError,
+    UnknownTensorError,
+    UsageError,
+)
 from support import ranks
 from support.checkpoints import contents, write_checkpoint
 from support.formulas import hf_from_nemo
@@ -54,6 +64,64 @@ def test_pipeline_stages_load_their_layers(source: Path) -> None:
 def test_a_disagreement_fails_on_all_ranks_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
     ranks.run(2, io_checks.check_save_failures, source, tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
+
+
+FLIPPED = {
+    "a header": ("model-00001-of-", 0),
+    "the first tensor": ("model-00001-of-", 4096),
+    "the last tensor": ("model-00002-of-", -1),
+    "a side file": ("tokenizer.json", 1),
+}
+
+
+@pytest.mark.parametrize("place", FLIPPED)
+@pytest.mark.parametrize("read_back", [True, False])
+def test_what_the_disk_changes_is_not_published(
+    place: str, read_back: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, position = FLIPPED[place]
+    write = sharded_saving.write_index_file
+
+    def flipping(files: dict[str, object], out: Path) -> None:
+        write(files, out)  # type: ignore[arg-type]
+        path = next(path for path in out.iterdir() if path.name.startswith(name))
+        content = bytearray(path.read_bytes())
+        content[position] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(sharded_saving, "write_index_file", flipping)
+    save = partial(save_hf, io_checks.native(), tmp_path / "hf", config_from=source, max_shard_size="12kB")
+    if read_back:
+        with pytest.raises(StorageError, match="other bytes"):
+            save()
+        assert list(tmp_path.iterdir()) == []
+    else:
+        save(read_back=False)
+        assert (tmp_path / "hf").is_dir()
+
+
+def test_a_bit_that_flips_in_another_ranks_experts_stops_all(source: Path, tmp_path: Path) -> None:
+    ranks.run(2, io_checks.check_save_read_back, source, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(("owner", "after", "confirmed"), [(Written, "check", 0), (Transaction, "publish", 15 + 2)])
+def test_a_long_save_gives_signs_of_life_and_stops_when_its_lock_is_broken(
+    owner: type, after: str, confirmed: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each of 15 tensors and 2 scales while it writes, then at every piece that it reads back."""
+    calls = []
+
+    def broken(self: Transaction) -> None:
+        calls.append(self.target)
+        if len(calls) > confirmed + 2:
+            raise TargetBusyError("another process has broken this lock", hint="let only one of them run")
+
+    monkeypatch.setattr(Transaction, "confirm", broken)
+    monkeypatch.setattr(owner, after, lambda *_, **__: pytest.fail(f"{after} was reached"))
+    with pytest.raises(TargetBusyError):
+        save_hf(io_checks.native(), tmp_path / "hf", config_from=source)
+    assert not (tmp_path / "hf").exists()
 
 
 def test_what_is_no_whole_model_is_not_saved(source: Path, tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 import tempfile
-from typing import TYPE_CHECKING, Any
+import tomllib
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +18,6 @@ from rich.console import Console
 from gemma4_moe import kernels, small_models
 from gemma4_moe.demo import run_demo
 from gemma4_moe.errors import DifferenceError, UsageError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 STEPS = ["build", "hf → nemo", "nemo → hf", "from_pretrained", "logits", "control"]
 
@@ -94,6 +94,14 @@ def test_a_missing_library_is_named(console: Console, tmp_path: Path, monkeypatc
     with pytest.raises(UsageError, match="pip install") as caught:
         run_demo(tmp_path / "demo", console=console)
     assert "transformers" in caught.value.facts["found"]
+    (extra,) = re.findall(r"gemma4-moe\[(\w+)\]", str(caught.value.hint))
+    assert any(line.startswith("transformers>=") for line in _extras()[extra])
+
+
+def _extras() -> dict[str, list[str]]:
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    extras: dict[str, list[str]] = pyproject["project"]["optional-dependencies"]
+    return extras
 
 
 def test_importing_the_demo_loads_neither_torch_nor_rich() -> None:

@@ -30,6 +30,8 @@ LONGEST_HEADER = 100_000_000
 MOST_AXES = 64
 
 METADATA_KEY = "__metadata__"
+
+_DAMAGED = "the header is damaged, or was not written by the safetensors library: get the file again"
 _FIELDS = ("dtype", "shape", "data_offsets")
 
 
@@ -121,7 +123,7 @@ def parse_header(raw: bytes, file_size: int, *, file: object) -> Header:
     metadata: dict[str, str] | None = None
     for name in scanner.members():
         if name in found or (name == METADATA_KEY and metadata is not None):
-            raise DuplicateTensorError("the header has two entries of one name", tensor=name, file=file)
+            raise DuplicateTensorError("the header has two entries of one name", tensor=name, file=file, hint=_DAMAGED)
         if name == METADATA_KEY:
             metadata = _metadata(scanner)
         else:
@@ -136,7 +138,7 @@ def _metadata(scanner: JsonScanner) -> dict[str, str]:
     metadata: dict[str, str] = {}
     for key in scanner.members():
         if key in metadata:
-            raise CheckpointFormatError("the metadata has one key twice", file=scanner.file, found=key)
+            raise CheckpointFormatError("the metadata has one key twice", file=scanner.file, found=key, hint=_DAMAGED)
         metadata[key] = scanner.string()
     return metadata
 
@@ -154,6 +156,7 @@ def _entry(scanner: JsonScanner, name: str, data_start: int) -> TensorEntry:
                 file=scanner.file,
                 expected=", ".join(_FIELDS),
                 found=field,
+                hint=_DAMAGED,
             )
         seen.add(field)
         if field == "dtype":
@@ -169,6 +172,7 @@ def _entry(scanner: JsonScanner, name: str, data_start: int) -> TensorEntry:
             file=scanner.file,
             expected="dtype, shape, and data_offsets of two integers",
             found=", ".join(sorted(seen)) or "nothing",
+            hint=_DAMAGED,
         )
     begin, end = offsets
     _check_size(name, dtype, shape, begin, end, scanner.file)
@@ -185,6 +189,7 @@ def _dtype(scanner: JsonScanner, name: str) -> DType:
             file=scanner.file,
             expected=f"one of {', '.join(dtypes.BY_TAG)}",
             found=tag,
+            hint="the file is damaged, or newer than this package: get it again, or save it in one of these dtypes",
         )
     return dtype
 
@@ -206,7 +211,9 @@ def tensor_nbytes(name: str, dtype: DType, shape: tuple[int, ...], *, file: obje
             "a shape that does not fit 64 bits" if bits > LARGEST_INTEGER else "a shape that does not fill whole bytes",
             tensor=name,
             file=file,
+            expected="a size in bytes from 0 to 2^64 - 1",
             found=f"{dtype.tag} {list(shape)}",
+            hint="give the tensor its real shape, or get the file that claims this one again",
         )
     return bits // 8
 
@@ -220,6 +227,7 @@ def _check_size(name: str, dtype: DType, shape: tuple[int, ...], begin: int, end
             file=file,
             expected=f"{nbytes} bytes for {dtype.tag} {list(shape)}",
             found=f"{end - begin} bytes at [{begin}, {end})",
+            hint=_DAMAGED,
         )
 
 
@@ -233,6 +241,7 @@ def _check_coverage(entries: tuple[TensorEntry, ...], data_start: int, file_size
                 file=file,
                 expected=f"its data at byte {covered} of the file",
                 found=f"byte {entry.start}",
+                hint=_DAMAGED,
             )
         covered = entry.end
     if covered != file_size:

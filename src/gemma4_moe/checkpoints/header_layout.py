@@ -45,9 +45,13 @@ def layout_header(
     begin = 0
     for name, dtype, shape, nbytes in sized:
         if name == METADATA_KEY:
-            raise CheckpointFormatError("a name that the format keeps for itself", tensor=name)
+            raise CheckpointFormatError(
+                "a name that the format keeps for itself", tensor=name, hint="give the tensor another name"
+            )
         if name in document:
-            raise DuplicateTensorError("two tensors of one name can't be written", tensor=name)
+            raise DuplicateTensorError(
+                "two tensors of one name can't be written", tensor=name, hint="give each tensor its own name"
+            )
         document[name] = {"dtype": dtype.tag, "shape": shape, "data_offsets": (begin, begin + nbytes)}
         begin += nbytes
     header = _encode(document)
@@ -68,7 +72,12 @@ def _encode(document: dict[str, object]) -> bytes:
     try:
         text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise CheckpointFormatError("a name that is not Unicode text can't be written", found=str(error)) from error
+        raise CheckpointFormatError(
+            "a name that is not Unicode text can't be written",
+            expected="Unicode characters, without lone surrogates",
+            found=str(error),
+            hint="give the tensor another name",
+        ) from error
     padding = -(LENGTH.size + len(text)) % DATA_ALIGNMENT
     if len(text) + padding > LONGEST_HEADER:
         raise CheckpointFormatError(

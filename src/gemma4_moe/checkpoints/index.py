@@ -18,6 +18,8 @@ LONGEST_INDEX = 64 * 2**20
 
 _WEIGHT_MAP = "weight_map"
 
+_DAMAGED = "the index is damaged: get it again, or save the model again with save_pretrained"
+
 
 def parse_index(raw: bytes, *, file: object) -> dict[str, str]:
     """Return the file name of each tensor. What else the index says (sizes, counts) is published wrong, and ignored.
@@ -32,7 +34,7 @@ def parse_index(raw: bytes, *, file: object) -> dict[str, str]:
     weight_map: dict[str, str] = {}
     for key in scanner.members():
         if key in seen:
-            raise CheckpointFormatError("the index has one key twice", file=file, found=key)
+            raise CheckpointFormatError("the index has one key twice", file=file, found=key, hint=_DAMAGED)
         seen.add(key)
         if key == _WEIGHT_MAP:
             weight_map = _weight_map(scanner)
@@ -40,7 +42,9 @@ def parse_index(raw: bytes, *, file: object) -> dict[str, str]:
             scanner.skip_value()
     scanner.end()
     if not weight_map:
-        raise CheckpointFormatError("the index names no tensor", file=file, expected=f'tensors under "{_WEIGHT_MAP}"')
+        raise CheckpointFormatError(
+            "the index names no tensor", file=file, expected=f'tensors under "{_WEIGHT_MAP}"', hint=_DAMAGED
+        )
     return weight_map
 
 
@@ -48,7 +52,9 @@ def _weight_map(scanner: JsonScanner) -> dict[str, str]:
     weight_map: dict[str, str] = {}
     for tensor in scanner.members():
         if tensor in weight_map:
-            raise DuplicateTensorError("the index gives one tensor two places", tensor=tensor, file=scanner.file)
+            raise DuplicateTensorError(
+                "the index gives one tensor two places", tensor=tensor, file=scanner.file, hint=_DAMAGED
+            )
         name = scanner.name()
         if not is_bare_name(name) or not name.endswith(".safetensors"):
             raise CheckpointFormatError(

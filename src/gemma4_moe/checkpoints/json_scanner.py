@@ -35,6 +35,8 @@ _SCALAR = re.compile(r"(?:true|false|null|-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[
 _PUNCTUATION = {char: re.compile(re.escape(char) + _SPACE) for char in "{}[]:,"}
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
+_DAMAGED = "the file is damaged, or not what its name says: get it again"
+
 
 class JsonScanner:
     """Reads one JSON document, token by token.
@@ -55,7 +57,9 @@ class JsonScanner:
         try:
             self._text = raw.decode()
         except UnicodeDecodeError as error:
-            raise CheckpointFormatError(f"the {what} is not UTF-8", file=file, found=str(error)) from error
+            raise CheckpointFormatError(
+                f"the {what} is not UTF-8", file=file, expected="UTF-8", found=str(error), hint=_DAMAGED
+            ) from error
 
     def fail(self, expected: str) -> NoReturn:
         """Raise a CheckpointFormatError that says what was expected at this place and shows what stands there."""
@@ -65,7 +69,7 @@ class JsonScanner:
             file=self.file,
             expected=expected,
             found=found,
-            hint="the file is damaged, or not what its name says: get it again",
+            hint=_DAMAGED,
         )
 
     def starts_with(self, char: str) -> bool:

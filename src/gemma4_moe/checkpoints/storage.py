@@ -93,6 +93,7 @@ def read_whole(path: Path, longest: int) -> bytes:
             file=path,
             expected=f"at most {longest} bytes",
             found=f"{size} bytes",
+            hint="put the real file in its place",
         )
     return content
 
@@ -165,7 +166,11 @@ def _missing_is_input(path: Path) -> Iterator[None]:
 def _require_regular(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         raise CheckpointFormatError(
-            "not a regular file", file=path, expected="a file, or a link to one", found=_kind(mode)
+            "not a regular file",
+            file=path,
+            expected="a file, or a link to one",
+            found=_kind(mode),
+            hint="put the real file in its place",
         )
 
 
