@@ -1,8 +1,8 @@
 """Collectives: an agreement between ranks before any work, and the parts of a tensor gathered into the whole.
 
 A gather takes one dimension of the mesh after the other, those that cut inner axes first: then the last step, which
-moves most, finds whole experts and lays them side by side. Every part goes to its final place; beside the result there
-is only the staging. Where all ranks hold equal runs of experts, the last step needs none.
+moves most, finds whole experts. Every part goes to its final place by way of a small staging, also where ranks hold
+equal runs of experts: gloo would gather those into memory of its own first, as large as the result.
 """
 
 from __future__ import annotations
@@ -98,12 +98,7 @@ def gather(
     for dim in dims:
         parts = [_holding(where, shape, dim, place, gathered) for place in range(where.mesh.size(dim))]
         own = where.mesh.get_local_rank(dim)
-        group = where.mesh.get_group(dim)
-        if _side_by_side(parts, shape):
-            rows = parts[own][0][0]
-            _all_gather(whole, local if not gathered else whole[rows.start : rows.stop], group)
-        else:
-            _exchange(whole, parts, own, group, staging_bytes)
+        _exchange(whole, parts, own, where.mesh.get_group(dim), staging_bytes)
         gathered.add(dim)
     return whole
 
@@ -168,15 +163,6 @@ def _place(part: torch.Tensor, runs: Sequence[Runs], whole: torch.Tensor) -> Non
             slice(begin[i], begin[i] + len(own[i])) for own, begin, i in zip(runs, starts, choice, strict=True)
         )
         whole[target].copy_(part[source])
-
-
-def _side_by_side(parts: Sequence[tuple[Runs, ...]], shape: Sequence[int]) -> bool:
-    """Say whether the parts are equal runs of whole rows, in the order of the ranks."""
-    step = shape[0] // len(parts)
-    return step * len(parts) == shape[0] and all(
-        part == ((range(i * step, (i + 1) * step),), *((range(size),) for size in shape[1:]))
-        for i, part in enumerate(parts)
-    )
 
 
 def _axis(where: Placed, dim: int) -> int:
