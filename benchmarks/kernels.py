@@ -146,8 +146,8 @@ def adapter_rows(E: int, timer: Timer) -> Iterator[dict[str, Any]]:
             yield call_row(call, dtypes, nbytes, measured)
 
 
-def whole_model_row(E: int, timer: Timer, layers: int = 30) -> dict[str, Any]:
-    """Return the row for `to_hf` of all layers' experts: ours against a copy of the same tensors."""
+def whole_model_rows(E: int, timer: Timer, layers: int = 30) -> Iterator[dict[str, Any]]:
+    """Yield the row for `to_hf` of all layers' experts: ours against a copy of the same tensors."""
     config = SimpleNamespace(hidden_size=H, moe_intermediate_size=I, num_experts=E)
     adapter = Gemma4MoEStateDictAdapter(config, SimpleNamespace(n_routed_experts=E), None, dtype=torch.bfloat16)
     # One storage for all layers: what is measured is the reading, and a card holds one model, not two.
@@ -171,7 +171,7 @@ def whole_model_row(E: int, timer: Timer, layers: int = 30) -> dict[str, Any]:
                 out.copy_(tensor)
 
     measured = Timer(timer.device, max(3, timer.rounds // 2))(copy, convert)
-    return call_row(f"to_hf, {layers} layers", "bf16", 2 * layers * _nbytes(one), measured)
+    yield call_row(f"to_hf, {layers} layers", "bf16", 2 * layers * _nbytes(one), measured)
 
 
 def call_row(call: str, dtypes: str, nbytes: int, measured: Measured) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def main() -> None:
     if "adapter" in options.rows:
         calls.append(adapter_rows(options.experts, timer))
         if device.type == "cuda":
-            calls.append(of(options.experts, timer) for of in [whole_model_row])
+            calls.append(whole_model_rows(options.experts, timer))
     results = {
         "machine": about,
         "moves": shown_moves(chain(*moves)) if moves else [],

@@ -231,6 +231,23 @@ def test_a_manifest_that_makes_no_sense_is_refused_by_name(
     assert not (tmp_path / "back").exists()
 
 
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the journal know of every few blocks."""
+    monkeypatch.setattr(hashing, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(ledger, "FLUSH_BYTES", 4096)
+
+
+def convert_a_third(source: Path, target: Path, budget: int) -> None:
+    """Interrupt a conversion after a third of its bytes."""
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, target, max_memory=budget, progress=stop)
+
+
 @pytest.mark.parametrize("budget", [24_576, 60_000])
 def test_blocks_and_resuming_do_not_show_in_the_bytes(
     budget: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -238,17 +255,11 @@ def test_blocks_and_resuming_do_not_show_in_the_bytes(
     def train(native: State) -> None:
         native[DOWNS][::2] *= 1.0009765625
 
-    def stop(done: int, total: int) -> None:
-        if done > total // 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(hashing, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", 4096)
+    small_chunks(monkeypatch)
     convert(source, tmp_path / "nemo", dtype="float32")
     edit(tmp_path / "nemo", train)
     convert(tmp_path / "nemo", tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        convert(tmp_path / "nemo", tmp_path / "back", max_memory=budget, progress=stop)
+    convert_a_third(tmp_path / "nemo", tmp_path / "back", budget)
     seen: list[int] = []
     convert(tmp_path / "nemo", tmp_path / "back", resume=True, progress=lambda _, total: seen.append(total))
     assert seen[-1] < sum(file.stat().st_size for file in (tmp_path / "whole").glob("*.safetensors"))
@@ -258,15 +269,9 @@ def test_blocks_and_resuming_do_not_show_in_the_bytes(
 def test_a_run_is_not_resumed_with_another_manifest(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(done: int, total: int) -> None:
-        if done > total // 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(hashing, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", 4096)
+    small_chunks(monkeypatch)
     convert(source, tmp_path / "nemo", dtype="float32")
-    with pytest.raises(KeyboardInterrupt):
-        convert(tmp_path / "nemo", tmp_path / "back", max_memory=60_000, progress=stop)
+    convert_a_third(tmp_path / "nemo", tmp_path / "back", 60_000)
     edit_manifest(tmp_path / "nemo", lambda manifest: manifest["folded_scales"].update({DOWNS: [2.0] * E}))
     with pytest.raises(UsageError, match="another one"):
         convert(tmp_path / "nemo", tmp_path / "back", resume=True)

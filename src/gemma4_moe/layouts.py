@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from gemma4_moe.errors import UnknownTensorError
-from gemma4_moe.foreign_spellings import FOREIGN_SPELLINGS as FOREIGN_SPELLINGS
 from gemma4_moe.foreign_spellings import foreign_spelling
 
 

@@ -257,7 +257,7 @@ def _targets(
     dtype: DType | None,
 ) -> Iterable[PlannedTensor]:
     """Yield what one source tensor becomes in the other layout."""
-    target_dtype = dtype if dtype is not None and source.dtype.float_format is not None else source.dtype
+    target_dtype = dtypes.cast_to(source.dtype, dtype)
     if name is None:
         yield PlannedTensor(source.name, target_dtype, source.shape, Operation.KEEP, source)
         return

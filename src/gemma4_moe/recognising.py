@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemma4_moe.errors import ConfigError, InputError, UnsupportedCheckpointError
-from gemma4_moe.layouts import FOREIGN_SPELLINGS, GATE_UP, Layout, Spelling, lookup
+from gemma4_moe.foreign_spellings import FOREIGN_SPELLINGS
+from gemma4_moe.layouts import GATE_UP, Layout, Spelling, lookup
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -253,7 +253,7 @@ def _sharded_rows(tensor: DTensor, planned: PlannedTensor) -> Iterator[tuple[int
     turn = sum(coordinate[dim] * prod(where.mesh.size(d) for d in inner if d > dim) for dim in inner)
     held = where.runs(tensor.shape)[0]
     for number, (first, block) in enumerate(_blocks(local)):
-        whole = gather(block.contiguous(), along, (len(block), *tensor.shape[1:]), BLOCK_BYTES)
+        whole = gather(block, along, (len(block), *tensor.shape[1:]), BLOCK_BYTES)
         if number % sharers != turn:
             continue
         converted, done = _converted(whole, planned), 0

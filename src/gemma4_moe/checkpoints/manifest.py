@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -203,8 +204,10 @@ def _digests(hashes: Mapping[Chunk, str], name: str, size: int) -> list[str]:
 
 def _overflowed(plan: Plan, overflows: Overflows) -> dict[str, int]:
     """Return how many finite values of each target tensor have become infinite, in the order of the plan."""
-    counts = {name: sum(chunk.get(name, 0) for chunk in overflows.values()) for name in plan.tensors}
-    return {name: count for name, count in counts.items() if count}
+    counts: Counter[str] = Counter()
+    for chunk in overflows.values():
+        counts.update(chunk)
+    return {name: counts[name] for name in plan.tensors if counts[name]}
 
 
 def _number(value: float) -> float | str:

@@ -106,6 +106,7 @@ def _tile(shape: _Four, out_stride: _Four, in_bytes: int, out_bytes: int) -> tup
     return _TILES[in_bytes, out_bytes]
 
 
+# triton.cdiv and triton.next_power_of_2 serve kernels, too, and take the host several us a call: a launch makes four.
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -122,7 +122,7 @@ def items_of(
         parsed = inventory.add(native, source.shape)
         own = dtypes.named(source.dtype)
         _check_expert_dtype(parsed, native, own)
-        into = dtype if dtype is not None and own.float_format is not None else own
+        into = dtypes.cast_to(own, dtype)
         operation = Operation.KEEP if parsed is None else parsed.rule.operation
         name = native if parsed is None else parsed.hf
         item = Item(name, converted_shape(operation, source.shape), into, native, operation, mapping=mapping)
