@@ -70,8 +70,8 @@ def test_free_space_is_that_of_the_disk_and_a_shortfall_is_told(
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     preview = plan(source)
-    assert preview.free_bytes == 1000
-    assert preview.missing_bytes == preview.plan.target_bytes - 1000
+    assert preview.space.free_bytes == 1000
+    assert preview.space.missing_bytes == preview.plan.target_bytes - 1000
 
 
 def test_a_budget_below_one_expert_is_refused_with_what_it_takes(tmp_path: Path) -> None:

@@ -126,11 +126,9 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
     from gemma4_moe.checkpoints.target import check_target
     from gemma4_moe.coordination import under_torchrun
     from gemma4_moe.progress import Talk, saying_what_stays
-    from gemma4_moe.sources import locate
 
     if dry_run:
-        place = Path(source) if options["stream"] else locate(source, options["revision"])
-        check_target(target, place, overwrite=options["overwrite"])
+        check_target(target, Path(source), overwrite=options["overwrite"])
         _preview(output, source, target, {name: options[name] for name in _PLANNED})
         return
     with under_torchrun(), saying_what_stays(output.say, target), Talk(output.talk, "converting") as progress:
@@ -212,10 +210,15 @@ def _preview(output: Output, source: str, target: Path | None, options: dict[str
 
     preview = planning.plan(source, target, **options)
     output.give(preview, reporting.preview_json, reporting.print_preview)
-    if preview.missing_bytes:
-        output.say(f"note: {preview.missing_bytes:,} bytes of space are missing for the target")
-        if not options["stream"] and not Path(source).exists():
-            output.say("note: with --stream, convert keeps nothing of SRC on this machine")
+    space = preview.space
+    if space.missing_bytes:
+        cached = ", and for SRC in the Hub's cache" if space.cache_bytes else ""
+        output.say(f"note: {space.missing_bytes:,} bytes of space are missing for the target{cached}")
+    if space.missing_without_cache < space.missing_bytes:
+        rest = (
+            f"{space.missing_without_cache:,} bytes are missing" if space.missing_without_cache else "the target fits"
+        )
+        output.say(f"note: with --stream, convert keeps nothing of SRC on this machine, and {rest}")
 
 
 def _predict(output: Output, source: str, mesh: str, options: dict[str, Any]) -> None:

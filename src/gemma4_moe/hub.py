@@ -1,53 +1,77 @@
-"""A model on the Hugging Face Hub read in place: ranges of its files over HTTP, and nothing kept in the Hub's cache."""
+"""A model on the Hugging Face Hub: read in place over HTTP, with nothing kept, or brought into the Hub's cache."""
 
 from __future__ import annotations
 
-import importlib
+import json
+import re
 import tempfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
+from gemma4_moe.checkpoints.config_file import CONFIG_NAME, LONGEST_CONFIG
 from gemma4_moe.checkpoints.directories import Checkpoint, open_checkpoint
 from gemma4_moe.checkpoints.files import SafetensorsFile
-from gemma4_moe.checkpoints.index import INDEX_NAME
-from gemma4_moe.checkpoints.side_files import LARGEST_SIDE_FILE, is_side_file
-from gemma4_moe.errors import CheckpointFormatError, InputError, StorageError, UsageError
+from gemma4_moe.checkpoints.index import INDEX_NAME, LONGEST_INDEX, is_bare_name
+from gemma4_moe.checkpoints.manifest import LONGEST_MANIFEST, MANIFEST_NAME
+from gemma4_moe.checkpoints.side_files import LARGEST_SIDE_FILE, PATTERNS, is_side_file
+from gemma4_moe.checkpoints.storage import refusals as disk_refusals
+from gemma4_moe.errors import StorageError
+from gemma4_moe.hub_requests import read_range, read_small, refusals, too_large
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gemma4_moe.checkpoints.direct_io import Reader
 
-_PARTIAL_CONTENT = 206
+_WEIGHTS = ".safetensors"
+
+#: What a plan is made from beside the headers, and the most bytes of each that are read.
+_READ = {CONFIG_NAME: LONGEST_CONFIG, INDEX_NAME: LONGEST_INDEX, MANIFEST_NAME: LONGEST_MANIFEST}
+
+#: The first piece of a file of weights that is read, in bytes: enough for most headers, so that each is one request.
+_HEAD = 2**16
+
+#: The longest listing of a model's files that is read, in bytes.
+_LONGEST_LISTING = 64 * 2**20
 
 
 class RemoteFile(SafetensorsFile):
     """A safetensors file on the Hub, at one commit. Its bytes can't change, but the connection can fail."""
 
-    def __init__(self, repository: str, commit: str, name: str, size: int) -> None:
+    def __init__(self, repository: str, commit: str, name: str, size: int | None) -> None:
         """Read the file's header.
 
         Args:
             repository: The model's id.
             commit: The full hash of the commit.
             name: The file's name.
-            size: Its size in bytes, as the Hub lists it.
+            size: Its size in bytes, where the Hub lists it.
 
         Raises:
             InputError: The header breaks a rule of the format.
             StorageError: The Hub can't be reached, or refuses.
         """
-        from huggingface_hub import hf_hub_url
-
-        self.path = Path(f"{repository}@{commit[:12]}") / name
-        self._url = hf_hub_url(repository, name, revision=commit)
+        self.path = Path(_place(repository, commit)) / name
+        self._repository, self._commit = repository, commit
+        self._url = _file_url(repository, commit, name)
         self._descriptor = -1
+        if size is None:
+            size = read_range(self._url, 0, memoryview(bytearray(1)), file=self.path)
+        self._head = bytearray(min(size, _HEAD))
+        self.read_into(0, memoryview(self._head))
         self._read_header(size, 0, 0)
+        self._head = bytearray()
 
     def reader(self, *, buffered: bool = False) -> Reader:  # noqa: ARG002 - there is no page cache between
         """Return what reads ranges of the file."""
+        return _RemoteReader(self)
+
+    def quickest_reader(self) -> Reader:
+        """Return what reads ranges of the file: there is one way."""
         return _RemoteReader(self)
 
     def read_into(self, offset: int, destination: memoryview) -> None:
@@ -56,23 +80,22 @@ class RemoteFile(SafetensorsFile):
         Raises:
             StorageError: The Hub can't be reached, refuses, or answers with something else.
         """
-        if not destination.nbytes:
-            return
-        last = offset + destination.nbytes - 1
-        response = _get(self._url, self.path, {"Range": f"bytes={offset}-{last}"})
-        content: bytes = response.content
-        if response.status_code != _PARTIAL_CONTENT or len(content) != destination.nbytes:
-            raise StorageError(
-                "the Hub did not answer with the range that was asked for",
-                file=self.path,
-                expected=f"status {_PARTIAL_CONTENT} and {destination.nbytes} bytes from byte {offset} on",
-                found=f"status {response.status_code} and {len(content)} bytes",
-                hint="try again; --resume goes on where this run has ended",
-            )
-        destination.cast("B")[:] = content
+        if destination.nbytes:
+            read_range(self._url, offset, destination, file=self.path)
 
     def check_unchanged(self) -> None:
         """Return: what a commit names never changes."""
+
+    def is_cached(self) -> bool:
+        """Say whether the whole file is in the Hub's cache on this machine."""
+        from huggingface_hub import try_to_load_from_cache
+
+        return isinstance(try_to_load_from_cache(self._repository, self.path.name, revision=self._commit), str)
+
+    def _read(self, count: int) -> bytes:
+        more = bytearray(max(0, count - len(self._head)))
+        self.read_into(len(self._head), memoryview(more))
+        return bytes(self._head[:count] + more)
 
 
 class _RemoteReader:
@@ -87,89 +110,145 @@ class _RemoteReader:
         """There is nothing to give back: connections belong to the Hub's client."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """What the Hub says of a model.
+
+    Attributes:
+        commit: The full hash of the commit that the revision names.
+        sizes: The size in bytes of each file of the model's own directory, or None where the Hub doesn't say.
+        directories: The names of the directories in it.
+    """
+
+    commit: str
+    sizes: dict[str, int | None]
+    directories: set[str]
+
+
 @contextmanager
-def open_on_hub(repository: str, revision: str | None = None) -> Iterator[tuple[Checkpoint, str]]:
+def open_on_hub(
+    repository: str, revision: str | None = None, *, headers_only: bool = False
+) -> Iterator[tuple[Checkpoint, str]]:
     """Open a model on the Hub as a checkpoint whose weights stay there, and give it with its commit.
 
-    Only what stands beside the weights is fetched, into a temporary directory.
+    Only what stands beside the weights is fetched, into a temporary directory. Files that are not taken along are empty
+    there: their names alone tell what else the model has.
 
     Args:
         repository: The model's id.
         revision: Branch, tag or commit.
+        headers_only: Leave side files empty too, but for those that a plan is made from.
 
     Raises:
         InputError: There is no such model; or what `open_checkpoint` raises.
         UsageError: huggingface_hub is not installed.
         StorageError: The Hub can't be reached, or refuses.
     """
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise UsageError("a model on the Hub needs huggingface_hub", hint="pip install 'gemma4-moe[hub]'") from error
-    with _refusals(repository):
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-    sizes = {file.rfilename: file.size for file in info.siblings or [] if "/" not in file.rfilename}
-    commit = str(info.sha)
-    with tempfile.TemporaryDirectory(prefix="gemma4-moe-") as name:
-        directory = Path(name)
-        for file, size in sizes.items():
-            if is_side_file(file) or file == INDEX_NAME:
-                _fetch(repository, commit, file, size, directory)
-        weights = {
-            file: partial(RemoteFile, repository, commit, file, size or 0)
-            for file, size in sizes.items()
-            if file.endswith(".safetensors")
-        }
+    listing = _list(repository, revision)
+    commit = listing.commit
+    with tempfile.TemporaryDirectory(prefix="gemma4-moe-") as temporary:
+        directory = Path(temporary) / _place(repository, commit)  # so that errors name the model
+        with disk_refusals("write", directory):
+            directory.mkdir(parents=True)
+            for name in listing.directories:
+                (directory / name).mkdir()
+        weights = {}
+        for name, size in listing.sizes.items():
+            if name.endswith(_WEIGHTS):
+                weights[name] = partial(RemoteFile, repository, commit, name, size)
+            else:
+                content = _beside(repository, commit, name, size, headers_only=headers_only)
+                with disk_refusals("write", directory / name):
+                    (directory / name).write_bytes(content)
         with open_checkpoint(directory, weights) as checkpoint:
             yield checkpoint, commit
 
 
-def _fetch(repository: str, commit: str, name: str, size: int | None, directory: Path) -> None:
-    """Fetch a small file whole."""
-    from huggingface_hub import hf_hub_url
-
-    if size is None or size > LARGEST_SIDE_FILE:
-        raise CheckpointFormatError(
-            "a side file that is far larger than such a file can be",
-            file=f"{repository}/{name}",
-            expected=f"at most {LARGEST_SIDE_FILE} bytes",
-            found=f"{size} bytes",
-        )
-    content = _get(hf_hub_url(repository, name, revision=commit), name, {}).content
-    (directory / name).write_bytes(content)
-
-
-def _get(url: str, file: object, headers: dict[str, str]) -> Any:
-    """Make one request, again and again for a while where the Hub is busy or the connection fails."""
-    from huggingface_hub import utils
-
-    client: Any = utils
-    with _refusals(file):
-        response = client.http_backoff("GET", url, headers=client.build_hf_headers() | headers, follow_redirects=True)
-        client.hf_raise_for_status(response)
-    return response
-
-
-@contextmanager
-def _refusals(file: object) -> Iterator[None]:
-    """Turn what the Hub's client raises into this package's errors."""
-    import huggingface_hub
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    # The client's HTTP library has changed its name before; the client itself knows which one it is.
-    session = huggingface_hub.get_session()
-    http = importlib.import_module(type(session).__module__.partition(".")[0])
+def _list(repository: str, revision: str | None) -> _Listing:
+    """Ask the Hub what a revision of a model has."""
+    with refusals(repository):
+        from huggingface_hub import constants
+    url = f"{constants.ENDPOINT}/api/models/{repository}/revision/{quote(revision or 'main', safe='')}?blobs=true"
+    raw = read_small(url, _LONGEST_LISTING, file=repository, patient=False)
     try:
-        yield
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise InputError(
-            "no such model or revision on the Hub that this token may read",
-            file=file,
-            hint="check the name; a gated model needs `hf auth login`",
-        ) from error
-    except (http.HTTPError, OSError) as error:
+        answer: Any = json.loads(raw)
+        commit, files = answer["sha"], {file["rfilename"]: file.get("size") for file in answer["siblings"]}
+        known = re.fullmatch("[0-9a-f]{40}", commit) and all(
+            size is None or (type(size) is int and size >= 0) for size in files.values()
+        )
+        directories = {name.partition("/")[0] for name in files if "/" in name}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        known = None
+    if not known:
         raise StorageError(
-            f"the Hub can't be read: {str(error).splitlines()[0]}",
-            file=file,
-            hint="check the connection, and try again",
-        ) from error
+            "the Hub did not answer with a model's files",
+            file=repository,
+            expected="the commit, and name and size of each file",
+            found=repr(raw[:100]),
+            hint="check what HF_ENDPOINT names",
+        )
+    sizes = {name: size for name, size in files.items() if is_bare_name(name)}
+    return _Listing(commit, sizes, {name for name in directories if is_bare_name(name)})
+
+
+def _beside(repository: str, commit: str, name: str, size: int | None, *, headers_only: bool) -> bytes:
+    """Fetch a file beside the weights, if it is of use; else return nothing."""
+    most = _READ.get(name)
+    if most is None and not is_side_file(name):
+        return b""
+    place, largest = f"{_place(repository, commit)}/{name}", most or LARGEST_SIDE_FILE
+    if size is not None and size > largest:
+        raise too_large(place, largest, f"{size} bytes")
+    if most is None and headers_only:
+        return b""
+    return read_small(_file_url(repository, commit, name), largest, file=place)
+
+
+def _place(repository: str, commit: str) -> str:
+    """Return what a model at a commit is called."""
+    return f"{repository}@{commit[:12]}"
+
+
+def _file_url(repository: str, commit: str, name: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repository}/resolve/{commit}/{quote(name)}"
+
+
+def fetch(repository: str, revision: str | None = None, *, cached_only: bool = False) -> Path:
+    """Bring a model into the Hub's cache, and return its directory there.
+
+    Args:
+        repository: The model's id.
+        revision: Branch, tag or commit.
+        cached_only: Ask for nothing over the network.
+
+    Raises:
+        InputError: There is no such model or revision, or not for this token.
+        UsageError: huggingface_hub is not installed.
+        StorageError: The Hub can't be reached, or the disk is full.
+    """
+    with refusals(repository):
+        from huggingface_hub import snapshot_download
+
+        place = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=[f"*{_WEIGHTS}", *_READ, *PATTERNS],
+            ignore_patterns=["*/*"],  # a checkpoint has no subdirectories, and a pattern's * would match a slash
+            local_files_only=cached_only,
+        )
+    return Path(place)
+
+
+def bytes_to_fetch(checkpoint: Checkpoint) -> int:
+    """Return how many bytes of weights `fetch` would bring into the Hub's cache, for a model opened on the Hub."""
+    remote = [file for file in checkpoint.files.values() if isinstance(file, RemoteFile)]
+    return sum(file.size for file in remote if not file.is_cached())
+
+
+def cache_directory() -> Path:
+    """Return the directory of the Hub's cache, which need not exist yet."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).absolute()

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma4_moe.checking import config_sizes, wrong_tensors
 from gemma4_moe.checkpoints.config_file import ConfigFile
-from gemma4_moe.checkpoints.directories import Checkpoint, open_checkpoint
 from gemma4_moe.errors import ConfigError, InputError, UnsupportedCheckpointError
 from gemma4_moe.folding import Fold, fold
 from gemma4_moe.layouts import Layout, Operation, lookup
 from gemma4_moe.planning import natural_key
 from gemma4_moe.recognising import recognise
-from gemma4_moe.sources import locate
+from gemma4_moe.sources import open_headers
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from gemma4_moe.checkpoints.directories import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Inspection:
     """What `inspect` found.
 
     Attributes:
-        source: The directory.
+        source: The directory, or the Hub id.
         layout: Its layout, or None where it is neither or can't be told.
         spelling: "current", "legacy", both, the name of a foreign form, or "none".
         model_type: config.json's model_type, or None.
@@ -53,7 +54,7 @@ class Inspection:
 
 
 def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
-    """Say what the checkpoint `source` is. Reads headers, index and config.json alone.
+    """Say what the checkpoint `source` is. Reads headers, index and config.json alone, on the Hub too.
 
     Args:
         source: A directory, or a Hub id.
@@ -63,16 +64,15 @@ def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
         InputError: The directory is no checkpoint, or a file in it breaks the rules of its format.
         StorageError: The disk or its permissions refused.
     """
-    path = locate(source, revision)
-    try:
-        checkpoint = open_checkpoint(path)
-    except UnsupportedCheckpointError as error:
-        return Inspection(path, None, error.form or "none", None, {}, 0, 0, 0, (), {}, (error,), ())
-    with checkpoint:
-        return _inspect(checkpoint)
+    with ExitStack() as stack:
+        try:
+            checkpoint = stack.enter_context(open_headers(source, revision))
+        except UnsupportedCheckpointError as error:
+            return Inspection(Path(source), None, error.form or "none", None, {}, 0, 0, 0, (), {}, (error,), ())
+        return _inspect(Path(source), checkpoint)
 
 
-def _inspect(checkpoint: Checkpoint) -> Inspection:
+def _inspect(source: Path, checkpoint: Checkpoint) -> Inspection:
     problems: list[InputError] = []
     config = _config(checkpoint, problems)
     recognition = recognise(checkpoint.tensors, config)
@@ -87,7 +87,7 @@ def _inspect(checkpoint: Checkpoint) -> Inspection:
         groups[group] = groups.get(group, 0) + tensor.nbytes
     layers = {} if config.layers is None else {"L": config.layers}
     return Inspection(
-        source=checkpoint.path,
+        source=source,
         layout=recognition.layout,
         spelling=recognition.spelling,
         model_type=config.model_type,

@@ -7,7 +7,6 @@ for what the bytes or the disk hold.
 from __future__ import annotations
 
 import re
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,13 @@ from gemma4_moe.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.checking import check_tensors
 from gemma4_moe.checkpoints.header_layout import layout_header
 from gemma4_moe.checkpoints.manifest import read_folded
-from gemma4_moe.checkpoints.storage import refusals
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layouts import DOWN, SCALE, Layout, MoEName, Operation
 from gemma4_moe.notes import cast_notes
 from gemma4_moe.quantities import parse_size
 from gemma4_moe.recognising import recognise
-from gemma4_moe.sources import open_source
+from gemma4_moe.sources import is_hub_id, open_headers, require_hub_id
+from gemma4_moe.space import Space, measure_space
 from gemma4_moe.transforms import converted_shape, scales
 
 if TYPE_CHECKING:
@@ -112,12 +111,12 @@ class Preview:
     """What `convert` would do with a source.
 
     Attributes:
-        source: The directory.
+        source: The directory, or the Hub id.
         plan: The plan.
         memory: The buffers that it would use.
         source_tensors: Number of tensors of the source.
         source_bytes: Their size.
-        free_bytes: Free space on the disk that would hold the target.
+        space: The space that it would need, and what there is.
         side_files: Names of the files that would be taken along unchanged.
         left_behind: Names in the source directory that would not.
         notes: What is to be known of the values: casts that round, and tensors that are not cast.
@@ -128,15 +127,10 @@ class Preview:
     memory: Memory
     source_tensors: int
     source_bytes: int
-    free_bytes: int
+    space: Space
     side_files: tuple[str, ...]
     left_behind: tuple[str, ...]
     notes: tuple[str, ...]
-
-    @property
-    def missing_bytes(self) -> int:
-        """How much more space the target's weights need than there is; 0 if they fit."""
-        return max(0, self.plan.target_bytes - self.free_bytes)
 
 
 def plan(
@@ -150,33 +144,35 @@ def plan(
     revision: str | None = None,
     stream: bool = False,
 ) -> Preview:
-    """Say what `convert` would do, from headers alone.
+    """Say what `convert` would do, from headers alone: of a model on the Hub, no weights are fetched.
 
     Args:
         source: A directory, or a Hub id.
-        target: Where it would be written; beside the source by default. Only its disk's free space is looked at.
+        target: Where it would be written; by default beside the source, or for a Hub id in the working directory. Only
+            its disk's free space is looked at.
         to: See `convert`, as for the others.
         dtype: See `convert`.
         max_shard_size: See `convert`.
         max_memory: See `convert`.
         revision: Branch, tag or commit of a Hub id.
-        stream: Read the headers of a model on the Hub there, instead of fetching it into the Hub's cache first.
+        stream: Say what `convert` would do with it: it needs no space for a model in the Hub's cache.
 
     Raises:
         InputError, UsageError, StorageError: What `convert` would raise before it writes.
     """
-    with open_source(source, revision, stream=stream) as (checkpoint, _):
+    beside = Path.cwd() if is_hub_id(source) else Path(source).resolve()
+    disk = beside if target is None else Path(target).resolve().parent
+    if stream:
+        require_hub_id(source)
+    with open_headers(source, revision) as checkpoint:
         planned = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size)
-        disk = checkpoint.path.resolve() if target is None else Path(target).resolve().parent
-        with refusals("ask for the free space", disk):
-            free = shutil.disk_usage(disk).free
         return Preview(
-            source=Path(source) if stream else checkpoint.path,
+            source=Path(source),
             plan=planned,
             memory=plan_memory(planned, parse_size(max_memory)),
             source_tensors=len(checkpoint.tensors),
             source_bytes=checkpoint.total_bytes,
-            free_bytes=free,
+            space=measure_space(checkpoint, planned.target_bytes, disk, stream=stream),
             side_files=tuple(file.name for file in checkpoint.side_files),
             left_behind=checkpoint.left_behind,
             notes=cast_notes(planned),

@@ -95,8 +95,9 @@ def preview_json(preview: Preview) -> dict[str, Any]:
         },
         "inexact_casts": {f"{old.name} to {new.name}": count for (old, new), count in plan.inexact.items()},
         "notes": list(preview.notes),
-        "free_bytes": preview.free_bytes,
-        "missing_bytes": preview.missing_bytes,
+        "free_bytes": preview.space.free_bytes,
+        "cache_bytes": preview.space.cache_bytes,
+        "missing_bytes": preview.space.missing_bytes,
         "peak_memory_bytes": preview.memory.peak_bytes,
         "left_behind": list(preview.left_behind),
     }
@@ -105,9 +106,11 @@ def preview_json(preview: Preview) -> dict[str, Any]:
 def print_preview(console: Console, preview: Preview) -> None:
     """Print what `convert` would do."""
     plan = preview.plan
-    space = f"{format_size(preview.free_bytes)} free"
-    if preview.missing_bytes:
-        space += f": {format_size(preview.missing_bytes)} short"
+    space = f"{format_size(preview.space.free_bytes)} free"
+    if preview.space.cache_bytes:
+        space += f", {format_size(preview.space.cache_bytes)} go into the Hub's cache"
+    if preview.space.missing_bytes:
+        space += f": {format_size(preview.space.missing_bytes)} short"
     _print_facts(
         console,
         ("source", f"{preview.source}: {plan.source_layout} ({plan.spelling})"),

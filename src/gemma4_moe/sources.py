@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 from gemma4_moe.checkpoints.directories import Checkpoint, open_checkpoint
-from gemma4_moe.checkpoints.side_files import PATTERNS
 from gemma4_moe.errors import InputError, StorageError, UsageError
-from gemma4_moe.hub import open_on_hub
+from gemma4_moe.hub import fetch, open_on_hub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_PART = r"[A-Za-z0-9]([\w.-]{0,94}\w)?"
+_HUB_ID = re.compile(rf"(?!.*(--|\.\.|\.git$)){_PART}/{_PART}", re.ASCII)
 
 
 @contextmanager
@@ -33,19 +33,55 @@ def open_source(
         UsageError: `stream` for a directory; or what `locate` raises.
         InputError, StorageError: What `locate`, `open_checkpoint` or `open_on_hub` raises.
     """
-    if not stream:
+    if stream:
+        with open_on_hub(require_hub_id(source), revision) as (checkpoint, commit):
+            yield checkpoint, commit
+    else:
         with open_checkpoint(locate(source, revision)) as checkpoint:
             yield checkpoint, None
-    elif not is_hub_id(source):
-        raise UsageError("only a model on the Hub can be streamed", file=source, hint="leave --stream out")
-    else:
-        with open_on_hub(source, revision) as (checkpoint, commit):
-            yield checkpoint, commit
+
+
+@contextmanager
+def open_headers(source: str | Path, revision: str | None = None) -> Iterator[Checkpoint]:
+    """Open a source for its headers alone. Of a model on the Hub, little more is fetched, and nothing is kept.
+
+    Where the Hub can't be asked, or refuses, a model that is in its cache is read there, as `locate` would find it.
+
+    Args:
+        source: A path, or a Hub id. A directory of that name comes first.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        UsageError, InputError, StorageError: What `locate`, `open_checkpoint` or `open_on_hub` raises.
+    """
+    with ExitStack() as stack:
+        if is_hub_id(source):
+            try:
+                checkpoint, _ = stack.enter_context(open_on_hub(source, revision, headers_only=True))
+            except (InputError, StorageError):
+                cached = _cached(source, revision)
+                if cached is None:
+                    raise
+                checkpoint = stack.enter_context(open_checkpoint(cached))
+        else:
+            checkpoint = stack.enter_context(open_checkpoint(locate(source, revision)))
+        yield checkpoint
 
 
 def is_hub_id(source: str | Path) -> TypeGuard[str]:
     """Say whether a source is the id of a model on the Hub, and no path of this machine."""
     return isinstance(source, str) and _HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+
+
+def require_hub_id(source: str | Path) -> str:
+    """Return a source that is a Hub id.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not is_hub_id(source):
+        raise UsageError("only a model on the Hub can be streamed", file=source, hint="leave --stream out")
+    return source
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
@@ -60,34 +96,17 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         UsageError: A revision of a directory; or huggingface_hub is not installed.
         StorageError: The Hub can't be reached, or the disk is full.
     """
+    if is_hub_id(source):
+        return fetch(source, revision)
     path = Path(source)
-    if not is_hub_id(source):
-        if revision is not None:
-            raise UsageError("a directory has no revision", file=path, found=revision, hint="leave --revision out")
-        return path
+    if revision is not None:
+        raise UsageError("a directory has no revision", file=path, found=revision, hint="leave --revision out")
+    return path
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """Return the directory of a model in the Hub's cache, if it is there."""
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-    except ImportError as error:
-        raise UsageError(
-            "no such directory, and a model on the Hub needs huggingface_hub",
-            file=source,
-            hint="check the path, or: pip install 'gemma4-moe[hub]'",
-        ) from error
-    patterns = ["*.safetensors", "*.safetensors.index.json", *PATTERNS]
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            "no such directory, and no such model on the Hub that this token may read",
-            file=source,
-            hint="check the name; a gated model needs `hf auth login`",
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise StorageError(
-            "no such directory, and the Hub can't be reached",
-            file=source,
-            hint="check the path or the connection; with HF_HUB_OFFLINE, the model must be in the cache",
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise StorageError(f"the model can't be brought from the Hub: {error}", file=source) from error
+        return fetch(repository, revision, cached_only=True)
+    except StorageError:
+        return None

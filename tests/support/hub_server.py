@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,88 +26,195 @@ class Hub:
     Attributes:
         repository: Its id.
         directory: Its files.
-        requests: Each request for a file: its name and its Range header.
-        busy: How many requests are answered with 503 first.
+        requests: Each request for the bytes of a file: its name and its Range header.
+        listings: How many requests were not for a file.
+        served: How many bytes of each file were sent.
+        tokens: Each Authorization header that came, by "hub" and "cdn".
+        revisions: What names the commit.
+        answers: Status and headers with which the next requests to the Hub are refused.
+        last: How many requests for files are answered before the server gives up.
+        gated: The model may be listed, but its files are refused.
+        sizes: Whether the listing has the files' sizes.
         cut: Answers to ranges lose their last byte.
-        redirect: Files are redirected once, as to a CDN.
+        broken: How many answers break off in the middle first.
+        stalled: How many requests get no answer for a while first.
+        whole: Ranges are ignored.
+        shift: By how many bytes the answer to a range begins late.
+        encodes: Files are compressed for whoever takes that, and ranges are of the compressed file.
+        redirect: Files are redirected once, to a CDN on another port.
         url: Where the server is.
+        cdn: Where the CDN is.
     """
 
     repository: str
     directory: Path
     requests: list[tuple[str, str | None]] = field(default_factory=list)
-    busy: int = 0
+    listings: int = 0
+    served: Counter[str] = field(default_factory=Counter)
+    tokens: dict[str, set[str | None]] = field(default_factory=lambda: {"hub": set(), "cdn": set()})
+    revisions: set[str] = field(default_factory=lambda: {"main", COMMIT, "refs/pr/1"})
+    answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    last: int | None = None
+    gated: bool = False
+    sizes: bool = True
     cut: bool = False
+    broken: int = 0
+    stalled: int = 0
+    whole: bool = False
+    shift: int = 0
+    encodes: bool = False
     redirect: bool = True
     url: str = ""
+    cdn: str = ""
+
+    @property
+    def weight_requests(self) -> list[str | None]:
+        """The Range header of each request for weights."""
+        return [asked for name, asked in self.requests if name.endswith(".safetensors")]
+
+    @property
+    def weight_bytes(self) -> int:
+        """How many bytes of weights were sent."""
+        return sum(count for name, count in self.served.items() if name.endswith(".safetensors"))
 
 
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the second packet of an answer waits 40 ms
 
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        if path.startswith(f"/api/models/{self.hub.repository}"):
-            revision = path.removeprefix(f"/api/models/{self.hub.repository}").removeprefix("/revision/")
-            self.model_info(revision)
-        elif path.startswith(f"/{self.hub.repository}/resolve/{COMMIT}/"):
-            name = path.rpartition("/")[2]
-            if self.hub.redirect:
-                self.answer(302, b"", Location=f"/cdn/{name}")
-            else:
-                self.file(name)
-        elif path.startswith("/cdn/"):
-            self.file(path.rpartition("/")[2])
-        else:
-            self.answer(404, b"", **{"X-Error-Code": "RepoNotFound"})
-
-    def model_info(self, revision: str) -> None:
-        if revision not in ("", "main", COMMIT):
-            self.answer(404, b"", **{"X-Error-Code": "RevisionNotFound"})
-            return
-        siblings = [{"rfilename": path.name, "size": path.stat().st_size} for path in self.hub.directory.iterdir()]
-        siblings.append({"rfilename": "onnx/model.safetensors", "size": 3})
-        info = {"id": self.hub.repository, "sha": COMMIT, "siblings": siblings}
-        self.answer(200, json.dumps(info).encode())
+    def answer(self, status: int, body: bytes = b"", length: int | None = None, **headers: str) -> bool:
+        """Answer, and say whether the client took it all."""
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body) if length is None else length), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            try:
+                self.wfile.write(body)
+            except ConnectionError:
+                self.close_connection = True
+                return False
+        return True
 
     def file(self, name: str) -> None:
-        asked = self.headers["Range"]
+        path, asked, encoding = self.hub.directory / name, self.headers["Range"], {}
+        if self.hub.encodes and "gzip" in self.headers["Accept-Encoding"]:
+            path, encoding = path.with_name(f"{name}.gz"), {"Content_Encoding": "gzip"}
+            path.write_bytes(gzip.compress((self.hub.directory / name).read_bytes()))
+        size = path.stat().st_size
+        if self.command == "HEAD":
+            self.answer(200, length=size, ETag=f'"{name}"', X_Repo_Commit=COMMIT)
+            return
         self.hub.requests.append((name, asked))
-        if self.hub.busy:
-            self.hub.busy -= 1
-            self.answer(503, b"")
+        if self.hub.stalled:
+            self.hub.stalled -= 1
+            threading.Event().wait(2)
+            self.close_connection = True
             return
-        content = (self.hub.directory / name).read_bytes()
+        first, last = (0, size - 1) if asked is None else map(int, asked.removeprefix("bytes=").split("-"))
+        if self.hub.whole:
+            first, last, asked = 0, size - 1, None
+        first, last = first + self.hub.shift, min(last + self.hub.shift, size - 1)
+        with path.open("rb") as file:
+            file.seek(first)
+            part = file.read(last + 1 - first)
+        length = len(part)
+        if self.hub.broken:
+            self.hub.broken -= 1
+            part = part[: length // 2]
+            self.close_connection = True
+        elif self.hub.cut and asked is not None:
+            part = part[:-1]
+            length -= 1
         if asked is None:
-            self.answer(200, content)
-            return
-        first, last = map(int, asked.removeprefix("bytes=").split("-"))
-        part = content[first : last + 1]
-        self.answer(206, part[:-1] if self.hub.cut else part)
-
-    def answer(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+            taken = self.answer(200, part, length, **encoding)
+        else:
+            taken = self.answer(206, part, length, Content_Range=f"bytes {first}-{last}/{size}", **encoding)
+        self.hub.served[name] += len(part) * taken
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
+
+
+class _HubHandler(_Handler):
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        api, files = f"/api/models/{self.hub.repository}", f"/{self.hub.repository}/resolve/"
+        if not path.startswith((api, files)):  # also what the client asks besides, of its own accord
+            self.answer(404, X_Error_Code="RepoNotFound")
+            return
+        self.hub.tokens["hub"].add(self.headers["Authorization"])
+        if self.hub.answers:
+            status, headers = self.hub.answers.pop(0)
+            self.answer(status, **headers)
+        elif path.startswith(api):
+            self.hub.listings += 1
+            self.listing(urlsplit(self.path).path.removeprefix(api))
+        else:
+            commit, _, name = path.removeprefix(files).partition("/")
+            self.resolve(commit, name)
+
+    do_HEAD = do_GET  # noqa: N815 - the server's name for it
+
+    def listing(self, rest: str) -> None:
+        quoted = rest.removeprefix("/revision/").removeprefix("/tree/") or "main"
+        revision = "" if "/" in quoted else unquote(quoted)  # its slashes are no slashes of the path
+        if revision not in self.hub.revisions:
+            self.answer(404, X_Error_Code="RevisionNotFound")
+            return
+        sizes = {
+            str(path.relative_to(self.hub.directory)): path.stat().st_size
+            for path in sorted(self.hub.directory.rglob("*"))
+            if path.is_file()
+        }
+        if rest.startswith("/tree/"):
+            tree = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
+            self.answer(200, json.dumps(tree).encode())
+            return
+        siblings = [{"rfilename": name} | ({"size": size} if self.hub.sizes else {}) for name, size in sizes.items()]
+        info = {"id": self.hub.repository, "sha": COMMIT, "siblings": siblings}
+        self.answer(200, json.dumps(info).encode())
+
+    def resolve(self, commit: str, name: str) -> None:
+        if self.hub.last is not None and len(self.hub.requests) >= self.hub.last:
+            self.answer(410)
+        elif self.hub.gated:
+            self.answer(403, X_Error_Code="GatedRepo")
+        elif commit != COMMIT or not (self.hub.directory / name).is_file():
+            self.answer(404, X_Error_Code="EntryNotFound")
+        elif self.hub.redirect:
+            size = str((self.hub.directory / name).stat().st_size)
+            linked = {"X_Linked_Size": size, "X_Linked_ETag": f'"{name}"', "X_Repo_Commit": COMMIT}
+            self.answer(302, Location=f"{self.hub.cdn}/{name}", **linked)
+        else:
+            self.file(name)
+
+
+class _CdnHandler(_Handler):
+    def do_GET(self) -> None:
+        self.hub.tokens["cdn"].add(self.headers["Authorization"])
+        self.file(unquote(urlsplit(self.path).path).lstrip("/"))
+
+    do_HEAD = do_GET  # noqa: N815 - the server's name for it
 
 
 @contextmanager
 def serving(repository: str, directory: Path) -> Iterator[Hub]:
     """Serve one model until the block ends."""
     hub = Hub(repository, directory)
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        hub.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
+    with _running(hub, _HubHandler) as hub.url, _running(hub, _CdnHandler) as hub.cdn:
+        yield hub
+
+
+@contextmanager
+def _running(hub: Hub, handler: type[_Handler]) -> Iterator[str]:
+    own = type("Handler", (handler,), {"hub": hub})
+    with ThreadingHTTPServer(("127.0.0.1", 0), own) as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.02])
         thread.start()
         try:
-            yield hub
+            yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
             thread.join()
