@@ -174,6 +174,53 @@ def test_signals_end_a_conversion_without_a_trace_and_it_can_be_resumed(
     assert ask("clean", tmp_path / "nemo") == {"removed": None, "bytes": 0}
 
 
+PUBLISHING = """
+import os, signal, sys
+from gemma4_moe import cli
+from gemma4_moe.checkpoints import transaction
+whole = transaction.rename_new
+def rename_new(old, new):
+    if os.environ["WHEN"] == "before":
+        os.kill(os.getpid(), signal.SIGTERM)
+    whole(old, new)
+    os.kill(os.getpid(), signal.SIGTERM)
+transaction.rename_new = rename_new
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_sigterm_around_the_rename_leaves_all_or_nothing_and_the_next_command_heals(
+    when: str, source: Path, tmp_path: Path
+) -> None:
+    target, left = tmp_path / "nemo", tmp_path / ".nemo.gemma4-moe"
+    command = [sys.executable, "-c", PUBLISHING, "convert", source, target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"WHEN": when})
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 143, done.stderr
+    assert f"resume with: gemma4-moe convert {source} {target} --resume" in done.stderr
+    assert left.is_dir()
+    if when == "before":
+        assert not target.exists()
+        assert (left / "out/model.safetensors").exists()
+        resumed = run("convert", source, target, "--resume")
+        assert resumed.returncode == 0, resumed.stderr
+    healed = ask("verify", target)
+    assert healed["wrong"] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "nemo"]
+    again = run("convert", source, target, "--resume")
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_resumed_run_that_is_interrupted_again_names_the_same_command(source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, "convert", source, tmp_path / "nemo", "--resume"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"SIGNAL": str(int(signal.SIGINT))}
+    )
+    assert done.returncode == 130
+    assert f"resume with: gemma4-moe convert {source} {tmp_path / 'nemo'} --resume\n" in done.stderr
+
+
 def test_verify_of_a_target_alone_checks_its_manifest(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "nemo"
     run("convert", source, target)

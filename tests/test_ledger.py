@@ -57,6 +57,16 @@ def test_bytes_come_to_the_device_before_their_hash_is_journalled(book: Ledger, 
     assert disk.calls[3:] == [("check",)], "nothing new is nothing to journal"
 
 
+def test_what_overflowed_is_journalled_once_with_its_chunk(book: Ledger, disk: Disk) -> None:
+    book.wrote(disk, 100, {Chunk("f", 0): "t0"}, {Chunk("f", 0): {"t": 3}})  # type: ignore[arg-type]
+    book.wrote(disk, 100, {Chunk("f", 1): "t1"})  # type: ignore[arg-type]
+    records = [call[1] for call in disk.calls if call[0] == "append"]
+    assert records == [
+        {"target": [("f", 0, "t0")], "source": [], "overflows": [("f", 0, {"t": 3})]},
+        {"target": [("f", 1, "t1")], "source": []},
+    ]
+
+
 def test_time_passes_too(book: Ledger, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "FLUSH_SECONDS", 0.0)
     book.wrote(disk, 1, {Chunk("f", 0): "t0"})  # type: ignore[arg-type]

@@ -11,16 +11,15 @@ import pytest
 from gemma4_moe import convert, ledger
 from gemma4_moe.checkpoints import hashing
 from gemma4_moe.checkpoints.directories import open_checkpoint
-from gemma4_moe.checkpoints.unfinished import clean, remains
+from gemma4_moe.checkpoints.unfinished import clean
 from gemma4_moe.errors import CheckpointFormatError, SourceChangedError, UsageError
 from support.checkpoints import contents, write_checkpoint
+from support.interrupted import interrupt, resume
 from support.models import random_hf_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-Resumed = list[tuple[int, int]]
 
 
 @pytest.fixture(autouse=True)
@@ -40,33 +39,21 @@ def whole(source: Path, tmp_path: Path) -> dict[str, str]:
     return contents(tmp_path / "undisturbed")
 
 
-def interrupt(source: Path, target: Path, after: int = 40_000) -> None:
-    def stop(done: int, total: int) -> None:
-        if done > after:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, target, max_shard_size=60_000, max_memory=60_000, progress=stop)
-    assert not target.exists()
-    left = remains(target)
-    assert left is not None
-    assert left.resumable
-    assert left.nbytes > after
-
-
-def resume(source: Path, target: Path, **options: object) -> Resumed:
-    seen: Resumed = []
-    options = {"max_shard_size": 60_000, "resume": True} | options
-    convert(source, target, progress=lambda done, total: seen.append((done, total)), **options)  # type: ignore[arg-type]
-    assert remains(target) is None
-    return seen
-
-
 def test_it_writes_only_what_is_missing(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
     interrupt(source, tmp_path / "nemo")
     total = sum(path.stat().st_size for path in (tmp_path / "undisturbed").glob("*.safetensors"))
     seen = resume(source, tmp_path / "nemo")
     assert seen[-1][0] == seen[-1][1] < total - 24_000
+    assert contents(tmp_path / "nemo") == whole
+
+
+def test_what_was_written_since_the_last_entry_is_not_lost_by_an_interrupt(
+    source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "FLUSH_BYTES", 2**30)
+    interrupt(source, tmp_path / "nemo")
+    seen = resume(source, tmp_path / "nemo")
+    assert seen[-1][1] < sum(path.stat().st_size for path in (tmp_path / "nemo").glob("*.safetensors")) - 24_000
     assert contents(tmp_path / "nemo") == whole
 
 

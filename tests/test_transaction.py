@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gemma4_moe.checkpoints import renaming, transaction
+from gemma4_moe.checkpoints import renaming, transaction, unfinished
+from gemma4_moe.checkpoints.journal import Journal, read_journals
 from gemma4_moe.checkpoints.transaction import Transaction
 from gemma4_moe.checkpoints.unfinished import clean, control_directory, heal, remains
 from gemma4_moe.errors import StorageError, UsageError
+from support.order import Order
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +70,7 @@ def test_an_old_one_is_replaced(target: Path, renames: str) -> None:
     assert entries(target.parent) == ["nemo"]
 
 
-@pytest.mark.parametrize("kind", ["directory", "file", "link"])
+@pytest.mark.parametrize("kind", ["directory", "file", "link", "link to a directory"])
 def test_what_has_come_into_being_meanwhile_is_not_touched(kind: str, target: Path, renames: str) -> None:
     def appear() -> None:
         if kind == "directory":
@@ -76,8 +78,11 @@ def test_what_has_come_into_being_meanwhile_is_not_touched(kind: str, target: Pa
             (target / "mine").write_text("mine")
         elif kind == "file":
             target.write_text("mine")
-        else:
+        elif kind == "link":
             target.symlink_to("nowhere")
+        else:
+            (target.parent / "elsewhere").mkdir()
+            target.symlink_to("elsewhere")
 
     def write_while_it_appears() -> None:
         with Transaction(target) as work:
@@ -87,7 +92,7 @@ def test_what_has_come_into_being_meanwhile_is_not_touched(kind: str, target: Pa
 
     with pytest.raises(UsageError, match="come into being"):
         write_while_it_appears()
-    assert entries(target.parent) == ["nemo"]
+    assert entries(target.parent) == ([] if kind != "link to a directory" else ["elsewhere"]) + ["nemo"]
     assert not (target / "file").exists()
 
 
@@ -98,6 +103,32 @@ def test_without_publish_nothing_stays(target: Path) -> None:
     with pytest.raises(KeyError), Transaction(target) as work:
         raise KeyError
     assert entries(target.parent) == []
+
+
+def test_what_a_killed_run_has_left_without_a_journal_is_not_taken_along(target: Path) -> None:
+    (control_directory(target) / "out").mkdir(parents=True)
+    (control_directory(target) / "out/stale").write_text("x")
+    (control_directory(target) / "old").mkdir()
+    write(target, "new")
+    assert entries(target) == ["file"]
+    assert entries(target.parent) == ["nemo"]
+
+
+def test_a_kill_while_an_unfinished_run_is_removed_leaves_no_journal_of_what_is_gone(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: Path) -> None:
+        raise Killed
+
+    control = control_directory(target)
+    (control / "out").mkdir(parents=True)
+    with Journal(control, 0) as journal:
+        journal.append(target=[("file", 0, "hash")])
+    monkeypatch.setattr(unfinished.shutil, "rmtree", killed)
+    with pytest.raises(Killed):
+        clean(target)
+    assert (control / "out").exists()
+    assert read_journals(control).target == {}
 
 
 def killed_in(monkeypatch: pytest.MonkeyPatch, target: Path, module: object, name: str, when: int) -> None:
@@ -166,6 +197,53 @@ def test_a_torn_note_of_publishing_heals_nothing(target: Path, monkeypatch: pyte
     write(target, "newer", overwrite=True)
     assert (target / "file").read_text() == "newer"
     assert entries(target.parent) == ["nemo"]
+
+
+CONTROL = ".nemo.gemma4-moe"
+BEFORE = [("fsync", CONTROL), ("fsync", ".")]
+READY = [("fsync", f"{CONTROL}/out"), ("fsync", f"{CONTROL}/publishing"), ("fsync", CONTROL)]
+
+
+@pytest.mark.parametrize("there", ["nothing", "empty", "old", "old, in two steps"])
+def test_all_is_on_the_device_before_the_next_step(there: str, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if there == "empty":
+        target.mkdir()
+    elif there != "nothing":
+        write(target, "old")
+    order = Order(target.parent, monkeypatch)
+    if there == "old, in two steps":
+        monkeypatch.setattr(transaction, "exchange", lambda *_: False)
+    write(target, "new", overwrite=True)
+    renames = {
+        "nothing": [("new", f"{CONTROL}/out", "nemo")],
+        "empty": [("rename", f"{CONTROL}/out", "nemo")],
+        "old": [("exchange", f"{CONTROL}/out", "nemo")],
+        "old, in two steps": [("rename", "nemo", f"{CONTROL}/old"), ("new", f"{CONTROL}/out", "nemo")],
+    }[there]
+    published = [*BEFORE, *READY, *renames, ("fsync", ".")]
+    assert order.calls[: len(published)] == published
+    assert order.calls[-1] == ("rmdir", CONTROL)
+    assert all(call[0] == "rmdir" for call in order.calls[len(published) :])
+
+
+def test_healing_brings_the_rename_to_the_device_first(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(target, "old")
+    monkeypatch.setattr(transaction, "exchange", lambda *_: False)
+    killed_in(monkeypatch, target, transaction, "rename_new", 1)
+    order = Order(target.parent, monkeypatch)
+    heal(target)
+    assert order.calls[:2] == [("new", f"{CONTROL}/out", "nemo"), ("fsync", ".")]
+    assert order.calls[-1] == ("rmdir", CONTROL)
+
+
+def test_a_target_that_is_not_the_one_of_the_note_is_not_taken_for_published(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(target, "old")
+    killed_in(monkeypatch, target, transaction, "_replace", 1)
+    heal(target)
+    assert (control_directory(target) / "out/file").read_text() == "new", "what may still be gone on with"
+    assert (target / "file").read_text() == "old"
 
 
 def test_another_process_at_work_is_left_alone(target: Path) -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from gemma4_moe import convert, ledger, unfolding, verify
 from gemma4_moe.checkpoints import hashing
-from gemma4_moe.errors import CheckpointFormatError, SourceChangedError, UsageError
+from gemma4_moe.checkpoints.direct_io import PageReader
+from gemma4_moe.errors import CheckpointFormatError, UsageError
 from support import rounding
 from support.checkpoints import contents, write_checkpoint
 from support.formulas import assert_same_tensors, hf_from_nemo
@@ -237,11 +238,11 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "FLUSH_BYTES", 4096)
 
 
-def convert_a_third(source: Path, target: Path, budget: int) -> None:
-    """Interrupt a conversion after a third of its bytes."""
+def convert_in_part(source: Path, target: Path, budget: int, share: float = 0.3) -> None:
+    """Interrupt a conversion after a share of its bytes."""
 
     def stop(done: int, total: int) -> None:
-        if done > total // 3:
+        if done > total * share:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -249,8 +250,9 @@ def convert_a_third(source: Path, target: Path, budget: int) -> None:
 
 
 @pytest.mark.parametrize("budget", [24_576, 60_000])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.85])
 def test_blocks_and_resuming_do_not_show_in_the_bytes(
-    budget: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    share: float, budget: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(native: State) -> None:
         native[DOWNS][::2] *= 1.0009765625
@@ -259,9 +261,15 @@ def test_blocks_and_resuming_do_not_show_in_the_bytes(
     convert(source, tmp_path / "nemo", dtype="float32")
     edit(tmp_path / "nemo", train)
     convert(tmp_path / "nemo", tmp_path / "whole")
-    convert_a_third(tmp_path / "nemo", tmp_path / "back", budget)
+    convert_in_part(tmp_path / "nemo", tmp_path / "back", budget, share)
     seen: list[int] = []
-    convert(tmp_path / "nemo", tmp_path / "back", resume=True, progress=lambda _, total: seen.append(total))
+    convert(
+        tmp_path / "nemo",
+        tmp_path / "back",
+        max_memory=budget,
+        resume=True,
+        progress=lambda _, total: seen.append(total),
+    )
     assert seen[-1] < sum(file.stat().st_size for file in (tmp_path / "whole").glob("*.safetensors"))
     assert contents(tmp_path / "back") == contents(tmp_path / "whole")
 
@@ -271,30 +279,47 @@ def test_a_run_is_not_resumed_with_another_manifest(
 ) -> None:
     small_chunks(monkeypatch)
     convert(source, tmp_path / "nemo", dtype="float32")
-    convert_a_third(tmp_path / "nemo", tmp_path / "back", 60_000)
+    convert_in_part(tmp_path / "nemo", tmp_path / "back", 60_000)
     edit_manifest(tmp_path / "nemo", lambda manifest: manifest["folded_scales"].update({DOWNS: [2.0] * E}))
     with pytest.raises(UsageError, match="another one"):
         convert(tmp_path / "nemo", tmp_path / "back", resume=True)
 
 
-def test_an_expert_that_changes_after_it_was_judged_stops_the_run(
+def test_an_expert_is_looked_at_to_its_last_row(
+    source: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(native: State) -> None:
+        native[DOWNS][3, -1, -1] += 1e-3
+
+    rows = state[DOWN].shape[2]
+    monkeypatch.setattr(unfolding, "_FIRST", 2 * state[DOWN].shape[1])
+    monkeypatch.setattr(unfolding, "_PIECE", 3 * state[DOWN].shape[1])
+    assert (rows - 2) % 3 != 0, "the last piece is a shorter one"
+    convert(source, tmp_path / "nemo", dtype="float32")
+    edit(tmp_path / "nemo", train)
+    native = read_directory(tmp_path / "nemo")
+    convert(tmp_path / "nemo", tmp_path / "back")
+    assert_same_tensors(read_directory(tmp_path / "back"), expected(native, state, torch.bfloat16, torch.float32))
+
+
+def test_each_expert_is_read_once_where_one_run_does_all(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def train(native: State) -> None:
+        native[DOWNS][::2] *= 1.0009765625
+
+    read: dict[tuple[int, int], int] = {}
+    page_read = PageReader.read
+
+    def counting(reader: PageReader, offset: int, size: int, buffer: memoryview) -> memoryview:
+        if reader._file.path == tmp_path / "nemo/model.safetensors":
+            read[offset, size] = read.get((offset, size), 0) + 1
+        return page_read(reader, offset, size, buffer)
+
     convert(source, tmp_path / "nemo", dtype="float32")
-    judge = unfolding.judge_experts
-
-    def then_change(*arguments: Any, **options: Any) -> Any:
-        found = judge(*arguments, **options)
-        file = tmp_path / "nemo/model.safetensors"
-        raw = file.read_bytes()
-        scaled = read_directory(tmp_path / "nemo")[DOWNS].numpy().tobytes()
-        place = raw.index(scaled) + 40
-        with file.open("r+b") as opened:
-            opened.seek(place)
-            opened.write(bytes([raw[place] ^ 1]))
-        return found
-
-    monkeypatch.setattr("gemma4_moe.scales.judge_experts", then_change)
-    with pytest.raises(SourceChangedError, match="after it was looked at"):
-        convert(tmp_path / "nemo", tmp_path / "back")
-    assert not (tmp_path / "back").exists()
+    edit(tmp_path / "nemo", train)
+    monkeypatch.setattr(PageReader, "read", counting)
+    convert(tmp_path / "nemo", tmp_path / "back", read_back=False, max_memory=60_000)
+    assert set(read.values()) == {1}
+    stored = sum(tensor.nbytes for tensor in read_directory(tmp_path / "nemo").values())
+    assert sum(size for _, size in read) == stored

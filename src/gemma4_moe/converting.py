@@ -23,7 +23,7 @@ from gemma4_moe.notes import cast_notes, overflow_notes
 from gemma4_moe.planning import DEFAULT_SHARD_SIZE, Plan, make_plan
 from gemma4_moe.quantities import parse_size
 from gemma4_moe.resuming import is_made_already
-from gemma4_moe.scales import read_scales, unfold_scales, unfolded_experts, unusual_scales
+from gemma4_moe.scales import read_scales, unfolded_experts, unusual_scales, written_scales
 from gemma4_moe.sources import open_source
 from gemma4_moe.writing import write_weights
 
@@ -123,18 +123,15 @@ def convert(
                 options["commit"] = commit
         transaction = None
         with ranks.together("take the target"):
-            if ranks.is_first and not _is_made(target, plan, checkpoint, options, resume, break_lock):
+            if ranks.is_first and not _is_made(target, plan, checkpoint, options, memory, resume, break_lock):
                 check_existing(target, overwrite=overwrite)
                 transaction = stack.enter_context(Transaction(target, resume=resume, break_lock=break_lock))
         (out, *_) = ranks.everyones(None if transaction is None else transaction.out)
-        unfolded: Scales = {}
         if out is not None:
-            unfolded = unfold_scales(plan, ranks, buffered=buffered, threads=workers)
             job = Job(
                 checkpoint=checkpoint,
                 plan=plan,
                 scales=scales,
-                unfolded=unfolded,
                 options=options,
                 target=target,
                 out=out,
@@ -151,20 +148,27 @@ def convert(
                 checkpoint.check_unchanged()
                 if transaction is not None:
                     transaction.publish(overwrite=overwrite)
-        return Conversion(target, plan, memory, _notes(target, plan, scales, unfolded), checkpoint.left_behind)
+        return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.left_behind)
 
 
 def _is_made(
-    target: Path, plan: Plan, checkpoint: Checkpoint, options: Mapping[str, object], resume: bool, break_lock: bool
+    target: Path,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    options: Mapping[str, object],
+    memory: Memory,
+    resume: bool,
+    break_lock: bool,
 ) -> bool:
     """Finish or clear away what an earlier run has left, and say whether it has left nothing to do."""
     heal(target)
-    if not resume or not is_made_already(target, plan, checkpoint, options):
+    if not resume or not is_made_already(target, plan, checkpoint, options, memory.peak_bytes):
         return False
     clean(target, break_lock=break_lock)
     return True
 
 
-def _notes(target: Path, plan: Plan, scales: Scales, unfolded: Scales) -> tuple[str, ...]:
+def _notes(target: Path, plan: Plan, scales: Scales) -> tuple[str, ...]:
     overflows = overflow_notes(plan, read_manifest(target)["overflowed"])
-    return (*unusual_scales(scales), *unfolded_experts(plan, unfolded), *cast_notes(plan), *overflows)
+    unfolded = unfolded_experts(plan, written_scales(plan, target))
+    return (*unusual_scales(scales), *unfolded, *cast_notes(plan), *overflows)

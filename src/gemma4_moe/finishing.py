@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_moe import __version__
 from gemma4_moe.checkpoints.beside import copy_side_files, write_index_file
-from gemma4_moe.checkpoints.hashing import Chunk, chunk_bounds, chunk_count
+from gemma4_moe.checkpoints.hashing import Chunk, bytes_hash, chunk_bounds, chunk_count
 from gemma4_moe.checkpoints.journal import read_journals
 from gemma4_moe.checkpoints.manifest import MANIFEST_NAME, build_manifest, encode_manifest, read_manifest
 from gemma4_moe.checkpoints.read_back import Extent, OpenFile, hash_extents, sha256
@@ -33,15 +33,17 @@ def finish(job: Job) -> None:
         own = _missing_source_hashes(job, hashes)
     for part in job.ranks.everyones(own):
         hashes.source.update(part)
+    manifest = b""
     with job.ranks.together("write the manifest"):
         if job.ranks.is_first:
             copy_side_files(job.checkpoint.side_files, job.out)
             write_index_file({file.name: file.entries for file in job.plan.files}, job.out)
-            write_file(job.out / MANIFEST_NAME, encode_manifest(_manifest(job, hashes)))
+            manifest = encode_manifest(_manifest(job, hashes))
+            write_file(job.out / MANIFEST_NAME, manifest)
             sync_directory(job.out)
     if job.read_back:
         with job.ranks.together("read back what was written"):
-            _read_back(job)
+            _read_back(job, manifest)
 
 
 def _missing_source_hashes(job: Job, hashes: Journalled) -> dict[Chunk, str]:
@@ -72,7 +74,7 @@ def _manifest(job: Job, hashes: Journalled) -> dict[str, Any]:
         with ExitStack() as stack:
             written = {name: stack.enter_context(OpenFile(job.out / name)) for name in document["files"]}
             for said, files in ((document["files"], written), (document["source"]["files"], job.checkpoint.files)):
-                for name, digest in sha256(files, buffered=job.buffered).items():
+                for name, digest in sha256(files, job.memory.peak_bytes, buffered=job.buffered).items():
                     said[name]["sha256"] = digest
     return document
 
@@ -90,15 +92,31 @@ def _beside(job: Job) -> dict[str, Any]:
     return said
 
 
-def _read_back(job: Job) -> None:
+def _read_back_manifest(job: Job, written: bytes) -> None:
+    """Compare the manifest, whose bytes no hash stands for."""
+    with OpenFile(job.out / MANIFEST_NAME) as file:
+        found = hash_extents(file.chunks(), job.memory.peak_bytes, buffered=job.buffered)
+    wanted = {chunk: bytes_hash(written[slice(*chunk_bounds(chunk.number, len(written)))]) for chunk in found}
+    if found != wanted:
+        raise _other_bytes(job, MANIFEST_NAME)
+
+
+def _read_back(job: Job, manifest: bytes) -> None:
+    """Compare this rank's part of what is on the device with its hashes, and the manifest with what was written."""
+    if job.ranks.is_first:
+        _read_back_manifest(job, manifest)
     files = read_manifest(job.out)["files"]
     wrong = wrong_files(
         job.out, files, job.memory.peak_bytes, buffered=job.buffered, part=job.ranks.rank, parts=job.ranks.world
     )
     if wrong:
-        raise StorageError(
-            "the disk gives back other bytes than were written",
-            file=job.out,
-            found="; ".join(wrong[:5]),
-            hint="check the disk and the memory; --resume writes again what is wrong",
-        )
+        raise _other_bytes(job, "; ".join(wrong[:5]))
+
+
+def _other_bytes(job: Job, found: str) -> StorageError:
+    return StorageError(
+        "the disk gives back other bytes than were written",
+        file=job.out,
+        found=found,
+        hint="check the disk and the memory; --resume writes again what is wrong",
+    )

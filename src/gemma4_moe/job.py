@@ -23,7 +23,6 @@ class Job:
         checkpoint: The source, open.
         plan: What is made of it.
         scales: The scales that are folded, by the target tensor's name.
-        unfolded: The scales that experts are written with on the way back, by the target tensor's name.
         options: Those options that decide what is made.
         target: The directory that is to appear.
         out: Where its files are written.
@@ -38,7 +37,6 @@ class Job:
     checkpoint: Checkpoint
     plan: Plan
     scales: Scales
-    unfolded: Scales
     options: dict[str, Any]
     target: Path
     out: Path

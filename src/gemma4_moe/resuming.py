@@ -10,6 +10,7 @@ from blake3 import blake3
 
 from gemma4_moe import __version__
 from gemma4_moe.checkpoints import hashing
+from gemma4_moe.checkpoints.hashing import Chunk, chunk_bounds, chunk_count
 from gemma4_moe.checkpoints.manifest import read_manifest
 from gemma4_moe.checkpoints.read_back import Extent, OpenFile, hash_extents
 from gemma4_moe.errors import InputError, ParallelError, UsageError
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gemma4_moe.checkpoints.directories import Checkpoint
-    from gemma4_moe.checkpoints.hashing import Chunk
     from gemma4_moe.checkpoints.journal import Journalled
     from gemma4_moe.job import Job
     from gemma4_moe.planning import Plan
@@ -104,21 +104,58 @@ def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
         yield f"{name.strip()} was {old}, is {new}"
 
 
-def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: Mapping[str, Any]) -> bool:
-    """Say whether `target` is the complete result of the same conversion, by its manifest and its files' sizes."""
+def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: Mapping[str, Any], memory: int) -> bool:
+    """Say whether `target` is the complete result of the same conversion, by its manifest and its files' sizes.
+
+    Another model of the same shapes has the same headers, so the source is hashed, with at most `memory` bytes of
+    buffers; not where a commit says what it is.
+
+    Raises:
+        StorageError: The disk refused.
+        CheckpointFormatError: The source was cut off meanwhile.
+    """
     try:
         manifest = read_manifest(target)
     except InputError:
         return False
     sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
     source = {name: (file.size, file.header.digest) for name, file in checkpoint.files.items()}
-    said = manifest.get("source", {}).get("files", {})
+    said = manifest["source"]["files"]
     return (
         manifest.get("plan") == plan_digest(plan)
         and {key: value for key, value in manifest.get("options", {}).items() if key in options} == options
-        and {name: (file.get("bytes"), file.get("header_sha256")) for name, file in said.items()} == source
+        and {name: _size_and_header(file) for name, file in said.items()} == source
+        and _is_count_of_overflows(manifest.get("overflowed"), plan)
         and all((target / name).is_file() and (target / name).stat().st_size == size for name, size in sizes.items())
+        and ("commit" in options or _source_hashes(checkpoint, memory) == manifest["source"].get("tensors"))
     )
+
+
+def _size_and_header(said: Any) -> tuple[Any, Any]:
+    return (said.get("bytes"), said.get("header_sha256")) if isinstance(said, dict) else (None, None)
+
+
+def _is_count_of_overflows(said: Any, plan: Plan) -> bool:
+    """Say whether that part of a manifest, which is told once more, is what `convert` writes."""
+    return isinstance(said, dict) and all(
+        name in plan.tensors and type(count) is int and count > 0 for name, count in said.items()
+    )
+
+
+def _source_hashes(checkpoint: Checkpoint, memory: int) -> dict[str, Any]:
+    """Return what a manifest says of the source's tensors."""
+    extents = {
+        Chunk(tensor.name, number): Extent(tensor.file, *(tensor.entry.start + position for position in bounds))
+        for tensor in checkpoint.tensors.values()
+        for number in range(chunk_count(tensor.nbytes))
+        for bounds in [chunk_bounds(number, tensor.nbytes)]
+    }
+    said: dict[str, Any] = {
+        tensor.name: {"bytes": tensor.nbytes, "blake3": []} for tensor in checkpoint.tensors.values()
+    }
+    for chunk, digest in hash_extents(extents, memory).items():
+        said[chunk.name]["blake3"].append(digest)
+    return said
 
 
 def true_chunks(known: Journalled, job: Job) -> set[Chunk]:

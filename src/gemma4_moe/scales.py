@@ -1,7 +1,4 @@
-"""The per-expert scales of a plan, known before any block: those that are folded, and those that come back.
-
-What is folded is read from the source, and kept as it is whatever it holds. What comes back is what `unfolding` finds.
-"""
+"""The per-expert scales of a conversion: those that are folded, read before any block, and those that came back."""
 
 from __future__ import annotations
 
@@ -9,20 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma4_moe.checkpoints.files import SafetensorsFile
 from gemma4_moe.layouts import SCALE, Layout, lookup
-from gemma4_moe.unfolding import Candidate, candidates, judge_experts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
-    from gemma4_moe.coordination import Ranks
     from gemma4_moe.planning import Plan
 
     Scales = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
 
 
 def read_scales(plan: Plan) -> Scales:
-    """Return the fp32 scale [E] that is folded into each target tensor, by the target's name."""
+    """Return the fp32 scale [E] that is folded into each target tensor, by the target's name, whatever it holds."""
     scales = {}
     for tensor in plan.tensors.values():
         if tensor.scale is not None:
@@ -32,51 +29,45 @@ def read_scales(plan: Plan) -> Scales:
     return scales
 
 
-def unfold_scales(plan: Plan, ranks: Ranks, *, buffered: bool, threads: int) -> Scales:
-    """Return the fp32 scale [E] that experts are written with on the way back, by the target's names.
+def written_scales(plan: Plan, target: Path) -> Scales:
+    """Return the fp32 scale [E] that experts were written with, from the files of `target`, by the scales' names.
 
-    Each `down_proj` that the source's manifest knows is there, and its `per_expert_scale`: one, or what was folded into
-    the expert where that and the weights give its bits again. Each rank looks at its part, on `threads` threads. All
-    ranks must call.
+    Only those of layers that the source's manifest knows.
 
     Raises:
-        CheckpointFormatError, StorageError: What reading the source raises.
-        ParallelError: Another rank failed.
+        CheckpointFormatError, StorageError: What reading the target raises.
     """
-    experts = _candidates(plan)
-    with ranks.together("look at the experts"):
-        own = judge_experts(experts[ranks.rank :: ranks.world], buffered=buffered, threads=threads)
-    scales: dict[str, np.ndarray[Any, np.dtype[Any]]] = {}
-    for tensor in plan.tensors.values():
-        name = lookup(tensor.name, Layout.HF)
-        if tensor.folded is not None and name is not None:
-            scales[tensor.name] = scales[name.sibling(SCALE).hf] = np.full(tensor.shape[0], 1, np.float32)
-    for rank, same in enumerate(ranks.everyones(own)):
-        for expert, is_same in zip(experts[rank :: ranks.world], same, strict=True):
-            if is_same:
-                scales[expert.name][expert.expert] = expert.scale
+    known = {
+        name.sibling(SCALE).hf
+        for tensor in plan.tensors.values()
+        if tensor.folded is not None and (name := lookup(tensor.name, Layout.HF)) is not None
+    }
+    scales = {}
+    for planned in plan.files:
+        wanted = [entry for entry in planned.entries if entry.name in known]
+        if wanted:
+            with SafetensorsFile(target / planned.name) as file:
+                for entry in wanted:
+                    raw = np.empty(entry.nbytes, np.uint8)
+                    file.read_into(entry.start, raw.data)
+                    scales[entry.name] = raw.view(entry.dtype.numpy()).astype(np.float32)
     return scales
 
 
 def unfolded_experts(plan: Plan, scales: Scales) -> tuple[str, ...]:
-    """Say how many experts were written with a scale that is not one; nothing where no manifest names one."""
-    count = len(_candidates(plan))
-    if not count or not scales:
+    """Say how many experts were written with a scale that is not one; nothing where no manifest names one.
+
+    Args:
+        plan: What was done.
+        scales: What `written_scales` returned.
+    """
+    folded = [tensor.folded for tensor in plan.tensors.values() if tensor.folded is not None]
+    count = sum(scale != 1 for said in folded for scale in said.scale)
+    if not count:
         return ()
-    written = sum(
-        int(np.count_nonzero(scales[tensor.name] != 1)) for tensor in plan.tensors.values() if tensor.folded is not None
-    )
+    written = sum(int(np.count_nonzero(scale != 1)) for scale in scales.values())
     said = f"{written} of {count} experts with a scale in the source's manifest got it back, as both fold to their bits"
     return (said if written == count else f"{said}; the others have their own bits, and the scale one",)
-
-
-def _candidates(plan: Plan) -> list[Candidate]:
-    return [
-        expert
-        for tensor in plan.tensors.values()
-        if tensor.folded is not None and tensor.source is not None
-        for expert in candidates(tensor.name, tensor.source, tensor.folded, tensor.dtype)
-    ]
 
 
 def unusual_scales(scales: Scales) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ from gemma4_moe.checkpoints.hashing import Chunk, ChunkHasher
 from gemma4_moe.layouts import Operation
 from gemma4_moe.overflows import can_overflow, overflows_by_chunk
 from gemma4_moe.transforms import transposes
-from gemma4_moe.unfolding import unfold_experts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from gemma4_moe.job import Job
     from gemma4_moe.ledger import Ledger
     from gemma4_moe.planning import PlannedTensor
+    from gemma4_moe.unfolding import Unfolding
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -32,7 +32,12 @@ class ConversionSteps:
     """Reads, converts, hashes and writes the blocks of one job."""
 
     def __init__(
-        self, job: Job, readers: Mapping[str, Reader], writers: Mapping[str, PageWriter], ledger: Ledger
+        self,
+        job: Job,
+        readers: Mapping[str, Reader],
+        writers: Mapping[str, PageWriter],
+        ledger: Ledger,
+        unfolding: Unfolding,
     ) -> None:
         """Take what the steps work with.
 
@@ -41,9 +46,10 @@ class ConversionSteps:
             readers: The source's files by name.
             writers: The target's files by name.
             ledger: Told of what was read and written.
+            unfolding: The experts whose scales come back.
         """
         self._scales = job.scales
-        self._unfolded = job.unfolded
+        self._unfolding = unfolding
         self._readers = readers
         self._writers = writers
         self._ledger = ledger
@@ -58,10 +64,10 @@ class ConversionSteps:
         self._counts: dict[Chunk, Counter[str]] = {}  # of each chunk that is not complete, by tensors
 
     def read(self, block: Block, buffer: memoryview) -> memoryview:
-        """Read the block's source bytes, with the pages around them."""
+        """Read the block's source bytes, with the pages around them. Scales have none: they get the buffer itself."""
         source = block.tensor.source
         if source is None:
-            return buffer[:0]
+            return buffer
         offset, size = block.source_span
         return self._readers[source.file.path.name].read(source.entry.start + offset, size, buffer)
 
@@ -82,7 +88,8 @@ class ConversionSteps:
         rows = block.last - block.first
         result = _array(into, tensor.dtype, (rows, *tensor.shape[1:]) if transposes(tensor.operation) else (rows,))
         if tensor.source is None:
-            result[...] = self._unfolded[tensor.name][part] if tensor.name in self._unfolded else 1
+            scales = self._unfolding.scales(tensor.name, source)
+            result[...] = 1 if scales is None else scales[part]
             return Counter()
         if tensor.operation is Operation.KEEP:
             given = _array(source, tensor.source.dtype, (rows,))
@@ -96,8 +103,8 @@ class ConversionSteps:
         return overflows_by_chunk(given, result, *block.written_range, block.target_span[0])
 
     def _convert_experts(self, tensor: PlannedTensor, part: slice, experts: Array, result: Array) -> None:
-        if tensor.folded is not None and np.any(self._unfolded[tensor.name][part] != 1):
-            unfold_experts(experts, self._unfolded[tensor.name][part], tensor.folded.dtype, result, self._workers)
+        if tensor.folded is not None:
+            self._unfolding.convert(tensor.name, part.start, experts, result)
             return
         scale = self._scales.get(tensor.name)
         factors = None if scale is None else scale[part]

@@ -17,6 +17,7 @@ from gemma4_moe.pipeline import run
 from gemma4_moe.resuming import check_same_run, check_same_source, opening_record, true_chunks
 from gemma4_moe.shares import header_hashes, share
 from gemma4_moe.steps import ConversionSteps
+from gemma4_moe.unfolding import Unfolding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +73,7 @@ def _write_share(
 
     with ExitStack() as stack:
         readers = {
-            name: stack.enter_context(closing(file.reader(buffered=job.buffered)))
+            name: stack.enter_context(closing(file.reader(buffered=True) if job.buffered else file.quickest_reader()))
             for name, file in job.checkpoint.files.items()
         }
         writers = {
@@ -88,7 +89,10 @@ def _write_share(
             if any(span.file == file.name for span in spans)
         }
         ledger = Ledger(journal, known, check, total, progress)
-        steps = ConversionSteps(job, readers, writers, ledger)
+        unfolding = stack.enter_context(
+            Unfolding(job.plan.tensors.values(), workers=job.workers, buffered=job.buffered)
+        )
+        steps = ConversionSteps(job, readers, writers, ledger, unfolding)
         try:
             for chunk, digest in header_hashes(job.plan, spans).items():
                 ledger.wrote(writers[chunk.name], 0, {chunk: digest})

@@ -76,6 +76,15 @@ def test_a_journal_that_the_disk_refuses_is_a_storage_error(tmp_path: Path, monk
         journal.append(opening=OPENING)
 
 
+def test_a_chunk_that_was_made_once_more_has_the_count_of_its_last_time(tmp_path: Path) -> None:
+    with Journal(tmp_path, 0) as journal:
+        journal.append(target=[("f", 0, "h"), ("f", 1, "i")], overflows=[("f", 0, {"t": 3}), ("f", 1, {"t": 5})])
+        journal.append(target=[("f", 0, "other")])
+        assert read_journals(tmp_path).overflows == {("f", 1): {"t": 5}}
+        journal.append(target=[("f", 0, "h")], overflows=[("f", 0, {"t": 4})])
+    assert read_journals(tmp_path).overflows == {("f", 0): {"t": 4}, ("f", 1): {"t": 5}}
+
+
 def test_two_hashes_of_one_piece_of_the_source_are_told(tmp_path: Path) -> None:
     with Journal(tmp_path, 0) as journal:
         journal.append(source=[("t", 4, "one")])

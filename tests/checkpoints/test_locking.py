@@ -119,6 +119,22 @@ def test_without_locks_in_the_filesystem_the_name_decides(
         Lock(path)
 
 
+def test_a_process_of_another_user_lives_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_permitted(_: int, number: int) -> None:
+        assert number == 0, "nothing is sent"
+        raise PermissionError
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(os, "kill", not_permitted)
+    sign(path, os.uname().nodename)
+    for break_lock in (False, True):
+        with pytest.raises(TargetBusyError):
+            Lock(path, break_lock=break_lock)
+
+
 def test_another_refusal_is_the_disks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

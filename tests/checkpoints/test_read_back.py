@@ -64,7 +64,7 @@ def test_a_failure_of_one_thread_is_raised(file: Path) -> None:
 def test_sha256_of_whole_files(file: Path) -> None:
     (file.parent / "empty").write_bytes(b"")
     with OpenFile(file) as one, OpenFile(file.parent / "empty") as other:
-        found = sha256({"f": one, "empty": other})
+        found = sha256({"f": one, "empty": other}, 2**20)
     assert found == {"f": hashlib.sha256(CONTENT).hexdigest(), "empty": hashlib.sha256(b"").hexdigest()}
 
 

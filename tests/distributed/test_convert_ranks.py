@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gemma4_moe import convert, ledger
+from gemma4_moe import convert, finishing, ledger
 from gemma4_moe.checkpoints import hashing
 from gemma4_moe.checkpoints.unfinished import remains
 from gemma4_moe.errors import ParallelError, StorageError
@@ -64,6 +64,27 @@ def convert_to_fp32(source: Path, target: Path) -> None:
 def convert_to_fp16(source: Path, target: Path) -> None:
     shrink()
     convert(source, target, dtype="float16", **OPTIONS)
+
+
+def find_one_other_byte(source: Path, target: Path) -> None:
+    """In each chunk of a file in turn: they are shared among the ranks, and whoever reads it back tells all."""
+    shrink()
+    copy_side_files = finishing.copy_side_files
+    for chunk in range(6):
+
+        def flip(paths: object, out: Path, position: int = chunk * hashing.CHUNK_BYTES + 4100) -> None:
+            copy_side_files(paths, out)  # type: ignore[arg-type]
+            with (out / "model-00001-of-00002.safetensors").open("r+b") as file:
+                file.seek(position)
+                (byte,) = file.read(1)
+                file.seek(position)
+                file.write(bytes([byte ^ 4]))
+
+        finishing.copy_side_files = flip
+        with pytest.raises((StorageError, ParallelError), match=r"other bytes than were written|could not read back"):
+            convert(source, target, resume=True, **OPTIONS)
+        assert not target.exists()
+        dist.barrier()
 
 
 @pytest.fixture
@@ -119,6 +140,14 @@ def test_ranks_count_together_what_becomes_infinite(tmp_path: Path) -> None:
     ranks.run(3, convert_to_fp16, source, tmp_path / "together")
     assert contents(tmp_path / "together") == contents(tmp_path / "alone")
     assert len(json.loads((tmp_path / "alone/gemma4_moe.json").read_text())["overflowed"]) == 2
+
+
+def test_ranks_read_back_every_chunk_between_them(source: Path, alone: dict[str, str], tmp_path: Path) -> None:
+    (size,) = {path.stat().st_size for path in (tmp_path / "alone").glob("model-00001-of-00002.safetensors")}
+    assert size > 5 * 8192 + 4100
+    ranks.run(2, find_one_other_byte, source, tmp_path / "nemo")
+    ranks.run(2, resume_on_all, source, tmp_path / "nemo")
+    assert contents(tmp_path / "nemo") == alone
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:

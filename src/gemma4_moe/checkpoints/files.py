@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from gemma4_moe.checkpoints.direct_io import PageReader
 from gemma4_moe.checkpoints.header import LENGTH, Header, header_size, parse_header
+from gemma4_moe.checkpoints.quicker import QuickerReader
 from gemma4_moe.checkpoints.storage import open_regular, read_at, refusals
 from gemma4_moe.errors import SourceChangedError
 
@@ -91,6 +92,10 @@ class SafetensorsFile:
     def reader(self, *, buffered: bool = False) -> Reader:
         """Return what reads the file in large pieces, past the page cache unless `buffered`."""
         return PageReader(self, buffered=buffered)
+
+    def quickest_reader(self) -> Reader:
+        """Return what reads the file in large pieces in whichever way is quicker here, and leaves none in the cache."""
+        return QuickerReader(PageReader(self), PageReader(self, buffered=True))
 
     def close(self) -> None:
         """Close the file. Further calls do nothing."""

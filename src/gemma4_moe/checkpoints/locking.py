@@ -100,7 +100,7 @@ class Lock:
         Raises:
             TargetBusyError: Another process has broken it.
         """
-        if not _is_at(self._descriptor, self.path):
+        if self.is_broken():
             raise TargetBusyError(
                 "another process has broken this lock and taken the target",
                 file=self.path,
@@ -109,6 +109,15 @@ class Lock:
             )
         with refusals("sign the lock", self.path):
             os.utime(self._descriptor)
+
+    def is_broken(self) -> bool:
+        """Say whether another process has broken the lock: then what it guards is that process' own.
+
+        Raises:
+            StorageError: The disk or its permissions refused.
+        """
+        with refusals("look at the lock", self.path):
+            return not _is_at(self._descriptor, self.path)
 
     def release(self) -> None:
         """Give the lock back; the name goes with it."""

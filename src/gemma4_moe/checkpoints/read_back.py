@@ -116,8 +116,7 @@ def hash_extents(
         CheckpointFormatError: A file is too short.
         StorageError: The disk refused.
     """
-    threads = max(1, min(_THREADS, memory // (PAGE + SLACK), len(extents)))
-    buffer_bytes = max(PAGE + SLACK, min(_PIECE + SLACK, memory // threads // PAGE * PAGE))
+    threads, buffer_bytes = _buffers(memory, len(extents))
     jobs = iter(extents.items())
     taking = Lock()
     found: dict[Chunk, str] = {}
@@ -148,22 +147,34 @@ def hash_extents(
     return {chunk: found[chunk] for chunk in extents}
 
 
-def sha256(files: Mapping[str, Readable], *, buffered: bool = False) -> dict[str, str]:
+def sha256(files: Mapping[str, Readable], memory: int, *, buffered: bool = False) -> dict[str, str]:
     """Return the SHA-256 of each whole file by its name, in hexadecimal.
+
+    Args:
+        files: What to hash.
+        memory: The most bytes of buffers.
+        buffered: See `hash_extents`.
 
     Raises:
         CheckpointFormatError: A file was cut off meanwhile.
         StorageError: The disk refused.
     """
+    threads, buffer_bytes = _buffers(memory, len(files))
 
     def digest(file: Readable) -> str:
         hasher = hashlib.sha256()
-        for piece in _pieces(Extent(file, 0, file.size), allocate(_PIECE + SLACK), buffered=buffered):
+        for piece in _pieces(Extent(file, 0, file.size), allocate(buffer_bytes), buffered=buffered):
             hasher.update(piece)
         return hasher.hexdigest()
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         return dict(zip(files, pool.map(digest, files.values()), strict=True))
+
+
+def _buffers(memory: int, most: int) -> tuple[int, int]:
+    """Return how many threads to use, `most` at most, and the size of each one's buffer within `memory` bytes."""
+    threads = max(1, min(_THREADS, memory // (PAGE + SLACK), most))
+    return threads, max(PAGE + SLACK, min(_PIECE + SLACK, memory // threads // PAGE * PAGE))
 
 
 def _pieces(extent: Extent, buffer: memoryview, *, buffered: bool) -> Iterator[memoryview]:

@@ -42,7 +42,8 @@ def check_existing(target: Path, *, overwrite: bool) -> None:
     """Check that what is at `target` may be filled or replaced, if there is something.
 
     Raises:
-        UsageError: It is no directory, a link or a mount point; or it is not empty, and may not be replaced.
+        UsageError: It is no directory, a link or a mount point; it holds the working directory; or it is not empty,
+            and may not be replaced.
         StorageError: The disk or its permissions refused.
     """
     with refusals("look at the target", target):
@@ -55,8 +56,13 @@ def check_existing(target: Path, *, overwrite: bool) -> None:
                 found="a link" if target.is_symlink() else "a file",
                 hint="name a directory that does not exist yet",
             )
-        if target.is_mount():
+        here, cwd = target.resolve(), Path.cwd()
+        if here.is_mount():
             raise UsageError("the target is a mount point", file=target, hint="name a directory inside it")
+        if here == cwd or here in cwd.parents:  # whoever works there would see the old directory
+            raise UsageError(
+                "the working directory lies in the target", file=target, hint="change to another directory"
+            )
         if not any(target.iterdir()):
             return
     if not overwrite:
@@ -68,9 +74,6 @@ def check_existing(target: Path, *, overwrite: bool) -> None:
 
 def _check_replaceable(target: Path) -> None:
     """Check that a checkpoint accounts for everything in `target`, so that nothing else is lost with it."""
-    here, cwd = target.resolve(), Path.cwd()
-    if here == cwd or here in cwd.parents:
-        raise UsageError("the working directory lies in the target", file=target, hint="change to another directory")
     try:
         with open_checkpoint(target) as old:
             directories = [f"{entry.name}/" for entry in target.iterdir() if entry.is_dir()]

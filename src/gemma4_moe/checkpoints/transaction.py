@@ -113,7 +113,9 @@ class Transaction:
     def _leave(self, error: BaseException) -> None:
         """Keep what a later run can go on from, or else remove all; `error` stays the one to tell."""
         try:
-            if read_journals(self.control).target:
+            if self._lock.is_broken():
+                self._lock.forget()  # what is there now is another process' work
+            elif read_journals(self.control).target:
                 self._lock.release()
             else:
                 remove(self.control, self._lock)
