@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from support.checkpoints import write_checkpoint
-from support.formulas import nemo_from_hf
+from support.formulas import assert_same_tensors, nemo_from_hf
 from support.models import random_hf_state_dict, read_directory
 
 
@@ -68,6 +68,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(source: Path, tmp_path: Path
         key: planned[key] for key in ("source", "target", "peak_memory_bytes")
     }
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_base_gives_the_published_experts_back(source: Path, tmp_path: Path) -> None:
+    run("convert", source, tmp_path / "nemo")
+    tried = run("convert", tmp_path / "nemo", tmp_path / "back", "--base", tmp_path / "nemo", "--dry-run")
+    assert tried.returncode == 2
+    assert "the base is in the wrong layout" in tried.stderr
+    done = run("convert", tmp_path / "nemo", tmp_path / "back", "--base", source)
+    assert done.returncode == 0, done.stderr
+    assert_same_tensors(read_directory(tmp_path / "back"), read_directory(source))
 
 
 def test_inspect_says_layout_and_problems(source: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gemma4_moe.inspecting import inspect as inspect
     from gemma4_moe.interface import StateDictAdapter as StateDictAdapter
     from gemma4_moe.layouts import Layout as Layout
-    from gemma4_moe.planning import plan as plan
+    from gemma4_moe.previewing import plan as plan
     from gemma4_moe.sharded_loading import load_hf as load_hf
     from gemma4_moe.sharded_saving import save_hf as save_hf
     from gemma4_moe.state_dict_adapter import Gemma4MoEStateDictAdapter as Gemma4MoEStateDictAdapter
@@ -35,7 +35,7 @@ _HOME = {
     "diff": "differing",
     "inspect": "inspecting",
     "load_hf": "sharded_loading",
-    "plan": "planning",
+    "plan": "previewing",
     "save_hf": "sharded_saving",
     "verify": "verifying",
 }

@@ -19,6 +19,7 @@ from gemma4_moe.transforms import transposes
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from gemma4_moe.bases import BaseExperts
     from gemma4_moe.checkpoints.header import TensorEntry
     from gemma4_moe.planning import Plan, PlannedTensor
 
@@ -103,16 +104,18 @@ class Memory:
         block_bytes: The most that a block of several rows holds on either side.
         buffer_bytes: Size of each buffer.
         buffers: How many buffers there are on each side of the kernel.
+        base_bytes: Size of the buffer for an expert of the base; 0 without one.
     """
 
     block_bytes: int
     buffer_bytes: int
     buffers: int
+    base_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """Size of all buffers together."""
-        return 2 * self.buffers * self.buffer_bytes
+        return 2 * self.buffers * self.buffer_bytes + self.base_bytes
 
 
 def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
@@ -122,20 +125,23 @@ def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
         UsageError: One expert, before and after conversion, does not fit into the budget.
     """
     tensors = plan.tensors.values()
+    base_bytes = max((_base_bytes(tensor.base) for tensor in tensors if tensor.base is not None), default=0)
     largest_row = max(_row_bytes(tensor) for tensor in tensors)
-    block_bytes = max(largest_row, min(BLOCK_BYTES, budget // (2 * MOST_BUFFERS) // PAGE * PAGE - SLACK))
+    room = budget - base_bytes
+    block_bytes = max(largest_row, min(BLOCK_BYTES, room // (2 * MOST_BUFFERS) // PAGE * PAGE - SLACK))
     most = max(_rows_in(tensor, block_bytes) * _row_bytes(tensor) for tensor in tensors)
     buffer_bytes = whole_pages(most) + SLACK
-    if 2 * buffer_bytes > budget:
+    if 2 * buffer_bytes > room:
+        least = 2 * buffer_bytes + base_bytes
         widest = max(tensors, key=_row_bytes)
         raise UsageError(
             "the memory budget is smaller than one expert before and after conversion",
             tensor=widest.name,
-            expected=f"at least {2 * buffer_bytes} bytes",
+            expected=f"at least {least} bytes",
             found=f"{budget} bytes",
-            hint=f"allow --max-memory {math.ceil(2 * buffer_bytes / 2**20)}MiB or more",
+            hint=f"allow --max-memory {math.ceil(least / 2**20)}MiB or more",
         )
-    return Memory(block_bytes, buffer_bytes, min(MOST_BUFFERS, budget // (2 * buffer_bytes)))
+    return Memory(block_bytes, buffer_bytes, min(MOST_BUFFERS, room // (2 * buffer_bytes)), base_bytes)
 
 
 def blocks(plan: Plan, block_bytes: int, spans: Sequence[Span]) -> Iterator[Block]:
@@ -165,6 +171,11 @@ def _row_bytes(tensor: PlannedTensor) -> int:
     elements = math.prod(tensor.shape[1:]) if transposes(tensor.operation) else 1
     sides = [tensor.dtype] if tensor.source is None else [tensor.dtype, tensor.source.dtype]
     return max(1, elements * max(dtype.itemsize for dtype in sides))
+
+
+def _base_bytes(base: BaseExperts) -> int:
+    """Size of what an expert of a base is read into, in bytes."""
+    return whole_pages(base.weights.nbytes // base.weights.shape[0]) + SLACK
 
 
 def _rows_in(tensor: PlannedTensor, block_bytes: int) -> int:

@@ -49,12 +49,15 @@ _shard_size = click.option(
 )
 _memory = click.option("--max-memory", type=Size(), default="1GiB", show_default=True, help="Most bytes of buffers.")
 _stream = click.option("--stream", is_flag=True, help="Read SRC on the Hub in place, and keep nothing of it.")
+_base = click.option(
+    "--base", metavar="SRC", help="On the way to hf: the checkpoint that the model was made from, for its own experts."
+)
 _break_lock = click.option(
     "--break-lock", is_flag=True, help="Take DST from a process that can't be shown to live, on another host."
 )
 
 #: Those options of convert that say what is made.
-_PLANNED = ("to", "dtype", "max_shard_size", "max_memory", "revision", "stream")
+_PLANNED = ("to", "dtype", "max_shard_size", "max_memory", "revision", "stream", "base")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -91,6 +94,7 @@ def inspect(output: Output, *, source: str, revision: str | None) -> None:
 @click.option("--mesh", metavar="DIM=RANKS,...", help="Say what each rank of a mesh would hold: ep_shard=2,ep=8.")
 @_revision
 @_stream
+@_base
 @common
 def plan(output: Output, *, source: str, mesh: str | None, **options: Any) -> None:
     """Say what convert would do: files, bytes, space, memory. Reads headers alone."""
@@ -119,6 +123,7 @@ def plan(output: Output, *, source: str, mesh: str | None, **options: Any) -> No
 @click.option("--dry-run", is_flag=True, help="Write nothing; print the plan.")
 @_revision
 @_stream
+@_base
 @common
 def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read_back: bool, **options: Any) -> None:
     """Convert SRC into the new directory DST. Under torchrun, all ranks work on it together."""
@@ -206,9 +211,9 @@ def demo(output: Output, *, directory: Path | None) -> None:
 
 
 def _preview(output: Output, source: str, target: Path | None, options: dict[str, Any]) -> None:
-    from gemma4_moe import planning, reporting
+    from gemma4_moe import previewing, reporting
 
-    preview = planning.plan(source, target, **options)
+    preview = previewing.plan(source, target, **options)
     output.give(preview, reporting.preview_json, reporting.print_preview)
     space = preview.space
     if space.missing_bytes:
@@ -222,10 +227,10 @@ def _preview(output: Output, source: str, target: Path | None, options: dict[str
 
 
 def _predict(output: Output, source: str, mesh: str, options: dict[str, Any]) -> None:
-    from gemma4_moe import planning, predicting, reporting
+    from gemma4_moe import predicting, previewing, reporting
 
     ranks = predicting.parse_mesh(mesh)
-    prediction = predicting.predict(planning.plan(source, **options).plan, ranks)
+    prediction = predicting.predict(previewing.plan(source, **options).plan, ranks)
     output.give(prediction, reporting.prediction_json, reporting.print_prediction)
 
 

@@ -5,7 +5,7 @@ One process does it, or all ranks of torch's default process group together, on 
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,11 @@ from gemma4_moe.planning import DEFAULT_SHARD_SIZE, Plan, make_plan
 from gemma4_moe.quantities import parse_size
 from gemma4_moe.resuming import is_made_already
 from gemma4_moe.scales import read_scales, unfolded_experts, unusual_scales, written_scales
-from gemma4_moe.sources import open_source
+from gemma4_moe.sources import is_hub_id, open_source
 from gemma4_moe.writing import write_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from gemma4_moe.checkpoints.directories import Checkpoint
     from gemma4_moe.layouts import Layout
@@ -73,6 +73,7 @@ def convert(
     break_lock: bool = False,
     revision: str | None = None,
     stream: bool = False,
+    base: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert the checkpoint `source` into the new directory `target`.
@@ -98,6 +99,9 @@ def convert(
         break_lock: Take the target from a process that can't be shown to live.
         revision: Branch, tag or commit of a Hub id.
         stream: Read a model on the Hub in place, and keep nothing of it but the target.
+        base: On the way to hf, the hf checkpoint that the model was made from, a directory or a Hub id: an expert that
+            is still the base's, folded, gets the base's own weights and scale. A complete target is then not known
+            again by `resume`.
         progress: Told how far the writing is.
 
     Raises:
@@ -115,21 +119,28 @@ def convert(
         with ranks.together("plan the conversion"):
             checkpoint, commit = stack.enter_context(open_source(source, revision, stream=stream))
             check_place(target, checkpoint.path)
-            plan = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size)
+            origin, origin_commit = stack.enter_context(_open_base(base, target, stream))
+            plan = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=origin)
             memory = plan_memory(plan, parse_size(max_memory))
             scales = read_scales(plan)
             options: dict[str, Any] = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
             if commit is not None:
                 options["commit"] = commit
+            if origin is not None:
+                options["base"] = {name: file.header.digest for name, file in origin.files.items()}
+            if origin_commit is not None:
+                options["base_commit"] = origin_commit
         transaction = None
         with ranks.together("take the target"):
-            if ranks.is_first and not _is_made(target, plan, checkpoint, options, memory, resume, break_lock):
+            known = resume and origin is None  # no manifest has hashes of a base
+            if ranks.is_first and not _is_made(target, plan, checkpoint, options, memory, known, break_lock):
                 check_existing(target, overwrite=overwrite)
                 transaction = stack.enter_context(Transaction(target, resume=resume, break_lock=break_lock))
         (out, *_) = ranks.everyones(None if transaction is None else transaction.out)
         if out is not None:
             job = Job(
                 checkpoint=checkpoint,
+                base=origin,
                 plan=plan,
                 scales=scales,
                 options=options,
@@ -145,10 +156,21 @@ def convert(
             write_weights(job, None if transaction is None else transaction.confirm, progress)
             finish(job)
             with ranks.together("publish the target"):
-                checkpoint.check_unchanged()
+                job.check_unchanged()
                 if transaction is not None:
                     transaction.publish(overwrite=overwrite)
         return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.left_behind)
+
+
+@contextmanager
+def _open_base(base: str | Path | None, target: Path, stream: bool) -> Iterator[tuple[Checkpoint | None, str | None]]:
+    """Open a base as `open_source` does, if there is one; only a base on the Hub can be streamed."""
+    if base is None:
+        yield None, None
+        return
+    with open_source(base, stream=stream and is_hub_id(base)) as (checkpoint, commit):
+        check_place(target, checkpoint.path)
+        yield checkpoint, commit
 
 
 def _is_made(

@@ -21,7 +21,8 @@ class Job:
 
     Attributes:
         checkpoint: The source, open.
-        plan: What is made of it.
+        base: The base that experts may come back as, open, or None.
+        plan: What is made of them.
         scales: The scales that are folded, by the target tensor's name.
         options: Those options that decide what is made.
         target: The directory that is to appear.
@@ -35,6 +36,7 @@ class Job:
     """
 
     checkpoint: Checkpoint
+    base: Checkpoint | None
     plan: Plan
     scales: Scales
     options: dict[str, Any]
@@ -46,6 +48,12 @@ class Job:
     read_back: bool
     sha256: bool
     ranks: Ranks
+
+    def check_unchanged(self) -> None:
+        """Check that what is read is what was opened, and raise what `Checkpoint.check_unchanged` raises."""
+        for checkpoint in (self.checkpoint, self.base):
+            if checkpoint is not None:
+                checkpoint.check_unchanged()
 
     @property
     def control(self) -> Path:

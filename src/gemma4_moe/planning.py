@@ -8,27 +8,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gemma4_moe import dtypes
-from gemma4_moe.blocks import DEFAULT_MEMORY, Memory, plan_memory
+from gemma4_moe.bases import find_base
 from gemma4_moe.checking import check_tensors
 from gemma4_moe.checkpoints.header_layout import layout_header
 from gemma4_moe.checkpoints.manifest import read_folded
 from gemma4_moe.errors import UsageError
-from gemma4_moe.layouts import DOWN, SCALE, Layout, MoEName, Operation
-from gemma4_moe.notes import cast_notes
+from gemma4_moe.layouts import DOWN, SCALE, Layout, MoEName, Operation, lookup
 from gemma4_moe.quantities import parse_size
 from gemma4_moe.recognising import recognise
-from gemma4_moe.sources import is_hub_id, open_headers, require_hub_id
-from gemma4_moe.space import Space, measure_space
 from gemma4_moe.transforms import converted_shape, scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from gemma4_moe.bases import BaseExperts
     from gemma4_moe.checkpoints.directories import Checkpoint, StoredTensor
     from gemma4_moe.checkpoints.header import TensorEntry
     from gemma4_moe.checkpoints.manifest import Folded
@@ -50,6 +47,7 @@ class PlannedTensor:
         source: The source tensor that it comes from; None for a `per_expert_scale`.
         scale: The source tensor whose values multiply its experts, or None.
         folded: What the source's manifest says was folded into it, or None.
+        base: The base's experts, which its own may still be, or None.
     """
 
     name: str
@@ -59,6 +57,12 @@ class PlannedTensor:
     source: StoredTensor | None
     scale: StoredTensor | None = None
     folded: Folded | None = None
+    base: BaseExperts | None = None
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether its experts may get a scale back: a manifest or a base names one."""
+        return self.folded is not None or self.base is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,92 +110,20 @@ class Plan:
         return sum(file.size for file in self.files)
 
 
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """What `convert` would do with a source.
-
-    Attributes:
-        source: The directory, or the Hub id.
-        plan: The plan.
-        memory: The buffers that it would use.
-        source_tensors: Number of tensors of the source.
-        source_bytes: Their size.
-        space: The space that it would need, and what there is.
-        side_files: Names of the files that would be taken along unchanged.
-        left_behind: Names in the source directory that would not.
-        notes: What is to be known of the values: casts that round, and tensors that are not cast.
-    """
-
-    source: Path
-    plan: Plan
-    memory: Memory
-    source_tensors: int
-    source_bytes: int
-    space: Space
-    side_files: tuple[str, ...]
-    left_behind: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
-def plan(
-    source: str | Path,
-    target: str | Path | None = None,
-    *,
-    to: Layout | str | None = None,
-    dtype: str = "keep",
-    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    max_memory: int | str = DEFAULT_MEMORY,
-    revision: str | None = None,
-    stream: bool = False,
-) -> Preview:
-    """Say what `convert` would do, from headers alone: of a model on the Hub, no weights are fetched.
-
-    Args:
-        source: A directory, or a Hub id.
-        target: Where it would be written; by default beside the source, or for a Hub id in the working directory. Only
-            its disk's free space is looked at.
-        to: See `convert`, as for the others.
-        dtype: See `convert`.
-        max_shard_size: See `convert`.
-        max_memory: See `convert`.
-        revision: Branch, tag or commit of a Hub id.
-        stream: Say what `convert` would do with it: it needs no space for a model in the Hub's cache.
-
-    Raises:
-        InputError, UsageError, StorageError: What `convert` would raise before it writes.
-    """
-    beside = Path.cwd() if is_hub_id(source) else Path(source).resolve()
-    disk = beside if target is None else Path(target).resolve().parent
-    if stream:
-        require_hub_id(source)
-    with open_headers(source, revision) as checkpoint:
-        planned = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size)
-        return Preview(
-            source=Path(source),
-            plan=planned,
-            memory=plan_memory(planned, parse_size(max_memory)),
-            source_tensors=len(checkpoint.tensors),
-            source_bytes=checkpoint.total_bytes,
-            space=measure_space(checkpoint, planned.target_bytes, disk, stream=stream),
-            side_files=tuple(file.name for file in checkpoint.side_files),
-            left_behind=checkpoint.left_behind,
-            notes=cast_notes(planned),
-        )
-
-
 def make_plan(
     checkpoint: Checkpoint,
     *,
     to: Layout | str | None = None,
     dtype: str = "keep",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    base: Checkpoint | None = None,
 ) -> Plan:
-    """Plan the conversion of an open checkpoint. Arguments are those of `convert`.
+    """Plan the conversion of an open checkpoint. Arguments are those of `convert`; the base is open too.
 
     Raises:
         UnsupportedCheckpointError, ConfigError: See `recognise`; or the config's sizes are not the tensors'.
         UnknownTensorError, DuplicateTensorError, TensorShapeError, IncompleteExpertsError: See `check_tensors`.
-        UsageError: The source is in the layout `to` already; or an argument has no meaning.
+        UsageError: The source is in the layout `to` already; an argument has no meaning; or see `find_base`.
     """
     sources, config = checkpoint.tensors, checkpoint.read_config()
     cast = None if dtype == "keep" else target_dtype(dtype)
@@ -214,6 +146,8 @@ def make_plan(
         for tensor in _targets(stored, parsed[stored.name], layout, layer_scales, folded, cast)
     }
     _check_used_once(sources, tensors)
+    if base is not None:
+        tensors |= _with_base(tensors, layout, base)
     ordered = dict(sorted(tensors.items(), key=lambda item: natural_key(item[0])))
     return Plan(
         source_layout=layout,
@@ -266,6 +200,24 @@ def _targets(
     yield PlannedTensor(name.name(layout.other), target_dtype, shape, operation, source, scale, said)
     if name.rule is DOWN and layout is Layout.NEMO:
         yield PlannedTensor(name.sibling(SCALE).hf, target_dtype, source.shape[:1], Operation.FOLD, None)
+
+
+def _with_base(tensors: Mapping[str, PlannedTensor], layout: Layout, base: Checkpoint) -> dict[str, PlannedTensor]:
+    """Return those tensors that a base has experts for, with them."""
+    if layout is not Layout.NEMO:
+        raise UsageError(
+            "a base is for the way back, where scales are divided out",
+            file=base.path,
+            expected="a source in the nemo layout",
+            found=f"a source in the {layout} layout",
+            hint="leave --base out",
+        )
+    downs = {
+        name: (tensor.shape, tensor.dtype)
+        for name, tensor in tensors.items()
+        if (parsed := lookup(name, Layout.HF)) is not None and parsed.rule is DOWN
+    }
+    return {name: replace(tensors[name], base=experts) for name, experts in find_base(base, downs).items()}
 
 
 def _check_used_once(sources: Mapping[str, StoredTensor], tensors: Mapping[str, PlannedTensor]) -> None:

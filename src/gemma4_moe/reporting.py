@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from gemma4_moe.checkpoints.unfinished import Remains
     from gemma4_moe.converting import Conversion
     from gemma4_moe.inspecting import Inspection
-    from gemma4_moe.planning import Preview
     from gemma4_moe.predicting import Prediction
+    from gemma4_moe.previewing import Preview
     from gemma4_moe.verifying import Verification
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from gemma4_moe.checkpoints.directories import Checkpoint
+    from gemma4_moe.checkpoints.directories import Checkpoint, StoredTensor
     from gemma4_moe.checkpoints.journal import Journalled
     from gemma4_moe.job import Job
     from gemma4_moe.planning import Plan
@@ -32,13 +32,11 @@ def plan_digest(plan: Plan) -> str:
         (
             tensor.name,
             tensor.operation,
-            *(
-                None if stored is None else (stored.name, stored.file.path.name, stored.entry.start, stored.dtype.name)
-                for stored in (tensor.source, tensor.scale)
-            ),
+            *(None if stored is None else _place(stored) for stored in (tensor.source, tensor.scale)),
             None
             if tensor.folded is None
             else (tensor.folded.dtype.name, [scale.hex() for scale in tensor.folded.scale]),
+            *([] if tensor.base is None else [_place(tensor.base.weights), _place(tensor.base.scale)]),
         )
         for tensor in plan.tensors.values()
     ]
@@ -46,22 +44,32 @@ def plan_digest(plan: Plan) -> str:
     return blake3(text.encode()).hexdigest()
 
 
-def opening_record(plan: Plan, checkpoint: Checkpoint, options: Mapping[str, Any]) -> dict[str, Any]:
+def _place(stored: StoredTensor) -> tuple[str, str, int, str]:
+    return stored.name, stored.file.path.name, stored.entry.start, stored.dtype.name
+
+
+def opening_record(
+    plan: Plan, checkpoint: Checkpoint, options: Mapping[str, Any], base: Checkpoint | None = None
+) -> dict[str, Any]:
     """Return what a journal begins with. Two runs may share a target's parts if theirs are the same."""
     return {
         "version": __version__,
         "chunk_bytes": hashing.CHUNK_BYTES,
         "plan": plan_digest(plan),
         "options": dict(options),
-        "source": {
-            name: {
-                "bytes": file.identity.size,
-                "mtime_ns": file.identity.mtime_ns,
-                "inode": file.identity.inode,
-                "header_sha256": file.identity.header_digest,
-            }
-            for name, file in checkpoint.files.items()
-        },
+        "source": _identities(checkpoint),
+    } | ({} if base is None else {"base": _identities(base)})
+
+
+def _identities(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        name: {
+            "bytes": file.identity.size,
+            "mtime_ns": file.identity.mtime_ns,
+            "inode": file.identity.inode,
+            "header_sha256": file.identity.header_digest,
+        }
+        for name, file in checkpoint.files.items()
     }
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from gemma4_moe.checkpoints.directories import StoredTensor
     from gemma4_moe.planning import Plan
 
     Scales = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
@@ -23,16 +24,21 @@ def read_scales(plan: Plan) -> Scales:
     scales = {}
     for tensor in plan.tensors.values():
         if tensor.scale is not None:
-            raw = np.empty(tensor.scale.nbytes, np.uint8)
-            tensor.scale.read_into(raw.data)
-            scales[tensor.name] = raw.view(tensor.scale.dtype.numpy()).astype(np.float32)
+            scales[tensor.name] = read_scale(tensor.scale)
     return scales
+
+
+def read_scale(stored: StoredTensor) -> np.ndarray[Any, np.dtype[Any]]:
+    """Return a `per_expert_scale` [E] as fp32. Raises what reading the file raises."""
+    raw = np.empty(stored.nbytes, np.uint8)
+    stored.read_into(raw.data)
+    return raw.view(stored.dtype.numpy()).astype(np.float32)
 
 
 def written_scales(plan: Plan, target: Path) -> Scales:
     """Return the fp32 scale [E] that experts were written with, from the files of `target`, by the scales' names.
 
-    Only those of layers that the source's manifest knows.
+    Only those of layers whose experts may get one back.
 
     Raises:
         CheckpointFormatError, StorageError: What reading the target raises.
@@ -40,7 +46,7 @@ def written_scales(plan: Plan, target: Path) -> Scales:
     known = {
         name.sibling(SCALE).hf
         for tensor in plan.tensors.values()
-        if tensor.folded is not None and (name := lookup(tensor.name, Layout.HF)) is not None
+        if tensor.comes_back and (name := lookup(tensor.name, Layout.HF)) is not None
     }
     scales = {}
     for planned in plan.files:
@@ -55,18 +61,20 @@ def written_scales(plan: Plan, target: Path) -> Scales:
 
 
 def unfolded_experts(plan: Plan, scales: Scales) -> tuple[str, ...]:
-    """Say how many experts were written with a scale that is not one; nothing where no manifest names one.
+    """Say how many experts were written with a scale that is not one; nothing where no manifest or base names one.
 
     Args:
         plan: What was done.
         scales: What `written_scales` returned.
     """
-    folded = [tensor.folded for tensor in plan.tensors.values() if tensor.folded is not None]
-    count = sum(scale != 1 for said in folded for scale in said.scale)
+    tensors = [tensor for tensor in plan.tensors.values() if tensor.comes_back]
+    named = sum(scale != 1 for tensor in tensors if tensor.folded for scale in tensor.folded.scale)
+    of_base = sum(tensor.shape[0] for tensor in tensors if tensor.base)
+    count, kind = (of_base, "with a scale in the base") if of_base else (named, "with a scale in the source's manifest")
     if not count:
         return ()
     written = sum(int(np.count_nonzero(scale != 1)) for scale in scales.values())
-    said = f"{written} of {count} experts with a scale in the source's manifest got it back, as both fold to their bits"
+    said = f"{written} of {count} experts {kind} got it back, as scale and weights fold to their bits"
     return (said if written == count else f"{said}; the others have their own bits, and the scale one",)
 
 

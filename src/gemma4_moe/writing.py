@@ -41,7 +41,7 @@ def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progre
         StorageError: The disk or its permissions refused.
         ParallelError: Another rank failed.
     """
-    opening = opening_record(job.plan, job.checkpoint, job.options)
+    opening = opening_record(job.plan, job.checkpoint, job.options, job.base)
     with job.ranks.together("read the journal"):
         known = read_journals(job.control)
         check_same_run(known, opening, job.target)
@@ -69,7 +69,7 @@ def _write_share(
     def check() -> None:
         if confirm is not None:
             confirm()
-        job.checkpoint.check_unchanged()
+        job.check_unchanged()
 
     with ExitStack() as stack:
         readers = {
@@ -90,7 +90,7 @@ def _write_share(
         }
         ledger = Ledger(journal, known, check, total, progress)
         unfolding = stack.enter_context(
-            Unfolding(job.plan.tensors.values(), workers=job.workers, buffered=job.buffered)
+            Unfolding(job.plan.tensors.values(), job.memory.base_bytes, workers=job.workers, buffered=job.buffered)
         )
         steps = ConversionSteps(job, readers, writers, ledger, unfolding)
         try:
