@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gemma4_moe import convert, ledger
-from gemma4_moe.checkpoints import hashing, journal
+from gemma4_moe import convert
+from gemma4_moe.checkpoints import journal
 from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
 from support.order import Order
@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 CONTROL = ".nemo.gemma4-moe"
 OUT = f"{CONTROL}/out"
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashing, "CHUNK_BYTES", 8192)
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", 8192)
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import copy
 import pickle
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from gemma4_moe import errors
-from gemma4_moe.errors import Gemma4MoEError, InputError, UnsupportedCheckpointError, printable
+from gemma4_moe.errors import Gemma4MoEError, InputError, UnsupportedCheckpointError, command_line, printable
 
 #: Every error and the status with which the command line ends.
 EXIT_STATUS = {
@@ -115,6 +116,15 @@ def test_the_text_has_the_problem_then_each_fact_then_the_next_step() -> None:
         "  next: do this",
     ]
     assert list(error.facts) == ["tensor", "file", "expected", "found"]
+
+
+def test_a_command_in_a_hint_is_one_that_a_shell_takes() -> None:
+    assert command_line("gemma4-moe", "clean", Path("a/nemo")) == "gemma4-moe clean a/nemo"
+    path = "a b/it's $HOME; `rm`"
+    printed = subprocess.run(
+        ["sh", "-c", command_line("printf", "%s", path)], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout == path
 
 
 def test_facts_that_are_not_known_are_not_shown() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -180,6 +181,46 @@ def test_an_error_that_says_little_is_told_too(error: OSError, words: str) -> No
         raise error
     assert caught.value.facts == {"file": "it"}
     assert caught.value.problem == words
+
+
+XET = "Task error: File reconstruction error: IO Error: "
+
+
+@pytest.mark.parametrize(
+    ("error", "problem", "hint"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device", "--stream"),
+        (RuntimeError(f"{XET}No space left on device (os error 28)"), "No space left on device", "--stream"),
+        (PermissionError(errno.EACCES, "Permission denied", "/there"), "Permission denied", "check the directory"),
+        (RuntimeError(f"{XET}Not a directory (os error 20)"), "Not a directory", "let HF_HOME name another one"),
+    ],
+)
+def test_a_disk_that_refuses_the_cache_is_no_connection_that_fails(
+    error: Exception, problem: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/there/hub")
+    with pytest.raises(StorageError) as caught:
+        _fetch_and_fail(error, monkeypatch)
+    assert caught.value.problem == f"can't bring the model into the Hub's cache: {problem}"
+    assert caught.value.facts == {"file": "/there/hub"}
+    assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Task error: no answer"), ConnectionResetError(104, "no answer")])
+def test_a_connection_that_fails_while_the_cache_is_filled_is_told(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StorageError, match=r"the Hub can't be read: .*no answer") as caught:
+        _fetch_and_fail(error, monkeypatch)
+    assert "check the connection" in str(caught.value.hint)
+
+
+def _fetch_and_fail(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    locate(MODEL)
 
 
 @pytest.mark.parametrize("use", [locate, inspect])

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gemma4_moe import convert, finishing, ledger
-from gemma4_moe.checkpoints import hashing
+from gemma4_moe import convert, finishing
 from gemma4_moe.errors import StorageError
-from support.checkpoints import contents, write_checkpoint
+from support.checkpoints import contents, flip_bit, write_checkpoint
 from support.models import random_hf_state_dict
 
 if TYPE_CHECKING:
@@ -22,11 +21,7 @@ if TYPE_CHECKING:
 
 OPTIONS = {"max_shard_size": 60_000, "max_memory": 60_000}
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashing, "CHUNK_BYTES", 8192)
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", 8192)
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture
@@ -45,14 +40,6 @@ def before_reading_back(monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], N
     monkeypatch.setattr(finishing, "_read_back", first_act)
 
 
-def flip(path: Path, position: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(position)
-        (byte,) = file.read(1)
-        file.seek(position)
-        file.write(bytes([byte ^ 4]))
-
-
 def test_one_other_byte_of_any_file_is_found(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(source, tmp_path / "whole", **OPTIONS)
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "whole").iterdir() if "gemma4_moe" not in path.name}
@@ -63,7 +50,7 @@ def test_one_other_byte_of_any_file_is_found(source: Path, tmp_path: Path, monke
     for name, size in sizes.items():
         for position in {0, size // 2, max(0, size - size % 8192 - 1), size - 1}:
             with monkeypatch.context() as patched:
-                before_reading_back(patched, lambda out: flip(out / name, position))  # noqa: B023 - called at once
+                before_reading_back(patched, lambda out: flip_bit(out / name, position))  # noqa: B023 - called at once
                 with pytest.raises(StorageError, match="gives back other bytes") as caught:
                     convert(source, tmp_path / "nemo", resume=True, **OPTIONS)
             start = position // 8192 * 8192
@@ -79,7 +66,7 @@ def test_one_other_byte_of_the_manifest_is_found_too(
 ) -> None:
     def flip_behind(out: Path) -> None:
         path = out / "gemma4_moe.json"
-        flip(path, path.read_bytes().index(word) + 2)
+        flip_bit(path, path.read_bytes().index(word) + 2)
 
     before_reading_back(monkeypatch, flip_behind)
     with pytest.raises(StorageError, match="gives back other bytes") as caught:

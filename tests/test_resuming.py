@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gemma4_moe import convert, ledger
-from gemma4_moe.checkpoints import hashing
 from gemma4_moe.checkpoints.directories import open_checkpoint
 from gemma4_moe.checkpoints.unfinished import clean
 from gemma4_moe.errors import CheckpointFormatError, SourceChangedError, UsageError
@@ -21,11 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashing, "CHUNK_BYTES", 8192)
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", 8192)
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import gemma4_moe
-from gemma4_moe import convert, ledger, resuming
-from gemma4_moe.checkpoints import hashing
+from gemma4_moe import convert, resuming
 from gemma4_moe.checkpoints.directories import open_checkpoint
 from gemma4_moe.checkpoints.journal import Journal, as_rows, journals, read_journals
 from gemma4_moe.dtypes import FLOAT32
@@ -28,11 +27,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.planning import Plan, PlannedTensor
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashing, "CHUNK_BYTES", 8192)
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", 8192)
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture

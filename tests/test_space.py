@@ -54,5 +54,5 @@ def test_the_cache_s_disk_is_that_of_the_nearest_directory_there_is(
     monkeypatch.setattr(Path, "stat", stat_on_disks)
     with open_checkpoint(source) as checkpoint:
         fetched = checkpoint.total_bytes
-        assert measure_space(checkpoint, 500, target, stream=False) == Space(500, 3000, fetched, cache_free)
-        assert measure_space(checkpoint, 500, target, stream=True) == Space(500, 3000)
+        assert measure_space([checkpoint], 500, target, stream=False) == Space(500, 3000, fetched, cache_free)
+        assert measure_space([checkpoint], 500, target, stream=True) == Space(500, 3000)

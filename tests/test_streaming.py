@@ -10,15 +10,20 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import huggingface_hub
 import pytest
 
-from gemma4_moe import convert
+from gemma4_moe import cli, convert
 from gemma4_moe.dtypes import BFLOAT16
 from support.checkpoints import config_of, contents, write_checkpoint
+from support.formulas import assert_same_tensors
 from support.hub_server import COMMIT, Hub, serving
-from support.models import random_hf_state_dict
+from support.models import random_hf_state_dict, read_directory
 from support.sparse import real_config, real_names_and_shapes, write_sparse_checkpoint
 
 if TYPE_CHECKING:
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
 
 MODEL = "google/small-gemma"
 MANIFEST = "gemma4_moe.json"
+HUB_PATH = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 @pytest.fixture
@@ -74,30 +80,41 @@ def large_hub(tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
-def run(hub: Hub, home: Path, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
-    return _run(hub, home, [sys.executable, "-m", "gemma4_moe"], arguments, more)
-
-
-def run_with_free_space(hub: Hub, home: Path, free: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    program = (
-        "import shutil, types; from gemma4_moe.cli import main;"
-        f"shutil.disk_usage = lambda _: types.SimpleNamespace(free={free}); main()"
-    )
-    return _run(hub, home, [sys.executable, "-c", program], arguments, {})
-
-
-def _run(
-    hub: Hub, home: Path, command: list[str], arguments: tuple[object, ...], more: dict[str, str]
+def run(
+    hub: Hub, home: Path, *arguments: object, offline: bool = False, free: int | None = None
 ) -> subprocess.CompletedProcess[str]:
+    """Run the command line in this process, below `home`, with `hub` for the Hub and its cache in `home/cache`."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(StringIO()) as data,
+        redirect_stderr(StringIO()) as talk,
+    ):
+        patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + HUB_PATH)
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "cache"))
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        patch.setenv("HF_TOKEN", "hf_small")
+        patch.setattr("tempfile.tempdir", str(home))
+        patch.chdir(home)
+        if free is not None:
+            patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        huggingface_hub.close_session()
+    return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), data.getvalue(), talk.getvalue())
+
+
+def start(hub: Hub, home: Path, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, whose environment says the same, with its home in `home/home`."""
     environment = {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(home / "home"),
+        "HF_HUB_CACHE": str(home / "cache"),
         "HF_TOKEN": "hf_small",
         "TMPDIR": str(home),
     }
-    (home / "home").mkdir(exist_ok=True)
-    called = [*command, *map(str, arguments)]
+    called = [sys.executable, "-m", "gemma4_moe", *map(str, arguments)]
     done = subprocess.run(
         called, capture_output=True, text=True, env=os.environ | environment | more, check=False, cwd=home
     )
@@ -106,14 +123,31 @@ def _run(
 
 
 def test_the_target_is_that_of_the_same_directory_and_nothing_is_kept(hub: Hub, source: Path, tmp_path: Path) -> None:
-    done = run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo", "--stream")
+    done = start(hub, tmp_path, "convert", MODEL, tmp_path / "nemo", "--stream")
     assert done.returncode == 0, done.stderr
     convert(source, tmp_path / "local")
     _require_the_same_but_for_the_commit(tmp_path / "nemo", tmp_path / "local")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "home", "local", "nemo"]
-    assert contents(tmp_path / "home") == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "local", "nemo"]
     assert None not in hub.weight_requests
     assert run(hub, tmp_path, "verify", tmp_path / "nemo").returncode == 0
+
+
+@pytest.mark.parametrize("options", [["--stream"], []])
+def test_a_base_is_read_on_the_hub_or_fetched(options: list[str], hub: Hub, source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "nemo")
+    done = run(hub, tmp_path, "convert", tmp_path / "nemo", tmp_path / "back", "--base", MODEL, *options)
+    assert done.returncode == 0, done.stderr
+    assert_same_tensors(read_directory(tmp_path / "back"), read_directory(source))
+    assert (None in hub.weight_requests) == (tmp_path / "cache").exists() == (not options)
+    told = json.loads((tmp_path / "back" / MANIFEST).read_text())["options"]
+    assert told.get("base_commit") == (COMMIT if options else None)
+
+
+def test_a_plan_counts_the_space_for_a_base(hub: Hub, source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "nemo")
+    done = run(hub, tmp_path, "plan", tmp_path / "nemo", "--base", MODEL, "--format", "json")
+    sizes = [path.stat().st_size for path in source.glob("*.safetensors")]
+    assert json.loads(done.stdout)["cache_bytes"] == sum(sizes), done.stderr
 
 
 def _require_the_same_but_for_the_commit(streamed: Path, local: Path) -> None:
@@ -206,24 +240,36 @@ def _require_headers_alone(hub: Hub, home: Path, total: int) -> None:
         "model.safetensors.index.json",
     }
     assert hub.weight_bytes <= files * 2**16 < total / 100
-    assert contents(home / "home") == {}, "nothing is kept"
+    assert [path.name for path in home.iterdir()] == ["large"], "nothing is kept"
 
 
 def test_a_plan_says_when_the_cache_and_the_target_do_not_fit(large_hub: Hub, tmp_path: Path) -> None:
     source = sum(_weights(large_hub.directory))
     plan = json.loads(run(large_hub, tmp_path, "plan", MODEL, "--format", "json").stdout)
     target = plan["target"]["bytes"]
-    short = run_with_free_space(large_hub, tmp_path, target + source - 10, "plan", MODEL)
+    short = run(large_hub, tmp_path, "plan", MODEL, free=target + source - 10)
     assert "note: 10 bytes of space are missing for the target, and for SRC in the Hub's cache" in short.stderr
     assert "note: with --stream, convert keeps nothing of SRC on this machine, and the target fits" in short.stderr
-    shorter = run_with_free_space(large_hub, tmp_path, target - 10, "plan", MODEL)
+    shorter = run(large_hub, tmp_path, "plan", MODEL, free=target - 10)
     assert f"note: {source + 10:,} bytes of space are missing" in shorter.stderr
     assert "and 10 bytes are missing" in shorter.stderr
-    assert "note: " not in run_with_free_space(large_hub, tmp_path, target + source, "plan", MODEL).stderr
-    assert "note: " not in run_with_free_space(large_hub, tmp_path, target, "plan", MODEL, "--stream").stderr
-    streamed = run_with_free_space(large_hub, tmp_path, target - 10, "plan", MODEL, "--stream")
+    assert "note: " not in run(large_hub, tmp_path, "plan", MODEL, free=target + source).stderr
+    assert "note: " not in run(large_hub, tmp_path, "plan", MODEL, "--stream", free=target).stderr
+    streamed = run(large_hub, tmp_path, "plan", MODEL, "--stream", free=target - 10)
     assert "note: 10 bytes of space are missing for the target\n" in streamed.stderr
     assert "--stream" not in streamed.stderr
+
+
+def test_nothing_is_fetched_where_it_and_the_target_do_not_fit(large_hub: Hub, tmp_path: Path) -> None:
+    source = sum(_weights(large_hub.directory))
+    target = json.loads(run(large_hub, tmp_path, "plan", MODEL, "--format", "json").stdout)["target"]["bytes"]
+    for free, hint in ((target + source - 10, "give --stream"), (target - 10, "free some space")):
+        short = run(large_hub, tmp_path, "convert", MODEL, tmp_path / "nemo", free=free)
+        assert short.returncode == 5
+        assert "no room for the model in the Hub's cache and for the target" in short.stderr
+        assert hint in short.stderr
+    assert None not in large_hub.weight_requests
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]
 
 
 def test_what_is_in_the_cache_needs_no_space_and_no_connection(hub: Hub, tmp_path: Path) -> None:
@@ -234,14 +280,14 @@ def test_what_is_in_the_cache_needs_no_space_and_no_connection(hub: Hub, tmp_pat
     assert again == cached | {"free_bytes": again["free_bytes"]}
     asked = hub.listings, len(hub.requests)
     for more in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
-        start = time.monotonic()
-        offline = run(hub, tmp_path, "plan", MODEL, "--format", "json", **more)
+        began = time.monotonic()
+        offline = start(hub, tmp_path, "plan", MODEL, "--format", "json", **more)
         assert offline.returncode == 0, offline.stderr
-        assert time.monotonic() - start < 15, "it is not tried for long"
+        assert time.monotonic() - began < 15, "it is not tried for long"
         found = json.loads(offline.stdout)
         assert found == cached | {"free_bytes": found["free_bytes"]}
-        inspected = run(hub, tmp_path, "inspect", MODEL, "--format", "json", **more)
-        assert json.loads(inspected.stdout)["tensors"] == 17, inspected.stderr
+    inspected = run(hub, tmp_path, "inspect", MODEL, "--format", "json", offline=True)
+    assert json.loads(inspected.stdout)["tensors"] == 17, inspected.stderr
     assert (hub.listings, len(hub.requests)) == asked
 
 
@@ -253,13 +299,13 @@ def test_a_model_that_the_hub_withholds_is_planned_from_the_cache(hub: Hub, tmp_
 
 @pytest.mark.parametrize("command", [["plan", MODEL], ["inspect", MODEL], ["convert", MODEL, "nemo"]])
 def test_offline_a_model_must_be_in_the_cache(command: list[str], hub: Hub, tmp_path: Path) -> None:
-    done = run(hub, tmp_path, *command, HF_HUB_OFFLINE="1")
+    done = run(hub, tmp_path, *command, offline=True)
     assert done.returncode == 5
     assert "HF_HUB_OFFLINE" in done.stderr
 
 
 def test_offline_nothing_can_be_streamed(hub: Hub, tmp_path: Path) -> None:
-    done = run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo", "--stream", HF_HUB_OFFLINE="1")
+    done = run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo", "--stream", offline=True)
     assert done.returncode == 5
     assert "HF_HUB_OFFLINE is set" in done.stderr
     assert not (tmp_path / "nemo").exists()
@@ -387,6 +433,6 @@ def test_a_gated_model_is_told_from_an_unknown_one(options: list[str], hub: Hub,
 
 def test_no_connection_is_told(hub: Hub, tmp_path: Path) -> None:
     hub.url = "http://127.0.0.1:9"
-    done = run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo", "--stream")
+    done = start(hub, tmp_path, "convert", MODEL, tmp_path / "nemo", "--stream")
     assert done.returncode == 5
     assert "the Hub can't be read" in done.stderr

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gemma4_moe import cli, convert, finishing, ledger
-from gemma4_moe.checkpoints import hashing
 from gemma4_moe.checkpoints.beside import copy_side_files
 from gemma4_moe.checkpoints.locking import STALE_AFTER
 from gemma4_moe.checkpoints.transaction import Transaction
@@ -24,11 +23,7 @@ from support.models import random_hf_state_dict
 if TYPE_CHECKING:
     from pathlib import Path
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashing, "CHUNK_BYTES", 8192)
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", 8192)
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture

@@ -12,11 +12,13 @@ from gemma4_moe.checkpoints import renaming, transaction, unfinished
 from gemma4_moe.checkpoints.journal import Journal, read_journals
 from gemma4_moe.checkpoints.transaction import Transaction
 from gemma4_moe.checkpoints.unfinished import clean, control_directory, heal, remains
-from gemma4_moe.errors import StorageError, UsageError
+from gemma4_moe.errors import SourceChangedError, StorageError, UsageError
 from support.order import Order
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from gemma4_moe.checkpoints.locking import Lock
 
 
 class Killed(BaseException):
@@ -251,6 +253,49 @@ def test_another_process_at_work_is_left_alone(target: Path) -> None:
         (work.control / "publishing").write_text('{"inode": 1}')
         heal(target)
         assert work.out.is_dir()
+
+
+@pytest.mark.parametrize("journalled", [False, True])
+def test_a_publish_that_another_process_has_just_finished_is_no_trouble(
+    journalled: bool, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has gone on between our look and our lock; where it then began anew and was killed, that stays."""
+    control = control_directory(target)
+    (control / "out").mkdir(parents=True)
+    (control / "publishing").write_text('{"inode": 1}')
+    take_lock = unfinished.take_lock
+
+    def take_lock_late(place: Path) -> Lock:
+        (control / "publishing").unlink()
+        if journalled:
+            with Journal(control, 0) as journal:
+                journal.append(target=[("file", 0, "hash")])
+        return take_lock(place)
+
+    monkeypatch.setattr(unfinished, "take_lock", take_lock_late)
+    heal(target)
+    assert (control / "out").exists() == journalled
+    assert entries(target.parent) == [".nemo.gemma4-moe"] * journalled
+    monkeypatch.undo()
+    clean(target)
+    assert entries(target.parent) == []
+
+
+def test_journals_that_contradict_each_other_can_be_removed(target: Path) -> None:
+    """Their own error says to do so: it must not be met again, nor the lock of the run that has failed."""
+
+    def read_twice() -> None:
+        with Transaction(target) as work:
+            with Journal(work.control, 0) as journal:
+                journal.append(target=[("file", 0, "hash")], source=[("tensor", 0, "one")])
+                journal.append(source=[("tensor", 0, "another")])
+            read_journals(work.control)
+
+    with pytest.raises(SourceChangedError, match="other bytes than before") as caught:
+        read_twice()
+    assert "gemma4-moe clean" in str(caught.value.hint)
+    assert clean(target) is not None
+    assert entries(target.parent) == []
 
 
 def test_trouble_in_clearing_away_does_not_hide_the_error(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:

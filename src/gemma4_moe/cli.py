@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import click
 from gemma4_moe import __version__
 from gemma4_moe.command import Output, Size, common
 from gemma4_moe.coordination import launched_as_one_of_several
-from gemma4_moe.errors import DifferenceError, Gemma4MoEError, StorageError
+from gemma4_moe.errors import DifferenceError, Gemma4MoEError, StorageError, command_line
 from gemma4_moe.layouts import Layout
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
     output.give(done, reporting.conversion_json, reporting.print_conversion)
     revision = [] if options["revision"] is None else ["--revision", options["revision"]]
     compared = [str(target)] if options["stream"] else [*revision, source, str(target)]
-    output.say(f"next: {shlex.join(['gemma4-moe', 'verify', *compared])}")
+    output.say(f"next: {command_line('gemma4-moe', 'verify', *compared)}")
 
 
 @cli.command()

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.checkpoints.manifest import read_manifest
+from gemma4_moe.checkpoints.storage import resolved
 from gemma4_moe.checkpoints.target import check_existing, check_place
 from gemma4_moe.checkpoints.transaction import Transaction
 from gemma4_moe.checkpoints.unfinished import clean, heal
 from gemma4_moe.coordination import current, ranks_on_this_host
+from gemma4_moe.errors import StorageError
 from gemma4_moe.finishing import finish
 from gemma4_moe.job import Job
 from gemma4_moe.kernels.choice import allowed_cores
@@ -24,7 +26,8 @@ from gemma4_moe.planning import DEFAULT_SHARD_SIZE, Plan, make_plan
 from gemma4_moe.quantities import parse_size
 from gemma4_moe.resuming import is_made_already
 from gemma4_moe.scales import read_scales, unfolded_experts, unusual_scales, written_scales
-from gemma4_moe.sources import is_hub_id, open_source
+from gemma4_moe.sources import check_streamed, is_hub_id, open_headers, open_source
+from gemma4_moe.space import measure_space
 from gemma4_moe.writing import write_weights
 
 if TYPE_CHECKING:
@@ -98,7 +101,7 @@ def convert(
         resume: Go on with an earlier run to this target, if there is one.
         break_lock: Take the target from a process that can't be shown to live.
         revision: Branch, tag or commit of a Hub id.
-        stream: Read a model on the Hub in place, and keep nothing of it but the target.
+        stream: Read a source or a base on the Hub in place, and keep nothing of it but the target.
         base: On the way to hf, the hf checkpoint that the model was made from, a directory or a Hub id: an expert that
             is still the base's, folded, gets the base's own weights and scale. A complete target is then not known
             again by `resume`.
@@ -117,6 +120,10 @@ def convert(
     workers = workers or max(1, allowed_cores() // ranks_on_this_host())
     with ExitStack() as stack:
         with ranks.together("plan the conversion"):
+            if stream:
+                check_streamed(source, base)
+            elif is_hub_id(source) and ranks.is_first and not resume:  # an earlier run may hold the space already
+                _check_space(source, revision, target, to=to, dtype=dtype)
             checkpoint, commit = stack.enter_context(open_source(source, revision, stream=stream))
             check_place(target, checkpoint.path)
             origin, origin_commit = stack.enter_context(_open_base(base, target, stream))
@@ -162,13 +169,34 @@ def convert(
         return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.left_behind)
 
 
+def _check_space(source: str, revision: str | None, target: Path, **options: Any) -> None:
+    """Check that a model of the Hub and its target both fit, before it is brought into the Hub's cache.
+
+    Raises:
+        StorageError: They don't.
+    """
+    with open_headers(source, revision) as headers:
+        target_bytes = make_plan(headers, **options).target_bytes
+        space = measure_space([headers], target_bytes, resolved(target).parent, stream=False)
+    if space.cache_bytes and space.missing_bytes:
+        raise StorageError(
+            "the disk has no room for the model in the Hub's cache and for the target",
+            file=source,
+            expected=f"{space.cache_bytes:,} bytes in the cache and {target_bytes:,} for the target",
+            found=f"{space.missing_bytes:,} bytes too few",
+            hint="free some space"
+            if space.missing_without_cache
+            else "give --stream: it keeps nothing of the model on this machine, and the target fits",
+        )
+
+
 @contextmanager
 def _open_base(base: str | Path | None, target: Path, stream: bool) -> Iterator[tuple[Checkpoint | None, str | None]]:
-    """Open a base as `open_source` does, if there is one; only a base on the Hub can be streamed."""
+    """Open a base as `open_source` does, if there is one."""
     if base is None:
         yield None, None
         return
-    with open_source(base, stream=stream and is_hub_id(base)) as (checkpoint, commit):
+    with open_source(base, stream=stream) as (checkpoint, commit):
         check_place(target, checkpoint.path)
         yield checkpoint, commit
 

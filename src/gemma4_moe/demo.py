@@ -7,13 +7,13 @@ have told: it loses the experts' scales on purpose.
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.errors import DifferenceError, UsageError
+from gemma4_moe.checkpoints.storage import refusals, temporary_directory
+from gemma4_moe.errors import DifferenceError, StorageError, UsageError
 from gemma4_moe.layouts import SCALE, Layout
 
 if TYPE_CHECKING:
@@ -63,20 +63,23 @@ def run_demo(directory: Path | None = None, *, console: Console | None = None) -
     Raises:
         UsageError: The directory has something in it, or torch or transformers is not installed.
         DifferenceError: A check failed. The table is printed all the same.
+        StorageError: The disk or its permissions refused.
     """
     from rich.console import Console
 
     _require_libraries()
     if directory is None:
-        with tempfile.TemporaryDirectory(prefix="gemma4-moe-demo-") as temporary:
+        with temporary_directory("gemma4-moe-demo-") as temporary:
             return run_demo(Path(temporary), console=console)
-    if directory.exists() and any(directory.iterdir()):
+    with refusals("make the directory", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        filled = any(directory.iterdir())
+    if filled:
         raise UsageError(
             "the demo's directory is not empty",
             file=directory,
             hint="name a new directory, or none for a temporary one",
         )
-    directory.mkdir(parents=True, exist_ok=True)
     with _quiet_transformers():
         checks = round_trip(directory)
     (console or Console()).print(table(checks))
@@ -94,11 +97,11 @@ def run_demo(directory: Path | None = None, *, console: Console | None = None) -
 def round_trip(directory: Path) -> tuple[Check, ...]:
     """Build, convert there and back, verify and compare in `directory`, which exists and is empty; print nothing."""
     from gemma4_moe.converting import convert
-    from gemma4_moe.small_models import build_model, logits, save_model
+    from gemma4_moe.small_models import build_model, logits
 
     hf, nemo, again = (directory / name for name in ("hf", "nemo", "hf-again"))
     source: Any = build_model("multimodal")
-    save_model(source, hf, max_shard_size=_MAX_SHARD_SIZE)
+    _save(source, hf)
     convert(hf, nemo, to=Layout.NEMO, max_shard_size=_MAX_SHARD_SIZE)
     convert(nemo, again, to=Layout.HF, max_shard_size=_MAX_SHARD_SIZE)
     result, loading = type(source).from_pretrained(again, output_loading_info=True)
@@ -111,6 +114,18 @@ def round_trip(directory: Path) -> tuple[Check, ...]:
         _same_logits(expected, found),
         _told_apart(source, expected),
     )
+
+
+def _save(source: Any, directory: Path) -> None:
+    from safetensors import SafetensorError
+
+    from gemma4_moe.small_models import save_model
+
+    try:
+        with refusals("write the model", directory):
+            save_model(source, directory, max_shard_size=_MAX_SHARD_SIZE)
+    except SafetensorError as error:  # the library's name for a disk that refuses
+        raise StorageError(f"can't write the model: {error}", file=directory) from error
 
 
 def _built(source: PreTrainedModel, directory: Path) -> Check:

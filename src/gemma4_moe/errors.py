@@ -7,12 +7,18 @@ no file can send control sequences to a terminal.
 
 from __future__ import annotations
 
+import shlex
 from typing import Any, ClassVar
 
 
 def printable(text: str) -> str:
     """Return `text` with every character that a terminal might obey, or can't show, as a backslash escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def command_line(*words: object) -> str:
+    """Return a command as a hint shows it: a shell takes it as it is, whatever is in a path."""
+    return shlex.join(map(str, words))
 
 
 class Gemma4MoEError(Exception):

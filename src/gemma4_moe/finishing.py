@@ -12,7 +12,7 @@ from gemma4_moe.checkpoints.journal import read_journals
 from gemma4_moe.checkpoints.manifest import MANIFEST_NAME, build_manifest, encode_manifest, read_manifest
 from gemma4_moe.checkpoints.read_back import Extent, OpenFile, hash_extents, sha256
 from gemma4_moe.checkpoints.recheck import wrong_files
-from gemma4_moe.checkpoints.storage import sync_directory, write_file
+from gemma4_moe.checkpoints.storage import refusals, sync_directory, write_file
 from gemma4_moe.errors import StorageError
 from gemma4_moe.resuming import plan_digest
 
@@ -84,7 +84,9 @@ def _beside(job: Job) -> dict[str, Any]:
     weights = {file.name for file in job.plan.files}
     said = {}
     with ExitStack() as stack:
-        for path in sorted(job.out.iterdir()):
+        with refusals("list the directory", job.out):
+            paths = sorted(job.out.iterdir())
+        for path in paths:
             if path.name not in weights:
                 file = stack.enter_context(OpenFile(path))
                 digests = hash_extents(file.chunks(), job.memory.peak_bytes, buffered=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +19,10 @@ from gemma4_moe.checkpoints.files import SafetensorsFile
 from gemma4_moe.checkpoints.index import INDEX_NAME, LONGEST_INDEX, is_bare_name
 from gemma4_moe.checkpoints.manifest import LONGEST_MANIFEST, MANIFEST_NAME
 from gemma4_moe.checkpoints.side_files import LARGEST_SIDE_FILE, PATTERNS, is_side_file
+from gemma4_moe.checkpoints.storage import FULL, temporary_directory
 from gemma4_moe.checkpoints.storage import refusals as disk_refusals
 from gemma4_moe.errors import StorageError
-from gemma4_moe.hub_requests import read_range, read_small, refusals, too_large
+from gemma4_moe.hub_requests import read_range, read_small, refusals, too_large, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +39,12 @@ _HEAD = 2**16
 
 #: The longest listing of a model's files that is read, in bytes.
 _LONGEST_LISTING = 64 * 2**20
+
+#: What the disk of the Hub's cache may say besides; a connection says none of these.
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE, errno.EEXIST, errno.ENOTDIR)
+
+#: How the Hub's client for its storage, Xet, ends the text of an error of the operating system.
+_OS_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 
 
 class RemoteFile(SafetensorsFile):
@@ -146,7 +154,7 @@ def open_on_hub(
     """
     listing = _list(repository, revision)
     commit = listing.commit
-    with tempfile.TemporaryDirectory(prefix="gemma4-moe-") as temporary:
+    with temporary_directory("gemma4-moe-") as temporary:
         directory = Path(temporary) / _place(repository, commit)  # so that errors name the model
         with disk_refusals("write", directory):
             directory.mkdir(parents=True)
@@ -228,7 +236,7 @@ def fetch(repository: str, revision: str | None = None, *, cached_only: bool = F
         UsageError: huggingface_hub is not installed.
         StorageError: The Hub can't be reached, or the disk is full.
     """
-    with refusals(repository):
+    with refusals(repository), _refusals_of_the_cache(repository):
         from huggingface_hub import snapshot_download
 
         place = snapshot_download(
@@ -239,6 +247,27 @@ def fetch(repository: str, revision: str | None = None, *, cached_only: bool = F
             local_files_only=cached_only,
         )
     return Path(place)
+
+
+@contextmanager
+def _refusals_of_the_cache(repository: str) -> Iterator[None]:
+    """Turn what the disk of the Hub's cache refuses, as the Hub's client tells it, into a StorageError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: any failure of the client for Xet
+        said = _OS_ERROR.search(str(error))
+        code = int(said[1]) if said else getattr(error, "errno", None)
+        if code in FULL + _NO_PLACE:
+            raise StorageError(
+                f"can't bring the model into the Hub's cache: {os.strerror(code)}",
+                file=cache_directory(),
+                hint="free some space, let HF_HOME name a directory on another disk, or convert with --stream"
+                if code in FULL
+                else "check the directory and its permissions, or let HF_HOME name another one",
+            ) from error
+        if isinstance(error, OSError):
+            raise
+        raise unreadable(repository, error) from error
 
 
 def bytes_to_fetch(checkpoint: Checkpoint) -> int:

@@ -131,7 +131,7 @@ def _receive(
             return
         except _BrokenOffError as error:
             if failures == _ATTEMPTS:
-                raise _unreadable(file, str(error)) from error
+                raise unreadable(file, error) from error
             time.sleep(failures)
 
 
@@ -195,11 +195,13 @@ def refusals(file: object) -> Iterator[None]:
         if response is not None and response.status_code in _REFUSED:
             problem = f"the Hub refuses this token: status {response.status_code}"
             raise StorageError(problem, file=file, hint="`hf auth login` with a token that may read it") from error
-        raise _unreadable(file, _first_line(error)) from error
+        raise unreadable(file, error) from error
 
 
-def _unreadable(file: object, reason: str) -> StorageError:
-    return StorageError(f"the Hub can't be read: {reason}", file=file, hint="check the connection, and try again")
+def unreadable(file: object, error: BaseException) -> StorageError:
+    """Return the error for a connection that fails, or for an answer that makes no sense."""
+    problem = f"the Hub can't be read: {_first_line(error)}"
+    return StorageError(problem, file=file, hint="check the connection, and try again")
 
 
 def _first_line(error: BaseException) -> str:

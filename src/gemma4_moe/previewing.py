@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma4_moe.blocks import DEFAULT_MEMORY, Memory, plan_memory
+from gemma4_moe.checkpoints.storage import resolved
 from gemma4_moe.notes import cast_notes
 from gemma4_moe.planning import DEFAULT_SHARD_SIZE, Plan, make_plan
 from gemma4_moe.quantities import parse_size
-from gemma4_moe.sources import is_hub_id, open_headers, require_hub_id
+from gemma4_moe.sources import check_streamed, is_hub_id, open_headers
 from gemma4_moe.space import Space, measure_space
 
 if TYPE_CHECKING:
@@ -74,10 +75,10 @@ def plan(
     Raises:
         InputError, UsageError, StorageError: What `convert` would raise before it writes.
     """
-    beside = Path.cwd() if is_hub_id(source) else Path(source).resolve()
-    disk = beside if target is None else Path(target).resolve().parent
+    beside = resolved(Path() if is_hub_id(source) else Path(source))
+    disk = beside if target is None else resolved(Path(target)).parent
     if stream:
-        require_hub_id(source)
+        check_streamed(source, base)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_headers(source, revision))
         opened = None if base is None else stack.enter_context(open_headers(base))
@@ -88,7 +89,9 @@ def plan(
             memory=plan_memory(planned, parse_size(max_memory)),
             source_tensors=len(checkpoint.tensors),
             source_bytes=checkpoint.total_bytes,
-            space=measure_space(checkpoint, planned.target_bytes, disk, stream=stream),
+            space=measure_space(
+                [checkpoint, *([] if opened is None else [opened])], planned.target_bytes, disk, stream=stream
+            ),
             side_files=tuple(file.name for file in checkpoint.side_files),
             left_behind=checkpoint.left_behind,
             notes=cast_notes(planned),

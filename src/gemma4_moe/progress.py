@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Self
@@ -11,7 +10,7 @@ import click
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from gemma4_moe.checkpoints.unfinished import remains
-from gemma4_moe.errors import Gemma4MoEError, TargetBusyError
+from gemma4_moe.errors import Gemma4MoEError, TargetBusyError, command_line
 from gemma4_moe.quantities import format_size
 
 if TYPE_CHECKING:
@@ -81,6 +80,6 @@ def saying_what_stays(say: Callable[[str], None], target: Path) -> Iterator[None
                 say(f"stays on disk: {left.path}, {left.nbytes:,} bytes")
             if left is not None and left.resumable:
                 command = [argument for argument in click.get_current_context().obj if argument != "--resume"]
-                say(f"resume with: gemma4-moe {shlex.join([*command, '--resume'])}")
-                say(f"remove with: gemma4-moe clean {shlex.quote(str(target))}")
+                say(f"resume with: {command_line('gemma4-moe', *command, '--resume')}")
+                say(f"remove with: {command_line('gemma4-moe', 'clean', target)}")
         raise

@@ -115,7 +115,7 @@ def print_preview(console: Console, preview: Preview) -> None:
         console,
         ("source", f"{preview.source}: {plan.source_layout} ({plan.spelling})"),
         ("", f"{preview.source_tensors:,} tensors, {preview.source_bytes:,} bytes"),
-        ("target", f"{plan.target_layout}: {len(plan.tensors):,} tensors in {len(plan.files)} files"),
+        ("target", f"{plan.target_layout}: {len(plan.tensors):,} tensors in {_files(len(plan.files))}"),
         ("", f"{plan.target_bytes:,} bytes with headers; {space}"),
         ("memory", f"{preview.memory.peak_bytes:,} bytes of buffers"),
         ("taken along", ", ".join(preview.side_files) or "nothing"),
@@ -181,7 +181,7 @@ def print_conversion(console: Console, conversion: Conversion) -> None:
     _print_facts(
         console,
         ("target", f"{conversion.target}: {plan.target_layout}"),
-        ("", f"{len(plan.tensors):,} tensors in {len(plan.files)} files, {plan.target_bytes:,} bytes"),
+        ("", f"{len(plan.tensors):,} tensors in {_files(len(plan.files))}, {plan.target_bytes:,} bytes"),
     )
 
 
@@ -212,7 +212,7 @@ def recheck_json(found: Recheck) -> dict[str, Any]:
 def print_recheck(console: Console, found: Recheck) -> None:
     """Print what a check against the manifest found."""
     state = "as the manifest says" if not found.wrong else f"{len(found.wrong)} not as the manifest says"
-    console.print(f"{found.files:,} files, {found.nbytes:,} bytes: {state}")
+    console.print(f"{_files(found.files)}, {found.nbytes:,} bytes: {state}")
     for sentence in found.wrong:
         console.print(_text(sentence))
 
@@ -232,6 +232,10 @@ def _print_facts(console: Console, *facts: tuple[str, str]) -> None:
     width = max(len(label) for label, _ in facts)
     for label, fact in facts:
         console.print(Text(f"{label:<{width}}  ", "bold") + Text(printable(fact)))
+
+
+def _files(count: int) -> str:
+    return f"{count:,} file{'s' * (count != 1)}"
 
 
 def _text(text: str) -> Text:

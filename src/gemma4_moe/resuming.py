@@ -13,7 +13,8 @@ from gemma4_moe.checkpoints import hashing
 from gemma4_moe.checkpoints.hashing import Chunk, chunk_bounds, chunk_count
 from gemma4_moe.checkpoints.manifest import read_manifest
 from gemma4_moe.checkpoints.read_back import Extent, OpenFile, hash_extents
-from gemma4_moe.errors import InputError, ParallelError, UsageError
+from gemma4_moe.checkpoints.storage import refusals
+from gemma4_moe.errors import InputError, ParallelError, UsageError, command_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -85,7 +86,7 @@ def check_same_run(known: Journalled, opening: Mapping[str, Any], target: Path) 
         "the run that was not finished is another one",
         file=target,
         found="; ".join(list(_differences(known.opening, opening, ""))[:5]),
-        hint=f"give the same source and options, or remove it: gemma4-moe clean {target}",
+        hint=f"give the same source and options, or remove it: {command_line('gemma4-moe', 'clean', target)}",
     )
 
 
@@ -129,12 +130,14 @@ def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: M
     sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
     source = {name: (file.size, file.header.digest) for name, file in checkpoint.files.items()}
     said = manifest["source"]["files"]
+    with refusals("look at the target", target):
+        whole = all((target / name).is_file() and (target / name).stat().st_size == sizes[name] for name in sizes)
     return (
-        manifest.get("plan") == plan_digest(plan)
+        whole
+        and manifest.get("plan") == plan_digest(plan)
         and {key: value for key, value in manifest.get("options", {}).items() if key in options} == options
         and {name: _size_and_header(file) for name, file in said.items()} == source
         and _is_count_of_overflows(manifest.get("overflowed"), plan)
-        and all((target / name).is_file() and (target / name).stat().st_size == size for name, size in sizes.items())
         and ("commit" in options or _source_hashes(checkpoint, memory) == manifest["source"].get("tensors"))
     )
 
@@ -175,7 +178,9 @@ def true_chunks(known: Journalled, job: Job) -> set[Chunk]:
     extents: dict[Chunk, Extent] = {}
     with ExitStack() as stack:
         for planned in job.plan.files:
-            if known.target and (job.out / planned.name).is_file():
+            with refusals("look at the files", job.out):
+                is_there = (job.out / planned.name).is_file()
+            if known.target and is_there:
                 file = stack.enter_context(OpenFile(job.out / planned.name))
                 if file.size == planned.size:
                     extents |= file.chunks()

@@ -19,7 +19,9 @@ from torch.distributed.tensor import DTensor
 from gemma4_moe.blocks import BLOCK_BYTES
 from gemma4_moe.checkpoints.beside import copy_side_files, write_index_file
 from gemma4_moe.checkpoints.config_file import read_config
+from gemma4_moe.checkpoints.index import INDEX_NAME
 from gemma4_moe.checkpoints.side_files import check_side_file, is_side_file
+from gemma4_moe.checkpoints.storage import refusals
 from gemma4_moe.checkpoints.target import check_target
 from gemma4_moe.checkpoints.transaction import Transaction
 from gemma4_moe.checkpoints.writer import SafetensorsWriter
@@ -157,15 +159,18 @@ def _make_files(files: tuple[PlannedFile, ...], out: Path, kept: Written | None)
 def _write_beside(side_files: list[Path], files: tuple[PlannedFile, ...], out: Path, kept: Written | None) -> None:
     """Write the side files, and the index if there is one."""
     copy_side_files(side_files, out)
-    write_index_file({file.name: file.entries for file in files}, out)
+    index = write_index_file({file.name: file.entries for file in files}, out)
     if kept is not None:
+        if index:
+            kept.note(out / INDEX_NAME, 0, memoryview(index))
         for path in side_files:
             kept.note_copy(out / path.name, path, BLOCK_BYTES)
 
 
 def _side_files(directory: Path) -> list[Path]:
     read_config(directory)
-    found = sorted(entry for entry in directory.iterdir() if is_side_file(entry.name))
+    with refusals("list the directory", directory):
+        found = sorted(entry for entry in directory.iterdir() if is_side_file(entry.name))
     for file in found:
         check_side_file(file)
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 from gemma4_moe.checkpoints.directories import Checkpoint, open_checkpoint
+from gemma4_moe.checkpoints.storage import refusals
 from gemma4_moe.errors import InputError, StorageError, UsageError
 from gemma4_moe.hub import fetch, open_on_hub
 
@@ -27,14 +28,14 @@ def open_source(
     Args:
         source: A path, or a Hub id. A directory of that name comes first.
         revision: Branch, tag or commit on the Hub.
-        stream: Leave the weights on the Hub and read them there, instead of fetching them into its cache first.
+        stream: Leave the weights of a model on the Hub there, instead of fetching them into its cache first.
 
     Raises:
-        UsageError: `stream` for a directory; or what `locate` raises.
+        UsageError: What `locate` raises.
         InputError, StorageError: What `locate`, `open_checkpoint` or `open_on_hub` raises.
     """
-    if stream:
-        with open_on_hub(require_hub_id(source), revision) as (checkpoint, commit):
+    if stream and is_hub_id(source):
+        with open_on_hub(source, revision) as (checkpoint, commit):
             yield checkpoint, commit
     else:
         with open_checkpoint(locate(source, revision)) as checkpoint:
@@ -69,19 +70,25 @@ def open_headers(source: str | Path, revision: str | None = None) -> Iterator[Ch
 
 
 def is_hub_id(source: str | Path) -> TypeGuard[str]:
-    """Say whether a source is the id of a model on the Hub, and no path of this machine."""
-    return isinstance(source, str) and _HUB_ID.fullmatch(source) is not None and not Path(source).exists()
-
-
-def require_hub_id(source: str | Path) -> str:
-    """Return a source that is a Hub id.
+    """Say whether a source is the id of a model on the Hub, and no path of this machine.
 
     Raises:
-        UsageError: It is none.
+        StorageError: The disk or its permissions refused.
     """
-    if not is_hub_id(source):
+    if not isinstance(source, str) or _HUB_ID.fullmatch(source) is None:
+        return False
+    with refusals("look at the path", source):
+        return not Path(source).exists()
+
+
+def check_streamed(source: str | Path, base: str | Path | None) -> None:
+    """Check that there is something to stream.
+
+    Raises:
+        UsageError: Neither the source nor the base is a model on the Hub.
+    """
+    if not is_hub_id(source) and (base is None or not is_hub_id(base)):
         raise UsageError("only a model on the Hub can be streamed", file=source, hint="leave --stream out")
-    return source
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:

@@ -10,6 +10,7 @@ from gemma4_moe.checkpoints.storage import refusals
 from gemma4_moe.hub import bytes_to_fetch, cache_directory
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from gemma4_moe.checkpoints.directories import Checkpoint
@@ -22,7 +23,7 @@ class Space:
     Attributes:
         target_bytes: Size of the target's weights.
         free_bytes: Free space on the disk that would hold the target.
-        cache_bytes: Size of the source's weights that would be brought into the Hub's cache first.
+        cache_bytes: Size of the weights that would be brought into the Hub's cache first.
         cache_free_bytes: Free space on another disk that holds this cache; None where the target's disk holds it too,
             or nothing is brought there.
     """
@@ -45,14 +46,14 @@ class Space:
         return max(0, self.target_bytes - self.free_bytes)
 
 
-def measure_space(checkpoint: Checkpoint, target_bytes: int, disk: Path, *, stream: bool) -> Space:
+def measure_space(sources: Iterable[Checkpoint], target_bytes: int, disk: Path, *, stream: bool) -> Space:
     """Return the space for a target of `target_bytes` on the disk of the directory `disk`.
 
     Args:
-        checkpoint: The source, opened for its headers.
+        sources: What is read, opened for its headers.
         target_bytes: Size of the target's weights.
         disk: The directory that would hold the target.
-        stream: Whether the source would be left on the Hub.
+        stream: Whether what is on the Hub would be left there.
 
     Raises:
         StorageError: The disk or its permissions refused.
@@ -60,7 +61,7 @@ def measure_space(checkpoint: Checkpoint, target_bytes: int, disk: Path, *, stre
     with refusals("ask for the free space", disk):
         free = shutil.disk_usage(disk).free
         device = disk.stat().st_dev
-    to_fetch = 0 if stream else bytes_to_fetch(checkpoint)
+    to_fetch = 0 if stream else sum(bytes_to_fetch(source) for source in sources)
     if not to_fetch:
         return Space(target_bytes, free)
     cache = cache_directory()

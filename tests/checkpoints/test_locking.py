@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,7 +21,6 @@ from gemma4_moe.errors import StorageError, TargetBusyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 HOLDER = """
     import sys
@@ -142,6 +142,51 @@ def test_another_refusal_is_the_disks(path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(StorageError, match="can't lock the target"):
         Lock(path)
+
+
+def test_a_lock_that_may_not_be_looked_at_is_the_disks_refusal_and_stays_free(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(Path, "stat", refuse)
+        with pytest.raises(StorageError, match="can't look at the lock: Permission denied"):
+            Lock(path)
+    Lock(path).release()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_has_no_room_for_a_name_and_locks_all_the_same(
+    code: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(os, "pwrite", refuse)
+        if code == errno.EIO:
+            with pytest.raises(StorageError, match="can't sign the lock"):
+                Lock(path)
+        else:
+            lock = Lock(path)
+            with pytest.raises(TargetBusyError, match="another process is writing"):
+                Lock(path)
+            lock.release()
+    Lock(path).release()
+
+
+def test_a_name_that_the_disk_keeps_does_not_keep_the_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    lock = Lock(path)
+    with monkeypatch.context() as refusing:
+        refusing.setattr(os, "ftruncate", refuse)
+        with pytest.raises(StorageError, match="can't release the lock"):
+            lock.release()
+    Lock(path).release()
 
 
 @pytest.mark.parametrize("name", ["", "{", "[]", '{"pid": "x", "host": 3, "since": null}'])

@@ -1,10 +1,11 @@
 import errno
 import os
 import socket
+import tempfile
 
 import pytest
 
-from gemma4_moe.checkpoints.storage import open_regular, read_whole, refusals
+from gemma4_moe.checkpoints.storage import open_regular, read_whole, refusals, temporary_directory
 from gemma4_moe.errors import CheckpointFormatError, StorageError
 from support.descriptors import open_descriptors
 
@@ -104,6 +105,18 @@ def test_what_the_disk_says_becomes_a_sentence_a_file_and_a_next_step(code, hint
     assert caught.value.facts == {"file": "x"}
     assert hint in caught.value.hint
     assert caught.value.exit_status == 5
+
+
+def test_a_temporary_directory_needs_a_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with temporary_directory("some-") as made:
+        assert os.listdir(tmp_path) == [os.path.basename(made)]  # noqa: PTH119, PTH208
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(StorageError, match="temporary directory: No such file") as caught:
+        temporary_directory("some-")
+    assert caught.value.facts["file"].startswith(str(tmp_path / "gone"))
+    assert "TMPDIR" in caught.value.hint
 
 
 def test_a_refusal_inside_a_refusal_keeps_its_own_sentence():

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from gemma4_moe import convert
 from gemma4_moe.checkpoints.target import check_existing, check_place, check_target
-from gemma4_moe.errors import UsageError
+from gemma4_moe.errors import StorageError, UsageError
 from support.checkpoints import contents, write_checkpoint
 from support.models import random_hf_state_dict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @pytest.fixture
@@ -119,6 +125,22 @@ def test_an_empty_working_directory_is_not_exchanged_under_its_users_feet(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="the working directory lies in the target"):
         check_existing(Path(name.format(tmp_path)), overwrite=False)
+
+
+@pytest.mark.parametrize("look", range(3))
+def test_a_target_that_may_not_be_looked_at_is_told(look: int, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, iterdir = itertools.count(), Path.iterdir
+
+    def refuse_one(path: Path) -> Iterator[Path]:
+        if next(looks) == look:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse_one)
+    with pytest.raises(StorageError, match="Permission denied") as caught:
+        check_existing(old, overwrite=True)
+    assert caught.value.facts["file"] == str(old)
+    assert next(looks) == look + 1
 
 
 def test_what_is_no_checkpoint_is_told_why(tmp_path: Path) -> None:

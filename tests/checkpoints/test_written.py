@@ -9,6 +9,7 @@ import pytest
 
 from gemma4_moe.checkpoints.written import Written
 from gemma4_moe.errors import CheckpointFormatError, StorageError
+from support.checkpoints import flip_bit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,14 +32,6 @@ def written(file: Path) -> Written:
     return noted
 
 
-def flip(path: Path, position: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(position)
-        (byte,) = file.read(1)
-        file.seek(position)
-        file.write(bytes([byte ^ 4]))
-
-
 def test_what_is_unchanged_passes_and_is_counted(written: Written) -> None:
     told: list[int] = []
     written.check(10**6, told.append)
@@ -48,7 +41,7 @@ def test_what_is_unchanged_passes_and_is_counted(written: Written) -> None:
 
 @pytest.mark.parametrize("position", [0, 4095, 4098, 5000, 20_010])
 def test_a_flipped_bit_is_found_and_its_place_named(position: int, written: Written, file: Path) -> None:
-    flip(file, position)
+    flip_bit(file, position)
     start, end = next((start, end) for start, end in BOUNDS if start <= position < end)
     with pytest.raises(StorageError, match="other bytes") as caught:
         written.check(10**6)
@@ -57,7 +50,7 @@ def test_a_flipped_bit_is_found_and_its_place_named(position: int, written: Writ
 
 
 def test_what_was_not_noted_is_not_looked_at(written: Written, file: Path) -> None:
-    flip(file, 4500)
+    flip_bit(file, 4500)
     written.check(10**6)
 
 
@@ -76,6 +69,6 @@ def test_a_copy_is_compared_with_its_original(tmp_path: Path, file: Path) -> Non
     noted = Written()
     noted.note_copy(copy, file, 10**6)
     noted.check(10**6)
-    flip(copy, 12_345)
+    flip_bit(copy, 12_345)
     with pytest.raises(StorageError, match="other bytes"):
         noted.check(10**6)

@@ -17,7 +17,7 @@ from gemma4_moe.checkpoints import hashing
 from gemma4_moe.checkpoints.unfinished import remains
 from gemma4_moe.errors import ParallelError, StorageError
 from support import ranks
-from support.checkpoints import contents, write_checkpoint
+from support.checkpoints import contents, flip_bit, write_checkpoint
 from support.models import random_hf_state_dict, read_directory
 
 if TYPE_CHECKING:
@@ -74,11 +74,7 @@ def find_one_other_byte(source: Path, target: Path) -> None:
 
         def flip(paths: object, out: Path, position: int = chunk * hashing.CHUNK_BYTES + 4100) -> None:
             copy_side_files(paths, out)  # type: ignore[arg-type]
-            with (out / "model-00001-of-00002.safetensors").open("r+b") as file:
-                file.seek(position)
-                (byte,) = file.read(1)
-                file.seek(position)
-                file.write(bytes([byte ^ 4]))
+            flip_bit(out / "model-00001-of-00002.safetensors", position)
 
         finishing.copy_side_files = flip
         with pytest.raises((StorageError, ParallelError), match=r"other bytes than were written|could not read back"):

@@ -21,7 +21,7 @@ from gemma4_moe.errors import (
     UsageError,
 )
 from support import ranks
-from support.checkpoints import contents, write_checkpoint
+from support.checkpoints import contents, flip_bit, write_checkpoint
 from support.formulas import hf_from_nemo
 from support.models import random_hf_state_dict, read_directory
 
@@ -71,6 +71,7 @@ FLIPPED = {
     "the first tensor": ("model-00001-of-", 4096),
     "the last tensor": ("model-00002-of-", -1),
     "a side file": ("tokenizer.json", 1),
+    "the index": ("model.safetensors.index.json", -2),
 }
 
 
@@ -82,12 +83,10 @@ def test_what_the_disk_changes_is_not_published(
     name, position = FLIPPED[place]
     write = sharded_saving.write_index_file
 
-    def flipping(files: dict[str, object], out: Path) -> None:
-        write(files, out)  # type: ignore[arg-type]
-        path = next(path for path in out.iterdir() if path.name.startswith(name))
-        content = bytearray(path.read_bytes())
-        content[position] ^= 1
-        path.write_bytes(content)
+    def flipping(files: dict[str, object], out: Path) -> object:
+        written = write(files, out)  # type: ignore[arg-type]
+        flip_bit(next(path for path in out.iterdir() if path.name.startswith(name)), position)
+        return written
 
     monkeypatch.setattr(sharded_saving, "write_index_file", flipping)
     save = partial(save_hf, io_checks.native(), tmp_path / "hf", config_from=source, max_shard_size="12kB")

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gemma4_moe import cli, convert
-from gemma4_moe.errors import CheckpointFormatError, SourceChangedError
+from gemma4_moe.checkpoints.journal import Journal
+from gemma4_moe.checkpoints.unfinished import clean
+from gemma4_moe.errors import CheckpointFormatError, SourceChangedError, StorageError, UsageError
 from support.checkpoints import contents, write_checkpoint
 from support.models import random_hf_state_dict
 
@@ -56,6 +58,61 @@ def test_a_refusal_has_words_a_next_step_and_status_5(
     assert str(tmp_path) in talk
     assert list((tmp_path / "nemo").iterdir()) == []
     assert contents(source) == before
+
+
+def test_what_an_unfinished_run_has_left_can_be_removed_from_a_full_disk(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target, control = tmp_path / "nemo", tmp_path / ".nemo.gemma4-moe"
+    control.mkdir()
+    with Journal(control, 0) as journal:
+        journal.append(target=[("model.safetensors", 0, "hash")])
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(UsageError, match="not finished"):
+        convert(source, target)
+    assert clean(target) is not None
+    with pytest.raises(StorageError, match="No space left on device"):
+        convert(source, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+COMMANDS = {
+    "inspect": ["inspect", "x"],
+    "plan": ["plan", "x"],
+    "verify against a manifest": ["verify", "x"],
+    "verify": ["verify", "{source}", "x"],
+    "diff": ["diff", "{source}", "x"],
+    "clean": ["clean", "x"],
+    "dry run": ["convert", "{source}", "x", "--dry-run"],
+    "convert": ["convert", "{source}", "x"],
+    "demo": ["demo", "x"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("place", ["links in a circle", "a directory that is gone", "a name that is too long"])
+def test_a_path_that_leads_nowhere_is_told_by_every_command(
+    place: str, command: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = "x"
+    if place == "links in a circle":
+        (tmp_path / "here" / "x").symlink_to("x")
+    elif place == "a directory that is gone":
+        (tmp_path / "here").rmdir()
+    else:
+        path = "x" * 256
+    with pytest.raises(SystemExit) as caught:
+        cli.main([path if word == "x" else word.format(source=source) for word in COMMANDS[command]])
+    talk = capsys.readouterr().err
+    assert caught.value.code == 5, talk
+    assert "  file: " in talk
+    assert "  next: " in talk
 
 
 def run_limited(limit: int, value: int, *arguments: object) -> subprocess.CompletedProcess[str]:

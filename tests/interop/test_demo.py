@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import subprocess
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from gemma4_moe import kernels, small_models
 from gemma4_moe.demo import run_demo
-from gemma4_moe.errors import DifferenceError, UsageError
+from gemma4_moe.errors import DifferenceError, StorageError, UsageError
 
 STEPS = ["build", "hf → nemo", "nemo → hf", "from_pretrained", "logits", "control"]
 
@@ -51,6 +53,19 @@ def test_a_temporary_directory_is_removed(console: Console, tmp_path: Path, monk
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run_demo(console=console)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
+def test_a_disk_that_refuses_is_told(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(small_models, "save_model", refuse)
+    with pytest.raises(StorageError, match=r"can't write the model: .*No space left on device") as caught:
+        run_demo(tmp_path / "demo")
+    assert caught.value.facts["file"] == str(tmp_path / "demo/hf")
 
 
 def test_a_fold_that_is_left_out_is_a_difference(

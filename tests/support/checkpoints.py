@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
@@ -45,6 +46,15 @@ def write_checkpoint(
     (directory / "config.json").write_text(json.dumps(config or config_of(state)))
     (directory / "tokenizer.json").write_bytes(b'{"version": "1.0"} \n')
     return directory
+
+
+def flip_bit(path: Path, position: int) -> None:
+    """Flip one bit of the byte at `position`, in place; a negative position counts from the end."""
+    with path.open("r+b") as file:
+        position = file.seek(position, os.SEEK_END if position < 0 else os.SEEK_SET)
+        (byte,) = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte ^ 4]))
 
 
 def contents(directory: Path) -> dict[str, str]:

@@ -23,19 +23,21 @@ def copy_side_files(paths: Iterable[Path], out: Path) -> None:
         StorageError: The disk or its permissions refused.
     """
     for path in paths:
-        with refusals("copy the file", path):
+        with refusals(f"copy the file into {out}", path):
             shutil.copyfile(path, out / path.name)
             with (out / path.name).open("rb") as copy:
                 os.fsync(copy.fileno())
 
 
-def write_index_file(files: Mapping[str, Iterable[TensorEntry]], out: Path) -> None:
-    """Write the index of several files into `out`; a single file needs none.
+def write_index_file(files: Mapping[str, Iterable[TensorEntry]], out: Path) -> bytes:
+    """Write the index of several files into `out`, and return its bytes; a single file needs none, and none are given.
 
     Raises:
         StorageError: The disk or its permissions refused.
     """
-    if len(files) > 1:
-        weight_map = {entry.name: file for file, entries in files.items() for entry in entries}
-        total = sum(entry.nbytes for entries in files.values() for entry in entries)
-        write_file(out / INDEX_NAME, write_index(weight_map, total))
+    if len(files) == 1:
+        return b""
+    weight_map = {entry.name: file for file, entries in files.items() for entry in entries}
+    index = write_index(weight_map, sum(entry.nbytes for entries in files.values() for entry in entries))
+    write_file(out / INDEX_NAME, index)
+    return index

@@ -19,7 +19,7 @@ from gemma4_moe.checkpoints.manifest import MANIFEST_NAME
 from gemma4_moe.checkpoints.side_files import check_side_file, is_side_file
 from gemma4_moe.checkpoints.storage import read_whole, refusals
 from gemma4_moe.checkpoints.unfinished import control_directory
-from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError
+from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, command_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -167,14 +167,14 @@ def _entries(path: Path) -> tuple[list[str], list[str]]:
     """Return the names of `path`'s entries, sorted: those that are no directories, and those that are."""
     with refusals("look at the directory", path):
         exists, is_directory = path.exists(), path.is_dir()
+        begun = not exists and control_directory(path).is_dir()
     if not exists:
+        hint = "check the path"
+        if begun:
+            remove = command_line("gemma4-moe", "clean", path)
+            hint = f"a conversion to it was not finished: convert with --resume, or remove it: {remove}"
         raise CheckpointFormatError(
-            "no such directory",
-            file=path,
-            expected="a directory of safetensors files",
-            hint=f"a conversion to it was not finished: convert with --resume, or remove it: gemma4-moe clean {path}"
-            if control_directory(path).is_dir()
-            else "check the path",
+            "no such directory", file=path, expected="a directory of safetensors files", hint=hint
         )
     if not is_directory:
         refuse_foreign_files(path.parent, [path.name])

@@ -18,7 +18,7 @@ from gemma4_moe.checkpoints.storage import refusals
 from gemma4_moe.errors import SourceChangedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -119,12 +119,18 @@ def read_journals(control: Path) -> Journalled:
         SourceChangedError: They give one chunk of the source two hashes.
     """
     found = Journalled()
-    for path in journals(control):
-        with refusals("read the journal", path):
-            content = path.read_bytes()
-        for line in _good_lines(content):
-            found.take(json.loads(line[_CHECKSUM + 1 :]))
+    for record in _records(control):
+        found.take(record)
     return found
+
+
+def can_go_on(control: Path) -> bool:
+    """Say whether the journals of a control directory vouch for any part of the target.
+
+    Raises:
+        StorageError: The disk or its permissions refused.
+    """
+    return any(record.get("target") for record in _records(control))
 
 
 def journals(control: Path) -> list[Path]:
@@ -135,6 +141,14 @@ def journals(control: Path) -> list[Path]:
 def as_rows(facts: Mapping[Chunk, _T]) -> list[tuple[str, int, _T]]:
     """Return hashes, or other facts of chunks, as a record holds them."""
     return [(chunk.name, chunk.number, fact) for chunk, fact in facts.items()]
+
+
+def _records(control: Path) -> Iterator[Mapping[str, Any]]:
+    for path in journals(control):
+        with refusals("read the journal", path):
+            content = path.read_bytes()
+        for line in _good_lines(content):
+            yield json.loads(line[_CHECKSUM + 1 :])
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

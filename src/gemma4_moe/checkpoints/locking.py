@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.checkpoints.storage import refusal, refusals
+from gemma4_moe.checkpoints.storage import FULL, refusal, refusals
 from gemma4_moe.errors import StorageError, TargetBusyError
 
 if TYPE_CHECKING:
@@ -90,7 +90,11 @@ class Lock:
             descriptor = self._open_and_lock(break_lock=break_lock)
             if descriptor is not None:
                 self._descriptor = descriptor
-                self._sign()
+                try:
+                    self._sign()
+                except BaseException:
+                    self.forget()
+                    raise
                 return
         raise _busy(path, _read_owner(path))
 
@@ -116,13 +120,14 @@ class Lock:
         Raises:
             StorageError: The disk or its permissions refused.
         """
-        with refusals("look at the lock", self.path):
-            return not _is_at(self._descriptor, self.path)
+        return not _is_at(self._descriptor, self.path)
 
     def release(self) -> None:
         """Give the lock back; the name goes with it."""
-        with refusals("release the lock", self.path):
-            os.ftruncate(self._descriptor, 0)
+        try:
+            with refusals("release the lock", self.path):
+                os.ftruncate(self._descriptor, 0)
+        finally:
             os.close(self._descriptor)
 
     def forget(self) -> None:
@@ -151,10 +156,15 @@ class Lock:
                 os.close(descriptor)
 
     def _sign(self) -> None:
+        """Leave our name. A full disk has no room for it, and must not keep `clean` from making some."""
         name = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
         with refusals("sign the lock", self.path):
             os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps(name).encode(), 0)
+            try:
+                os.pwrite(self._descriptor, json.dumps(name).encode(), 0)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
 
 
 def _try_lock(descriptor: int, path: Path) -> bool:
@@ -172,11 +182,12 @@ def _try_lock(descriptor: int, path: Path) -> bool:
 
 def _is_at(descriptor: int, path: Path) -> bool:
     """Say whether `path` still names the open file."""
-    try:
-        there = path.stat()
-    except FileNotFoundError:
-        return False
-    here = os.fstat(descriptor)
+    with refusals("look at the lock", path):
+        try:
+            there = path.stat()
+        except FileNotFoundError:
+            return False
+        here = os.fstat(descriptor)
     return (here.st_ino, here.st_dev) == (there.st_ino, there.st_dev)
 
 

@@ -79,7 +79,9 @@ def wrong_files(
     expected: dict[Chunk, str] = {}
     with ExitStack() as stack:
         for name, said in sorted(files.items()):
-            if not (directory / name).is_file():
+            with refusals("look at the file", directory / name):
+                there = (directory / name).is_file()
+            if not there:
                 wrong.append(f"{name}: missing")
                 continue
             file = stack.enter_context(OpenFile(directory / name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+#: What a disk says that has no room left.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 _HINTS = {
     errno.ENOSPC: "free some space, or name a directory on another disk",
     errno.EDQUOT: "free some of your quota, or name a directory on another disk",
@@ -22,6 +26,9 @@ _HINTS = {
     errno.EROFS: "name a directory on a disk that can be written",
     errno.EIO: "check the disk: it could not do what it was asked",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "mend the links: they lead in a circle",
+    errno.ENOENT: "check the path, and whether it or the working directory was removed meanwhile",
 }
 
 
@@ -40,6 +47,35 @@ def refusal(action: str, file: object, error: OSError) -> StorageError:
     """Return the StorageError for `error`, met at `action` on `file`."""
     reason = error.strerror or str(error)
     return StorageError(f"can't {action}: {reason}", file=file, hint=_HINTS.get(error.errno or 0))
+
+
+def resolved(path: Path) -> Path:
+    """Return a path from the root and without links. What it names need not exist.
+
+    Raises:
+        StorageError: Links lead in a circle, or the working directory is gone.
+    """
+    with refusals("look at the path", path):
+        try:
+            return path.resolve()
+        except RuntimeError as error:  # what Python before 3.13 says of such links
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from error
+
+
+def temporary_directory(prefix: str) -> tempfile.TemporaryDirectory[str]:
+    """Make a directory that is removed with the end of its context.
+
+    Raises:
+        StorageError: There is no place for one.
+    """
+    try:
+        return tempfile.TemporaryDirectory(prefix=prefix)
+    except OSError as error:
+        raise StorageError(
+            f"can't make a temporary directory: {error.strerror}",
+            file=error.filename,
+            hint="free some space, or let TMPDIR name a directory on another disk",
+        ) from error
 
 
 def regular_status(path: Path) -> os.stat_result:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gemma4_moe.checkpoints.directories import open_checkpoint
-from gemma4_moe.checkpoints.storage import refusals
-from gemma4_moe.errors import InputError, UsageError
+from gemma4_moe.checkpoints.storage import refusals, resolved
+from gemma4_moe.errors import InputError, UsageError, command_line
 
 
 def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
@@ -22,8 +22,8 @@ def check_place(target: Path, source: Path) -> None:
         UsageError: It is the source, holds the source or lies in it; or its parent does not exist.
         StorageError: The disk or its permissions refused.
     """
+    here, there = resolved(target), resolved(source)
     with refusals("look at the target", target):
-        here, there = target.resolve(), source.resolve()
         parent_exists = here.parent.is_dir()
     if here == there or there in here.parents or here in there.parents:
         relation = "is" if here == there else "lies inside" if there in here.parents else "holds"
@@ -34,7 +34,7 @@ def check_place(target: Path, source: Path) -> None:
         raise UsageError(
             "the directory that should hold the target does not exist",
             file=here.parent,
-            hint=f"make it first: mkdir -p {here.parent}",
+            hint=f"make it first: {command_line('mkdir', '-p', here.parent)}",
         )
 
 
@@ -56,7 +56,7 @@ def check_existing(target: Path, *, overwrite: bool) -> None:
                 found="a link" if target.is_symlink() else "a file",
                 hint="name a directory that does not exist yet",
             )
-        here, cwd = target.resolve(), Path.cwd()
+        here, cwd = resolved(target), Path.cwd()
         if here.is_mount():
             raise UsageError("the target is a mount point", file=target, hint="name a directory inside it")
         if here == cwd or here in cwd.parents:  # whoever works there would see the old directory
@@ -75,7 +75,7 @@ def check_existing(target: Path, *, overwrite: bool) -> None:
 def _check_replaceable(target: Path) -> None:
     """Check that a checkpoint accounts for everything in `target`, so that nothing else is lost with it."""
     try:
-        with open_checkpoint(target) as old:
+        with open_checkpoint(target) as old, refusals("look at the target", target):
             directories = [f"{entry.name}/" for entry in target.iterdir() if entry.is_dir()]
             unknown = tuple(dict.fromkeys([*old.left_behind, *directories]))
     except InputError as error:

@@ -8,21 +8,22 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Self
 
-from gemma4_moe.checkpoints.journal import read_journals
+from gemma4_moe.checkpoints.journal import can_go_on
 from gemma4_moe.checkpoints.renaming import exchange, rename_new
-from gemma4_moe.checkpoints.storage import refusals, sync_directory, write_file
+from gemma4_moe.checkpoints.storage import refusals, resolved, sync_directory, write_file
 from gemma4_moe.checkpoints.unfinished import (
     OLD,
     OUT,
     PUBLISHING,
     control_directory,
     heal,
+    leave,
     remove,
     remove_work,
     size_on_disk,
     take_lock,
 )
-from gemma4_moe.errors import StorageError, UsageError
+from gemma4_moe.errors import StorageError, UsageError, command_line
 from gemma4_moe.quantities import format_size
 
 if TYPE_CHECKING:
@@ -46,8 +47,11 @@ class Transaction:
             target: The directory to make.
             resume: Go on with what an earlier run has journalled. Otherwise that is an error.
             break_lock: Take the lock from an owner that can't be shown to live.
+
+        Raises:
+            StorageError: Links lead in a circle, or the working directory is gone.
         """
-        self.target = target.resolve()
+        self.target = resolved(target)
         self.control = control_directory(self.target)
         self.out = self.control / OUT
         self._resume = resume
@@ -115,21 +119,20 @@ class Transaction:
         try:
             if self._lock.is_broken():
                 self._lock.forget()  # what is there now is another process' work
-            elif read_journals(self.control).target:
-                self._lock.release()
             else:
-                remove(self.control, self._lock)
+                leave(self.control, self._lock)
         except StorageError as trouble:
             error.add_note(str(trouble))
 
     def _prepare(self) -> None:
-        begun = bool(read_journals(self.control).target)
+        begun = can_go_on(self.control)
         if begun and not self._resume:
+            clean = command_line("gemma4-moe", "clean", self.target)
             raise UsageError(
                 "an earlier run to this target was not finished",
                 file=self.control,
                 found=f"{format_size(size_on_disk(self.control))} on the disk",
-                hint=f"give --resume to go on with it, or remove it: gemma4-moe clean {self.target}",
+                hint=f"give --resume to go on with it, or remove it: {clean}",
             )
         with refusals("make the directory", self.out):
             (self.control / PUBLISHING).unlink(missing_ok=True)

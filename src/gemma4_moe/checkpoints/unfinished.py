@@ -11,10 +11,10 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gemma4_moe.checkpoints.journal import journals, read_journals
+from gemma4_moe.checkpoints.journal import can_go_on, journals
 from gemma4_moe.checkpoints.locking import Lock
 from gemma4_moe.checkpoints.renaming import rename_new
-from gemma4_moe.checkpoints.storage import refusals, sync_directory
+from gemma4_moe.checkpoints.storage import refusals, resolved, sync_directory
 from gemma4_moe.errors import TargetBusyError
 
 if TYPE_CHECKING:
@@ -65,11 +65,11 @@ def remains(target: Path) -> Remains | None:
     Raises:
         StorageError: The disk or its permissions refused.
     """
-    control = control_directory(target.resolve())
+    control = control_directory(resolved(target))
     with refusals("look at the directory", control):
         if not control.is_dir():
             return None
-        return Remains(control, size_on_disk(control), bool(read_journals(control).target))
+    return Remains(control, size_on_disk(control), can_go_on(control))
 
 
 def heal(target: Path) -> None:
@@ -78,15 +78,18 @@ def heal(target: Path) -> None:
     Raises:
         StorageError: The disk or its permissions refused.
     """
-    target = target.resolve()
+    target = resolved(target)
     control = control_directory(target)
-    if not (control / PUBLISHING).exists():
+    if not _is_publishing(control):
         return
     try:
         lock = take_lock(control)
     except TargetBusyError:
         return  # whoever is at it does the same first
-    _finish_publish(target, control, lock)
+    if _is_publishing(control):
+        _finish_publish(target, control, lock)
+    else:
+        leave(control, lock)  # another process has just done it
 
 
 def clean(target: Path, *, break_lock: bool = False) -> Remains | None:
@@ -102,6 +105,11 @@ def clean(target: Path, *, break_lock: bool = False) -> Remains | None:
         lock = take_lock(found.path, break_lock=break_lock)
         remove(found.path, lock)
     return found
+
+
+def _is_publishing(control: Path) -> bool:
+    with refusals("look at the directory", control):
+        return (control / PUBLISHING).exists()
 
 
 def _finish_publish(target: Path, control: Path, lock: Lock) -> None:
@@ -120,10 +128,24 @@ def _finish_publish(target: Path, control: Path, lock: Lock) -> None:
 
 def _published_inode(control: Path) -> int | None:
     """Return the inode of the directory that was about to be published; None where the note is torn."""
+    with refusals("read the file", control / PUBLISHING):
+        note = (control / PUBLISHING).read_bytes()
     try:
-        return int(json.loads((control / PUBLISHING).read_bytes())["inode"])
+        return int(json.loads(note)["inode"])
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def leave(control: Path, lock: Lock) -> None:
+    """Give the lock back; what a later run can go on from stays, or else all goes.
+
+    Raises:
+        StorageError: The disk or its permissions refused.
+    """
+    if can_go_on(control):
+        lock.release()
+    else:
+        remove(control, lock)
 
 
 def remove_work(control: Path) -> None:
@@ -150,5 +172,10 @@ def remove(control: Path, lock: Lock) -> None:
 
 
 def size_on_disk(directory: Path) -> int:
-    """Return what all that is below `directory` takes on the disk, in bytes."""
-    return sum(path.lstat().st_blocks * 512 for path in directory.rglob("*"))
+    """Return what all that is below `directory` takes on the disk, in bytes.
+
+    Raises:
+        StorageError: The disk or its permissions refused.
+    """
+    with refusals("look at the directory", directory):
+        return sum(path.lstat().st_blocks * 512 for path in directory.rglob("*"))
