@@ -1,11 +1,12 @@
 """Convert a checkpoint of real layers, beside `cp` + fsync of the same bytes and beside what a person would write.
 
-    python benchmarks/convert.py [--directory DIR] [--layers 3] [--pairs 5] [--naive] [--json FILE]
+    python benchmarks/convert.py [--directory DIR] [--layers 3] [--pairs 5] [--rest 8] [--naive] [--json FILE]
 
 Runs are interleaved pairs: in each round every row of the table runs beside a copy of its own, now before it and now
-after it, each in a process of its own, with the source dropped from the page cache before it. Throughput is that of the
-target's bytes, by wall time until all is on the device; memory is the process' peak resident size. The peer is NeMo
-AutoModel's adapter, between safetensors' `load_file` and `save_file`.
+after it, each in a process of its own, with the source dropped from the page cache before it. A rest before each lets a
+disk that gives more after one give the same to all. Throughput is that of the target's bytes, by wall time until all is
+on the device; memory is the process' peak resident size. The peer is NeMo AutoModel's adapter, between safetensors'
+`load_file` and `save_file`; it computes for long, which is a rest too, so its rounds come last.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ class Run(NamedTuple):
     peak: int
 
 
+#: A program, its source, and its words.
+Row = tuple[str, Path, tuple[str, ...]]
+
+
 class Pair(NamedTuple):
     """A copy, and what is compared with it."""
 
@@ -87,10 +92,11 @@ class Pair(NamedTuple):
     ours: Run
 
 
-def measured(program: str, source: Path, target: Path, *words: str) -> Run:
-    """Return the seconds and the peak resident bytes of a program that makes `target` from `source`."""
+def measured(program: str, source: Path, target: Path, *words: str, rest: float = 0) -> Run:
+    """Return the seconds and the peak resident bytes of a program that makes `target` from `source`, after a rest."""
     shutil.rmtree(target, ignore_errors=True)
     os.sync()
+    time.sleep(rest)
     for path in source.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -101,19 +107,16 @@ def measured(program: str, source: Path, target: Path, *words: str) -> Run:
     return Run(time.perf_counter() - start, int(done.stdout.split()[-1]) * 1024)
 
 
-def rows(directory: Path, naive: bool) -> dict[str, tuple[str, Path, tuple[str, ...]]]:
-    """Return each row's program, source and words."""
+def rows(directory: Path) -> dict[str, Row]:
+    """Return each row of ours."""
     hf, nemo = directory / "hf", directory / "nemo"
-    found: dict[str, tuple[str, Path, tuple[str, ...]]] = {
+    return {
         "hf → nemo": (OURS, hf, ("direct",)),
         "hf → nemo, read back": (OURS, hf, ("read-back",)),
         "nemo → hf": (OURS, nemo, ("direct",)),
         "nemo → hf, read back": (OURS, nemo, ("read-back",)),
         "hf → nemo, --buffered": (OURS, hf, ("buffered",)),
     }
-    if naive:
-        found["load_file, the peer's from_hf, save_file"] = (NAIVE, hf, ())
-    return found
 
 
 def main() -> None:
@@ -121,6 +124,7 @@ def main() -> None:
     options.add_argument("--directory", type=Path, help="where to work; a temporary directory by default")
     options.add_argument("--layers", type=int, default=3, help="layers of 1.54 GB")
     options.add_argument("--pairs", type=int, default=5, help="pairs for each row")
+    options.add_argument("--rest", type=float, default=8, help="seconds before each run")
     options.add_argument("--naive", action="store_true", help="the peer too; needs three times the bytes in memory")
     options.add_argument("--json", type=Path, help="write all figures there")
     given = options.parse_args()
@@ -129,14 +133,17 @@ def main() -> None:
         write_source(directory / "hf", given.layers)
         convert(directory / "hf", directory / "nemo")
         nbytes = sum(path.stat().st_size for path in (directory / "nemo").glob("*.safetensors"))
-        table = rows(directory, given.naive)
-        runs: dict[str, list[Pair]] = {row: [] for row in table}
-        for number in range(given.pairs):
-            for row, (program, source, words) in table.items():
-                ours = partial(measured, program, source, directory / "target", *words)
-                copy = partial(measured, COPY, source, directory / "target")
-                pair = [run() for run in ((copy, ours) if number % 2 else (ours, copy))]
-                runs[row].append(Pair(*(pair if number % 2 else pair[::-1])))
+        tables = [rows(directory)]
+        if given.naive:
+            tables.append({"load_file, the peer's from_hf, save_file": (NAIVE, directory / "hf", ())})
+        runs: dict[str, list[Pair]] = {row: [] for table in tables for row in table}
+        for table in tables:
+            for number in range(given.pairs):
+                for row, (program, source, words) in table.items():
+                    ours = partial(measured, program, source, directory / "target", *words, rest=given.rest)
+                    copy = partial(measured, COPY, source, directory / "target", rest=given.rest)
+                    pair = [run() for run in ((copy, ours) if number % 2 else (ours, copy))]
+                    runs[row].append(Pair(*(pair if number % 2 else pair[::-1])))
     report(runs, nbytes, given)
 
 
