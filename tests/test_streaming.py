@@ -272,6 +272,19 @@ def test_nothing_is_fetched_where_it_and_the_target_do_not_fit(large_hub: Hub, t
     assert [path.name for path in tmp_path.iterdir()] == ["large"]
 
 
+def test_a_base_is_not_fetched_where_it_does_not_fit(hub: Hub, source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "nemo")
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    short = run(hub, tmp_path, "convert", tmp_path / "nemo", tmp_path / "back", "--base", MODEL, free=size)
+    assert short.returncode == 5
+    assert "no room for the model in the Hub's cache and for the target" in short.stderr
+    wide = run(hub, tmp_path, "convert", tmp_path / "nemo", tmp_path / "back", "--base", MODEL, "--dtype", "float16")
+    assert wide.returncode == 2
+    assert "does not hold the base's values" in wide.stderr
+    assert None not in hub.weight_requests, "it is refused by its headers"
+    assert not (tmp_path / "cache").exists()
+
+
 def test_what_is_in_the_cache_needs_no_space_and_no_connection(hub: Hub, tmp_path: Path) -> None:
     online = run(hub, tmp_path, "plan", MODEL, "--format", "json")
     assert run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo").returncode == 0

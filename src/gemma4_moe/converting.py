@@ -122,8 +122,8 @@ def convert(
         with ranks.together("plan the conversion"):
             if stream:
                 check_streamed(source, base)
-            elif is_hub_id(source) and ranks.is_first and not resume:  # an earlier run may hold the space already
-                _check_space(source, revision, target, to=to, dtype=dtype)
+            elif ranks.is_first and not resume:  # an earlier run may hold the space already
+                _check_before_a_fetch(source, revision, base, target, to=to, dtype=dtype)
             checkpoint, commit = stack.enter_context(open_source(source, revision, stream=stream))
             check_place(target, checkpoint.path)
             origin, origin_commit = stack.enter_context(_open_base(base, target, stream))
@@ -169,19 +169,27 @@ def convert(
         return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.left_behind)
 
 
-def _check_space(source: str, revision: str | None, target: Path, **options: Any) -> None:
-    """Check that a model of the Hub and its target both fit, before it is brought into the Hub's cache.
+def _check_before_a_fetch(
+    source: str | Path, revision: str | None, base: str | Path | None, target: Path, **options: Any
+) -> None:
+    """Check by headers, before anything is brought into the Hub's cache, that all fits together and onto the disk.
 
     Raises:
-        StorageError: They don't.
+        StorageError: There is no room for what would be fetched and for the target.
+        InputError, UsageError: What `make_plan` raises.
     """
-    with open_headers(source, revision) as headers:
-        target_bytes = make_plan(headers, **options).target_bytes
-        space = measure_space([headers], target_bytes, resolved(target).parent, stream=False)
+    if not is_hub_id(source) and (base is None or not is_hub_id(base)):
+        return
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_headers(source, revision))]
+        if base is not None:
+            opened.append(stack.enter_context(open_headers(base)))
+        target_bytes = make_plan(opened[0], **options, base=opened[1] if base is not None else None).target_bytes
+        space = measure_space(opened, target_bytes, resolved(target).parent, stream=False)
     if space.cache_bytes and space.missing_bytes:
         raise StorageError(
             "the disk has no room for the model in the Hub's cache and for the target",
-            file=source,
+            file=source if is_hub_id(source) else base,
             expected=f"{space.cache_bytes:,} bytes in the cache and {target_bytes:,} for the target",
             found=f"{space.missing_bytes:,} bytes too few",
             hint="free some space"

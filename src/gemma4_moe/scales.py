@@ -70,11 +70,16 @@ def unfolded_experts(plan: Plan, scales: Scales) -> tuple[str, ...]:
     tensors = [tensor for tensor in plan.tensors.values() if tensor.comes_back]
     named = sum(scale != 1 for tensor in tensors if tensor.folded for scale in tensor.folded.scale)
     of_base = sum(tensor.shape[0] for tensor in tensors if tensor.base)
-    count, kind = (of_base, "with a scale in the base") if of_base else (named, "with a scale in the source's manifest")
+    count = of_base or named
     if not count:
         return ()
     written = sum(int(np.count_nonzero(scale != 1)) for scale in scales.values())
-    said = f"{written} of {count} experts {kind} got it back, as scale and weights fold to their bits"
+    kind = (
+        "got a scale back, the base's or the manifest's"
+        if of_base
+        else "with a scale in the source's manifest got it back"
+    )
+    said = f"{written} of {count} experts {kind}, as scale and weights fold to their bits"
     return (said if written == count else f"{said}; the others have their own bits, and the scale one",)
 
 
