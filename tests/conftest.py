@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 
+from support.checkpoints import write_checkpoint
+from support.models import random_hf_state_dict
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """An hf checkpoint of two weight files; with `small_chunks`, each has several chunks."""
+    return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24))
 
 
 @pytest.fixture

@@ -61,11 +61,6 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
     return taken
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24))
-
-
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashing, "CHUNK_BYTES", 8192)

@@ -9,8 +9,6 @@ import pytest
 
 from gemma4_moe import convert
 from gemma4_moe.checkpoints import journal
-from support.checkpoints import write_checkpoint
-from support.models import random_hf_state_dict
 from support.order import Order
 
 if TYPE_CHECKING:
@@ -20,11 +18,6 @@ CONTROL = ".nemo.gemma4-moe"
 OUT = f"{CONTROL}/out"
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24))
 
 
 @pytest.mark.parametrize("buffered", [False, True])

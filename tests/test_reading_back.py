@@ -11,8 +11,7 @@ import pytest
 
 from gemma4_moe import convert, finishing
 from gemma4_moe.errors import StorageError
-from support.checkpoints import contents, flip_bit, write_checkpoint
-from support.models import random_hf_state_dict
+from support.checkpoints import contents, flip_bit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,11 +21,6 @@ if TYPE_CHECKING:
 OPTIONS = {"max_shard_size": 60_000, "max_memory": 60_000}
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24))
 
 
 def before_reading_back(monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], None]) -> None:

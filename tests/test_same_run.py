@@ -31,11 +31,6 @@ pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24))
-
-
-@pytest.fixture
 def done(source: Path, tmp_path: Path) -> Path:
     convert(source, tmp_path / "done", max_shard_size=60_000)
     return tmp_path / "done"

@@ -16,19 +16,13 @@ from gemma4_moe.checkpoints.locking import STALE_AFTER
 from gemma4_moe.checkpoints.transaction import Transaction
 from gemma4_moe.checkpoints.unfinished import OLD, OUT, PUBLISHING, clean, remains
 from gemma4_moe.errors import TargetBusyError
-from support.checkpoints import contents, write_checkpoint
+from support.checkpoints import contents
 from support.interrupted import interrupt, resume
-from support.models import random_hf_state_dict
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24))
 
 
 def owned_far_away(target: Path, age: float) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma4_moe import previewing
 from gemma4_moe.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.checkpoints.manifest import read_manifest
-from gemma4_moe.checkpoints.storage import resolved
 from gemma4_moe.checkpoints.target import check_existing, check_place
 from gemma4_moe.checkpoints.transaction import Transaction
 from gemma4_moe.checkpoints.unfinished import clean, heal
@@ -26,8 +26,7 @@ from gemma4_moe.planning import DEFAULT_SHARD_SIZE, Plan, make_plan
 from gemma4_moe.quantities import parse_size
 from gemma4_moe.resuming import is_made_already
 from gemma4_moe.scales import read_scales, unfolded_experts, unusual_scales, written_scales
-from gemma4_moe.sources import check_streamed, is_hub_id, open_headers, open_source
-from gemma4_moe.space import measure_space
+from gemma4_moe.sources import check_streamed, on_hub, open_source
 from gemma4_moe.writing import write_weights
 
 if TYPE_CHECKING:
@@ -122,8 +121,17 @@ def convert(
         with ranks.together("plan the conversion"):
             if stream:
                 check_streamed(source, base)
-            elif ranks.is_first and not resume:  # an earlier run may hold the space already
-                _check_before_a_fetch(source, revision, base, target, to=to, dtype=dtype)
+            elif on_hub(source, base) and ranks.is_first and not resume:  # an earlier run may hold the space already
+                _check_before_a_fetch(
+                    source,
+                    target,
+                    to=to,
+                    dtype=dtype,
+                    max_shard_size=max_shard_size,
+                    max_memory=max_memory,
+                    revision=revision,
+                    base=base,
+                )
             checkpoint, commit = stack.enter_context(open_source(source, revision, stream=stream))
             check_place(target, checkpoint.path)
             origin, origin_commit = stack.enter_context(_open_base(base, target, stream))
@@ -169,28 +177,19 @@ def convert(
         return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.left_behind)
 
 
-def _check_before_a_fetch(
-    source: str | Path, revision: str | None, base: str | Path | None, target: Path, **options: Any
-) -> None:
+def _check_before_a_fetch(source: str | Path, target: Path, **options: Any) -> None:
     """Check by headers, before anything is brought into the Hub's cache, that all fits together and onto the disk.
 
     Raises:
         StorageError: There is no room for what would be fetched and for the target.
-        InputError, UsageError: What `make_plan` raises.
+        InputError, UsageError: What `plan` raises.
     """
-    if not is_hub_id(source) and (base is None or not is_hub_id(base)):
-        return
-    with ExitStack() as stack:
-        opened = [stack.enter_context(open_headers(source, revision))]
-        if base is not None:
-            opened.append(stack.enter_context(open_headers(base)))
-        target_bytes = make_plan(opened[0], **options, base=opened[1] if base is not None else None).target_bytes
-        space = measure_space(opened, target_bytes, resolved(target).parent, stream=False)
+    space = previewing.plan(source, target, **options).space
     if space.cache_bytes and space.missing_bytes:
         raise StorageError(
             "the disk has no room for the model in the Hub's cache and for the target",
-            file=source if is_hub_id(source) else base,
-            expected=f"{space.cache_bytes:,} bytes in the cache and {target_bytes:,} for the target",
+            file=on_hub(source, options["base"])[0],
+            expected=f"{space.cache_bytes:,} bytes in the cache and {space.target_bytes:,} for the target",
             found=f"{space.missing_bytes:,} bytes too few",
             hint="free some space"
             if space.missing_without_cache

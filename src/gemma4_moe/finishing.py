@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_moe import __version__
 from gemma4_moe.checkpoints.beside import copy_side_files, write_index_file
-from gemma4_moe.checkpoints.hashing import Chunk, bytes_hash, chunk_bounds, chunk_count
+from gemma4_moe.checkpoints.hashing import bytes_hash, chunk_bounds
 from gemma4_moe.checkpoints.journal import read_journals
 from gemma4_moe.checkpoints.manifest import MANIFEST_NAME, build_manifest, encode_manifest, read_manifest
-from gemma4_moe.checkpoints.read_back import Extent, OpenFile, hash_extents, sha256
+from gemma4_moe.checkpoints.read_back import OpenFile, hash_extents, sha256, tensor_chunks
 from gemma4_moe.checkpoints.recheck import wrong_files
 from gemma4_moe.checkpoints.storage import refusals, sync_directory, write_file
 from gemma4_moe.errors import StorageError
 from gemma4_moe.resuming import plan_digest
 
 if TYPE_CHECKING:
+    from gemma4_moe.checkpoints.hashing import Chunk
     from gemma4_moe.checkpoints.journal import Journalled
     from gemma4_moe.job import Job
 
@@ -49,11 +50,7 @@ def finish(job: Job) -> None:
 def _missing_source_hashes(job: Job, hashes: Journalled) -> dict[Chunk, str]:
     """Hash this rank's part of the source's chunks that no rank has read in one go: scales, and where shares meet."""
     tensors = [tensor for planned in job.plan.tensors.values() for tensor in (planned.source, planned.scale) if tensor]
-    extents = {}
-    for tensor in tensors:
-        for number in range(chunk_count(tensor.nbytes)):
-            start, end = (tensor.entry.start + position for position in chunk_bounds(number, tensor.nbytes))
-            extents[Chunk(tensor.name, number)] = Extent(tensor.file, start, end)
+    extents = tensor_chunks(tensors)
     missing = sorted(extents.keys() - hashes.source.keys())[job.ranks.rank :: job.ranks.world]
     return hash_extents({chunk: extents[chunk] for chunk in missing}, job.memory.peak_bytes, buffered=job.buffered)
 

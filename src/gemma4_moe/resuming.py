@@ -10,9 +10,8 @@ from blake3 import blake3
 
 from gemma4_moe import __version__
 from gemma4_moe.checkpoints import hashing
-from gemma4_moe.checkpoints.hashing import Chunk, chunk_bounds, chunk_count
-from gemma4_moe.checkpoints.manifest import read_manifest
-from gemma4_moe.checkpoints.read_back import Extent, OpenFile, hash_extents
+from gemma4_moe.checkpoints.manifest import hashed_tensors, read_manifest
+from gemma4_moe.checkpoints.read_back import OpenFile, hash_extents, tensor_chunks
 from gemma4_moe.checkpoints.storage import refusals
 from gemma4_moe.errors import InputError, ParallelError, UsageError, command_line
 
@@ -21,7 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gemma4_moe.checkpoints.directories import Checkpoint, StoredTensor
+    from gemma4_moe.checkpoints.hashing import Chunk
     from gemma4_moe.checkpoints.journal import Journalled
+    from gemma4_moe.checkpoints.read_back import Extent
     from gemma4_moe.job import Job
     from gemma4_moe.planning import Plan
 
@@ -138,8 +139,13 @@ def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: M
         and {key: value for key, value in manifest.get("options", {}).items() if key in options} == options
         and {name: _size_and_header(file) for name, file in said.items()} == source
         and _is_count_of_overflows(manifest.get("overflowed"), plan)
-        and ("commit" in options or _source_hashes(checkpoint, memory) == manifest["source"].get("tensors"))
+        and ("commit" in options or _hashed(checkpoint, memory) == manifest["source"].get("tensors"))
     )
+
+
+def _hashed(checkpoint: Checkpoint, memory: int) -> dict[str, Any]:
+    tensors = checkpoint.tensors.values()
+    return hashed_tensors(tensors, hash_extents(tensor_chunks(tensors), memory))
 
 
 def _size_and_header(said: Any) -> tuple[Any, Any]:
@@ -151,22 +157,6 @@ def _is_count_of_overflows(said: Any, plan: Plan) -> bool:
     return isinstance(said, dict) and all(
         name in plan.tensors and type(count) is int and count > 0 for name, count in said.items()
     )
-
-
-def _source_hashes(checkpoint: Checkpoint, memory: int) -> dict[str, Any]:
-    """Return what a manifest says of the source's tensors."""
-    extents = {
-        Chunk(tensor.name, number): Extent(tensor.file, *(tensor.entry.start + position for position in bounds))
-        for tensor in checkpoint.tensors.values()
-        for number in range(chunk_count(tensor.nbytes))
-        for bounds in [chunk_bounds(number, tensor.nbytes)]
-    }
-    said: dict[str, Any] = {
-        tensor.name: {"bytes": tensor.nbytes, "blake3": []} for tensor in checkpoint.tensors.values()
-    }
-    for chunk, digest in hash_extents(extents, memory).items():
-        said[chunk.name]["blake3"].append(digest)
-    return said
 
 
 def true_chunks(known: Journalled, job: Job) -> set[Chunk]:

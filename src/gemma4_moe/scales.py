@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma4_moe.checkpoints.directories import StoredTensor
 from gemma4_moe.checkpoints.files import SafetensorsFile
 from gemma4_moe.layouts import SCALE, Layout, lookup
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from gemma4_moe.checkpoints.directories import StoredTensor
     from gemma4_moe.planning import Plan
 
     Scales = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 def read_scales(plan: Plan) -> Scales:
     """Return the fp32 scale [E] that is folded into each target tensor, by the target's name, whatever it holds."""
-    scales = {}
-    for tensor in plan.tensors.values():
-        if tensor.scale is not None:
-            scales[tensor.name] = read_scale(tensor.scale)
-    return scales
+    return {tensor.name: read_scale(tensor.scale) for tensor in plan.tensors.values() if tensor.scale is not None}
 
 
 def read_scale(stored: StoredTensor) -> np.ndarray[Any, np.dtype[Any]]:
@@ -48,15 +44,12 @@ def written_scales(plan: Plan, target: Path) -> Scales:
         for tensor in plan.tensors.values()
         if tensor.comes_back and (name := lookup(tensor.name, Layout.HF)) is not None
     }
-    scales = {}
+    scales: dict[str, np.ndarray[Any, np.dtype[Any]]] = {}
     for planned in plan.files:
         wanted = [entry for entry in planned.entries if entry.name in known]
         if wanted:
             with SafetensorsFile(target / planned.name) as file:
-                for entry in wanted:
-                    raw = np.empty(entry.nbytes, np.uint8)
-                    file.read_into(entry.start, raw.data)
-                    scales[entry.name] = raw.view(entry.dtype.numpy()).astype(np.float32)
+                scales |= {entry.name: read_scale(StoredTensor(entry, file)) for entry in wanted}
     return scales
 
 

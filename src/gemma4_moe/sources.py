@@ -81,13 +81,18 @@ def is_hub_id(source: str | Path) -> TypeGuard[str]:
         return not Path(source).exists()
 
 
+def on_hub(*sources: str | Path | None) -> list[str]:
+    """Return those of several sources that are models on the Hub."""
+    return [source for source in sources if source is not None and is_hub_id(source)]
+
+
 def check_streamed(source: str | Path, base: str | Path | None) -> None:
     """Check that there is something to stream.
 
     Raises:
         UsageError: Neither the source nor the base is a model on the Hub.
     """
-    if not is_hub_id(source) and (base is None or not is_hub_id(base)):
+    if not on_hub(source, base):
         raise UsageError("only a model on the Hub can be streamed", file=source, hint="leave --stream out")
 
 

@@ -151,7 +151,7 @@ class Unfolding:
         first = min(size, max(1, _FIRST // width))
         for rows in (slice(0, first), slice(0, size)):
             weights = self._read(base.weights, number, rows, self._buffer)
-            fold = partial(_is_fold, weights, scale, native, out)
+            fold = partial(_fold_rows, weights, scale, native, out)
             if not all(list(self._pool.map(fold, _pieces(rows.stop, width)))):
                 return False
         return True
@@ -162,7 +162,7 @@ class Unfolding:
         if folded is None or scale == 1:
             return False
         size, width = native.shape
-        divide = partial(_is_product, native, scale, folded.dtype, experts.tensor.dtype.numpy(), out)
+        divide = partial(_divide_rows, native, scale, folded.dtype, experts.tensor.dtype.numpy(), out)
         first = slice(0, min(size, max(1, _FIRST // width)))
         return divide(first) and all(list(self._pool.map(divide, _pieces(size, width))))
 
@@ -197,7 +197,7 @@ def _pieces(size: int, width: int) -> Iterator[slice]:
     return (slice(row, min(row + step, size)) for row in range(0, size, step))
 
 
-def _is_fold(weights: Array, scale: np.float32, native: Array, out: Array | None, rows: slice) -> bool:
+def _fold_rows(weights: Array, scale: np.float32, native: Array, out: Array | None, rows: slice) -> bool:
     """Say whether rows of weights [H, I] fold to those columns of native [I, H]; if so, write them to out [H, I]."""
     piece = weights[rows]
     again = kernels.transpose_scale_cast(piece[None], scale=[scale], dtype=native.dtype, threads=1)[0]
@@ -208,7 +208,7 @@ def _is_fold(weights: Array, scale: np.float32, native: Array, out: Array | None
     return True
 
 
-def _is_product(
+def _divide_rows(
     native: Array, scale: np.float32, dtype: DType, target: np.dtype[Any], out: Array | None, rows: slice
 ) -> bool:
     """Say whether w̃ of some rows of native [I, H] folds to their bits; if so, write it to the columns of out [H, I]."""

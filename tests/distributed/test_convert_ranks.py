@@ -84,11 +84,6 @@ def find_one_other_byte(source: Path, target: Path) -> None:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24))
-
-
-@pytest.fixture
 def alone(source: Path, tmp_path: Path) -> dict[str, str]:
     ranks.run(1, convert_on_all, source, tmp_path / "alone")
     return contents(tmp_path / "alone")

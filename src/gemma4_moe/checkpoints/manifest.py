@@ -19,9 +19,10 @@ from gemma4_moe.dtypes import EXPERT_DTYPES, DType
 from gemma4_moe.errors import CheckpointFormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
+    from gemma4_moe.checkpoints.directories import StoredTensor
     from gemma4_moe.checkpoints.files import SafetensorsFile
     from gemma4_moe.checkpoints.journal import Journalled, Overflows
     from gemma4_moe.planning import Plan
@@ -88,16 +89,21 @@ def build_manifest(
             "files": {
                 name: {"bytes": file.size, "header_sha256": file.header.digest} for name, file in sources.items()
             },
-            "tensors": {
-                tensor.name: {"bytes": tensor.nbytes, "blake3": _digests(hashes.source, tensor.name, tensor.nbytes)}
-                for tensor in sorted(used, key=lambda tensor: tensor.name)
-            },
+            "tensors": hashed_tensors(sorted(used, key=lambda tensor: tensor.name), hashes.source),
         },
         "source_dtypes": {
             tensor.name: tensor.source.dtype.name for tensor in plan.tensors.values() if tensor.source is not None
         },
         "overflowed": _overflowed(plan, hashes.overflows),
         "folded_scales": {name: [_number(value) for value in scale.tolist()] for name, scale in scales.items()},
+    }
+
+
+def hashed_tensors(tensors: Iterable[StoredTensor], hashes: Mapping[Chunk, str]) -> dict[str, Any]:
+    """Return what a manifest says of the source's tensors: size in bytes and hashes, by their names."""
+    return {
+        tensor.name: {"bytes": tensor.nbytes, "blake3": _digests(hashes, tensor.name, tensor.nbytes)}
+        for tensor in tensors
     }
 
 

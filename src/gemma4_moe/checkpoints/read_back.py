@@ -16,11 +16,12 @@ from gemma4_moe.checkpoints.hashing import Chunk, chunk_bounds, chunk_count
 from gemma4_moe.checkpoints.storage import open_regular, read_at
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
 
     from gemma4_moe.checkpoints.direct_io import Reader
+    from gemma4_moe.checkpoints.directories import StoredTensor
 
 #: What a thread reads at once, in bytes.
 _PIECE = 8 * 2**20
@@ -95,6 +96,16 @@ class Extent:
     file: Readable
     start: int
     end: int
+
+
+def tensor_chunks(tensors: Iterable[StoredTensor]) -> dict[Chunk, Extent]:
+    """Return where each chunk of each tensor's data is."""
+    return {
+        Chunk(tensor.name, number): Extent(tensor.file, *(tensor.entry.start + position for position in bounds))
+        for tensor in tensors
+        for number in range(chunk_count(tensor.nbytes))
+        for bounds in [chunk_bounds(number, tensor.nbytes)]
+    }
 
 
 def hash_extents(
