@@ -16,7 +16,7 @@ from timing import machine
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed import ALL_GATHER, resident
-from gemma4_moe.parallel import as_bytes, local_of
+from gemma4_moe.distributed.placements import as_bytes, local_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

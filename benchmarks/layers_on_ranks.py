@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor import empty as empty_dtensor
 
-from gemma4_moe.checkpoints.header_layout import layout_header
-from gemma4_moe.dtypes import BFLOAT16
-from gemma4_moe.layouts import RULES, SCALE, Layout, lookup
-from gemma4_moe.parallel import as_bytes, local_of
+from gemma4_moe.distributed.placements import as_bytes, local_of
+from gemma4_moe.layout.dtypes import BFLOAT16
+from gemma4_moe.layout.table import RULES, SCALE, Layout, lookup
+from gemma4_moe.target.file_layout import layout_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -43,8 +43,8 @@ from layers_on_ranks import CountedSlices, Sizes, WholeWhenAsked, cases, unfille
 from loading import forget
 
 from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig, load_hf
-from gemma4_moe.layouts import Layout, lookup
-from gemma4_moe.parallel import local_of
+from gemma4_moe.distributed.placements import local_of
+from gemma4_moe.layout.table import Layout, lookup
 from gemma4_moe.refit import WeightStream
 from refit import BUCKET_BYTES, compared, consume, peers_adapter, todays_way
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from across_ranks import LIMIT, PEER, all_gather, measure, require_same_bits
 from torch.distributed.tensor import DTensor, Shard
 
+from gemma4_moe.demo.small_models import build_model
+from gemma4_moe.distributed.placements import local_of
 from gemma4_moe.integrations import nemo_automodel
-from gemma4_moe.parallel import local_of
-from gemma4_moe.small_models import build_model
 
 if TYPE_CHECKING:
     from argparse import Namespace

@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from gemma4_moe.demo.small_models import build_model
 from gemma4_moe.integrations import nemo_automodel
-from gemma4_moe.small_models import build_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma4_moe.checkpoints.header_layout import layout_header
-from gemma4_moe.dtypes import BFLOAT16
+from gemma4_moe.layout.dtypes import BFLOAT16
+from gemma4_moe.target.file_layout import layout_header
 
 if TYPE_CHECKING:
     from pathlib import Path

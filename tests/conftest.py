@@ -25,5 +25,5 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hash and journal by pieces of two pages, so that a small model has several of them."""
-    monkeypatch.setattr("gemma4_moe.checkpoints.hashing.CHUNK_BYTES", 8192)
-    monkeypatch.setattr("gemma4_moe.ledger.FLUSH_BYTES", 8192)
+    monkeypatch.setattr("gemma4_moe.checkpoint.hashing.CHUNK_BYTES", 8192)
+    monkeypatch.setattr("gemma4_moe.target.ledger.FLUSH_BYTES", 8192)

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 
 import gemma4_moe
-from gemma4_moe.checkpoints.header_layout import layout_header
-from gemma4_moe.dtypes import BFLOAT16
 from gemma4_moe.kernels import available
+from gemma4_moe.layout.dtypes import BFLOAT16
+from gemma4_moe.target.file_layout import layout_header
 
 
 def main() -> None:

@@ -25,10 +25,10 @@ def loaded_by(program: str) -> list[str]:
         "from gemma4_moe import convert, plan, inspect",
         "from gemma4_moe import verify, diff",
         "from gemma4_moe import Layout, MoEConfig, BackendConfig, Gemma4MoEError, StateDictAdapter",
-        "import gemma4_moe.layouts, gemma4_moe.transforms, gemma4_moe.inventory, gemma4_moe.checkpoints.directories",
+        "import gemma4_moe.layout.table, gemma4_moe.layout.inventory, gemma4_moe.checkpoint.directory",
         "import gemma4_moe.kernels",
-        "import gemma4_moe.demo, gemma4_moe.small_models",
-        "from gemma4_moe.cli import main\ntry: main(['--help'])\nexcept SystemExit as end: assert end.code == 0",
+        "import gemma4_moe.demo.demo, gemma4_moe.demo.small_models",
+        "from gemma4_moe.cli.commands import main\ntry: main(['--help'])\nexcept SystemExit as e: assert e.code == 0",
     ],
     ids=lambda program: program[:60],
 )

@@ -10,7 +10,8 @@ import torch
 from engine import NEW_TOKENS, expected, generate, load
 from safetensors.torch import save_file
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, convert, small_models
+from gemma4_moe import Gemma4MoEStateDictAdapter, convert
+from gemma4_moe.demo import small_models
 from gemma4_moe.errors import UsageError
 from gemma4_moe.refit import WeightStream
 from gemma4_moe.refit.vllm_source import vllm_source

@@ -9,38 +9,39 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from gemma4_moe.version import __version__
+
 if TYPE_CHECKING:
-    from gemma4_moe.configs import BackendConfig as BackendConfig
-    from gemma4_moe.configs import MoEConfig as MoEConfig
-    from gemma4_moe.converting import convert as convert
-    from gemma4_moe.differing import diff as diff
+    from gemma4_moe.adapter.configs import BackendConfig as BackendConfig
+    from gemma4_moe.adapter.configs import MoEConfig as MoEConfig
+    from gemma4_moe.adapter.interface import StateDictAdapter as StateDictAdapter
+    from gemma4_moe.adapter.state_dict_adapter import Gemma4MoEStateDictAdapter as Gemma4MoEStateDictAdapter
+    from gemma4_moe.converter.convert import convert as convert
+    from gemma4_moe.converter.inspect import inspect as inspect
+    from gemma4_moe.converter.preview import plan as plan
     from gemma4_moe.errors import Gemma4MoEError as Gemma4MoEError
-    from gemma4_moe.inspecting import inspect as inspect
-    from gemma4_moe.interface import StateDictAdapter as StateDictAdapter
-    from gemma4_moe.layouts import Layout as Layout
-    from gemma4_moe.previewing import plan as plan
-    from gemma4_moe.sharded_loading import load_hf as load_hf
-    from gemma4_moe.sharded_saving import save_hf as save_hf
-    from gemma4_moe.state_dict_adapter import Gemma4MoEStateDictAdapter as Gemma4MoEStateDictAdapter
-    from gemma4_moe.verifying import verify as verify
+    from gemma4_moe.layout.table import Layout as Layout
+    from gemma4_moe.model_io.load import load_hf as load_hf
+    from gemma4_moe.model_io.save import save_hf as save_hf
+    from gemma4_moe.verifier.diff import diff as diff
+    from gemma4_moe.verifier.verify import verify as verify
 
 _HOME = {
-    "BackendConfig": "configs",
+    "BackendConfig": "adapter.configs",
     "Gemma4MoEError": "errors",
-    "Gemma4MoEStateDictAdapter": "state_dict_adapter",
-    "Layout": "layouts",
-    "MoEConfig": "configs",
-    "StateDictAdapter": "interface",
-    "convert": "converting",
-    "diff": "differing",
-    "inspect": "inspecting",
-    "load_hf": "sharded_loading",
-    "plan": "previewing",
-    "save_hf": "sharded_saving",
-    "verify": "verifying",
+    "Gemma4MoEStateDictAdapter": "adapter.state_dict_adapter",
+    "Layout": "layout.table",
+    "MoEConfig": "adapter.configs",
+    "StateDictAdapter": "adapter.interface",
+    "convert": "converter.convert",
+    "diff": "verifier.diff",
+    "inspect": "converter.inspect",
+    "load_hf": "model_io.load",
+    "plan": "converter.preview",
+    "save_hf": "model_io.save",
+    "verify": "verifier.verify",
 }
 
-__version__ = "0.1.0"
 __all__ = ["__version__", *sorted(_HOME)]
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from crash.cases import Case
-from gemma4_moe import ledger
-from gemma4_moe.checkpoints import hashing
+from gemma4_moe.checkpoint import hashing
+from gemma4_moe.target import ledger
 
 WRITES = ("pwrite64", "write", "sendfile", "copy_file_range", "fallocate", "ftruncate", "mkdir")
 OTHERS = ("fsync", "rename", "renameat2", "unlink", "unlinkat", "rmdir")

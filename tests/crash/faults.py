@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from crash.sizes import shrink
-from gemma4_moe import converting
-from gemma4_moe.checkpoints import renaming
+from gemma4_moe.converter import convert
+from gemma4_moe.target import renaming
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CALLS = ("pwrite", "fsync", "ftruncate", "mkdir", "unlink", "rename", "rmdir")
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["gemma4_moe.converting", "gemma4_moe.kernels._cpu", "ml_dtypes"])
+_CONTEXT.set_forkserver_preload(["gemma4_moe.converter.convert", "gemma4_moe.kernels._cpu", "ml_dtypes"])
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _convert(source: Path, target: Path, options: dict[str, Any], fault: Fault, 
     points = Points(fault)
     points.install()
     try:
-        converting.convert(source, target, **options)
+        convert.convert(source, target, **options)
         results.put(points.seen)
     except (OSError, KeyboardInterrupt) as error:
         results.put(repr(error))

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from gemma4_moe import convert, ledger, writing
-from gemma4_moe.checkpoints import hashing
-from gemma4_moe.checkpoints.direct_io import allocate
+from gemma4_moe import convert
+from gemma4_moe.checkpoint import hashing
+from gemma4_moe.checkpoint.direct_io import allocate
+from gemma4_moe.converter import write
 from gemma4_moe.errors import Gemma4MoEError
+from gemma4_moe.target import ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from gemma4_moe.blocks import Block, Memory
-    from gemma4_moe.pipeline import Steps
+    from gemma4_moe.converter.blocks import Block, Memory
+    from gemma4_moe.converter.pipeline import Steps
 
 
 def run_in_order(blocks: Iterable[Block], steps: Steps[Any], memory: Memory) -> None:
@@ -35,7 +37,7 @@ def terminated(*_: object) -> None:
 def main() -> int:
     source, target, shard_size, memory, chunk_bytes, flush_bytes, overwrite = sys.argv[1:]
     hashing.CHUNK_BYTES, ledger.FLUSH_BYTES = int(chunk_bytes), int(flush_bytes)
-    writing.run = run_in_order
+    write.run = run_in_order
     signal.signal(signal.SIGTERM, terminated)
     try:
         convert(

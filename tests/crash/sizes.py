@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemma4_moe import ledger
-from gemma4_moe.checkpoints import hashing
+from gemma4_moe.checkpoint import hashing
+from gemma4_moe.target import ledger
 
 #: Several weight files, whole pages and odd bytes in each; blocks of one or two experts.
 OPTIONS: dict[str, Any] = {"max_shard_size": 25_000, "max_memory": 30_000, "workers": 1}

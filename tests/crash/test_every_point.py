@@ -14,8 +14,8 @@ import pytest
 
 from crash.cases import Case
 from crash.faults import Fault, convert_with
-from gemma4_moe import ledger
-from gemma4_moe.checkpoints import hashing
+from gemma4_moe.checkpoint import hashing
+from gemma4_moe.target import ledger
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from distributed.placement_checks import shard
-from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig, gathering
+from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig
+from gemma4_moe.distributed import collectives
 from gemma4_moe.errors import ParallelError
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
@@ -58,7 +59,7 @@ def disagree_on_arguments(world: int) -> None:
 def stay_away(world: int) -> None:
     """The last rank never calls: the others say so once the time limit is over."""
     state = model(world)
-    gathering.AGREEMENT_SECONDS = 2.0
+    collectives.AGREEMENT_SECONDS = 2.0
     if dist.get_rank() == world - 1:
         time.sleep(6)
         return
@@ -73,7 +74,7 @@ def die(world: int) -> None:
     """The last rank is gone in the middle of a gather."""
     state = model(world)
     if dist.get_rank() == world - 1:
-        original = gathering.gather
+        original = collectives.gather
         calls = []
 
         def gather(*arguments: object) -> torch.Tensor:
@@ -82,9 +83,9 @@ def die(world: int) -> None:
                 os._exit(0)
             return original(*arguments)  # type: ignore[arg-type]
 
-        from gemma4_moe import into_hf
+        from gemma4_moe.adapter import to_hf
 
-        into_hf.gather = gather
+        to_hf.gather = gather
     with pytest.raises(ParallelError, match="could not gather") as caught:
         adapter().to_hf(state, gather=True)
     assert "was killed" in str(caught.value)

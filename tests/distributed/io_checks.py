@@ -108,11 +108,11 @@ def check_save_groups(source: Path, target: Path) -> None:
 
 def check_save_read_back(source: Path, target: Path) -> None:
     """The last byte of the last rank's experts changes on the disk before the target appears: no rank publishes it."""
-    from gemma4_moe import sharded_saving
+    from gemma4_moe.model_io import save
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = shard_all(native(), mesh, (Shard(0),))
-    write = sharded_saving.copy_side_files
+    write = save.copy_side_files
 
     def flipping(paths: Any, out: Path) -> None:
         write(paths, out)
@@ -123,11 +123,11 @@ def check_save_read_back(source: Path, target: Path) -> None:
         content[8 + length + entry["data_offsets"][1] - 1] ^= 1
         file.write_bytes(content)
 
-    sharded_saving.copy_side_files = flipping
+    save.copy_side_files = flipping
     with pytest.raises(StorageError if mesh.get_rank() == mesh.size() - 1 else ParallelError, match="other bytes"):
         save_hf(model, target, config_from=source)
     assert not target.exists()
-    sharded_saving.copy_side_files = write
+    save.copy_side_files = write
     save_hf(model, target, config_from=source)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distributed import nemo_checks, nemo_ranks
-from gemma4_moe.small_models import build_model, logits, save_model
+from gemma4_moe.demo.small_models import build_model, logits, save_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

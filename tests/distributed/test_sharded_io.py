@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from distributed import io_checks, plain_pytorch
-from gemma4_moe import load_hf, save_hf, sharded_saving
-from gemma4_moe.checkpoints.transaction import Transaction
-from gemma4_moe.checkpoints.written import Written
+from gemma4_moe import load_hf, save_hf
 from gemma4_moe.errors import (
     Gemma4MoEError,
     StorageError,
@@ -20,6 +18,9 @@ from gemma4_moe.errors import (
     UnknownTensorError,
     UsageError,
 )
+from gemma4_moe.model_io import save as save_module
+from gemma4_moe.target.read_back import Written
+from gemma4_moe.target.transaction import Transaction
 from support import ranks
 from support.checkpoints import contents, flip_bit, write_checkpoint
 from support.formulas import hf_from_nemo
@@ -81,14 +82,14 @@ def test_what_the_disk_changes_is_not_published(
     place: str, read_back: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, position = FLIPPED[place]
-    write = sharded_saving.write_index_file
+    write = save_module.write_index_file
 
     def flipping(files: dict[str, object], out: Path) -> object:
         written = write(files, out)  # type: ignore[arg-type]
         flip_bit(next(path for path in out.iterdir() if path.name.startswith(name)), position)
         return written
 
-    monkeypatch.setattr(sharded_saving, "write_index_file", flipping)
+    monkeypatch.setattr(save_module, "write_index_file", flipping)
     save = partial(save_hf, io_checks.native(), tmp_path / "hf", config_from=source, max_shard_size="12kB")
     if read_back:
         with pytest.raises(StorageError, match="other bytes"):
@@ -190,7 +191,7 @@ def test_a_plain_fsdp_program_saves_the_model_that_it_loaded(tmp_path: Path) -> 
     """Experts over ep, all parameters over FSDP: the same bytes on 1, 2 and 4 ranks, and the source's logits."""
     from transformers import Gemma4ForConditionalGeneration
 
-    from gemma4_moe.small_models import build_model, logits, save_model
+    from gemma4_moe.demo.small_models import build_model, logits, save_model
 
     model = build_model("multimodal")
     save_model(model, tmp_path / "hf")

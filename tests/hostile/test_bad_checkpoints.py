@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from gemma4_moe import cli
+from gemma4_moe.cli import commands
 from support.checkpoints import config_of, contents, write_checkpoint
 from support.models import random_hf_state_dict
 
@@ -24,7 +24,7 @@ State = dict[str, torch.Tensor]
 
 def convert(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["convert", *map(str, arguments)])
+        commands.main(["convert", *map(str, arguments)])
     return int(caught.value.code or 0), capsys.readouterr().err
 
 

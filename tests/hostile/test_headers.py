@@ -17,11 +17,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from gemma4_moe import dtypes
-from gemma4_moe.checkpoints.files import SafetensorsFile
-from gemma4_moe.checkpoints.header import Header, parse_header
-from gemma4_moe.checkpoints.header_layout import layout_header
+from gemma4_moe.checkpoint.file import SafetensorsFile
+from gemma4_moe.checkpoint.header import Header, parse_header
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, TensorShapeError
+from gemma4_moe.layout import dtypes
+from gemma4_moe.target.file_layout import layout_header
 from support.headers import entry, raw_file
 
 DECLARED = (CheckpointFormatError, DuplicateTensorError, TensorShapeError)

@@ -7,8 +7,8 @@ import tracemalloc
 
 import pytest
 
-from gemma4_moe.checkpoints.directories import open_checkpoint
-from gemma4_moe.checkpoints.index import INDEX_NAME, LONGEST_INDEX, parse_index
+from gemma4_moe.checkpoint.directory import open_checkpoint
+from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, parse_index
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError
 
 MUTANTS = int(os.environ.get("GEMMA4_MOE_FUZZ", "2000"))

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gemma4_moe import cli, convert
-from gemma4_moe.checkpoints.journal import Journal
-from gemma4_moe.checkpoints.unfinished import clean
+from gemma4_moe import convert
+from gemma4_moe.cli import commands
 from gemma4_moe.errors import CheckpointFormatError, SourceChangedError, StorageError, UsageError
+from gemma4_moe.target.journal import Journal
+from gemma4_moe.target.recovery import clean
 from support.checkpoints import contents, write_checkpoint
 from support.models import random_hf_state_dict
 
@@ -50,7 +51,7 @@ def test_a_refusal_has_words_a_next_step_and_status_5(
     with monkeypatch.context() as refusing:
         refusing.setattr(os, call, refuse)
         with pytest.raises(SystemExit) as caught:
-            cli.main(["convert", str(source), str(tmp_path / "nemo")])
+            commands.main(["convert", str(source), str(tmp_path / "nemo")])
     talk = capsys.readouterr().err
     assert caught.value.code == 5, talk
     assert os.strerror(code) in talk
@@ -108,7 +109,7 @@ def test_a_path_that_leads_nowhere_is_told_by_every_command(
     else:
         path = "x" * 256
     with pytest.raises(SystemExit) as caught:
-        cli.main([path if word == "x" else word.format(source=source) for word in COMMANDS[command]])
+        commands.main([path if word == "x" else word.format(source=source) for word in COMMANDS[command]])
     talk = capsys.readouterr().err
     assert caught.value.code == 5, talk
     assert "  file: " in talk

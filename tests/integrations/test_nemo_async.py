@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from gemma4_moe.demo.small_models import build_model, save_model
 from gemma4_moe.integrations import nemo_automodel
-from gemma4_moe.small_models import build_model, save_model
 from support import peer
 from support.formulas import assert_same_tensors, hf_from_nemo
 from support.models import read_directory

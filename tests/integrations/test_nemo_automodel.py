@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from gemma4_moe import Gemma4MoEStateDictAdapter
+from gemma4_moe.demo.small_models import build_model
 from gemma4_moe.errors import UsageError
 from gemma4_moe.integrations import nemo_automodel, nemo_contract
-from gemma4_moe.small_models import build_model
 from support import peer
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NAMES = [
     ("models.gemma4_moe.model", None, "Gemma4MoEStateDictAdapter"),
-    ("models.gemma4_moe.state_dict_adapter", None, "Gemma4MoEStateDictAdapter"),
+    ("models.gemma4_moe.adapter.state_dict_adapter", None, "Gemma4MoEStateDictAdapter"),
     ("checkpoint.checkpointing", "Checkpointer", "_do_load"),
 ]
 

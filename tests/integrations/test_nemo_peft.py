@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gemma4_moe.demo.small_models import build_model
 from gemma4_moe.errors import UnknownTensorError
 from gemma4_moe.integrations import nemo_automodel
-from gemma4_moe.small_models import build_model
 from support import peer
 
 if TYPE_CHECKING:

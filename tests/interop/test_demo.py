@@ -17,8 +17,9 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from gemma4_moe import kernels, small_models
-from gemma4_moe.demo import run_demo
+from gemma4_moe import kernels
+from gemma4_moe.demo import small_models
+from gemma4_moe.demo.demo import run_demo
 from gemma4_moe.errors import DifferenceError, StorageError, UsageError
 
 STEPS = ["build", "hf → nemo", "nemo → hf", "from_pretrained", "logits", "control"]
@@ -120,5 +121,5 @@ def _extras() -> dict[str, list[str]]:
 
 
 def test_importing_the_demo_loads_neither_torch_nor_rich() -> None:
-    code = "import sys, gemma4_moe.demo; sys.exit(' '.join({'torch', 'transformers', 'rich'} & set(sys.modules)))"
+    code = "import sys, gemma4_moe.demo.demo; sys.exit(' '.join({'torch', 'transformers', 'rich'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemma4_moe import Gemma4MoEStateDictAdapter
-from gemma4_moe.small_models import build_model, logits
+from gemma4_moe.demo.small_models import build_model, logits
 from support import peer
 
 TOLERANCE = 5e-6

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemma4_moe import convert
-from gemma4_moe.small_models import build_model, logits, save_model
+from gemma4_moe.demo.small_models import build_model, logits, save_model
 from support.formulas import assert_same_tensors, legacy_name, nemo_from_hf
 from support.models import read_directory, respell_as_legacy
 

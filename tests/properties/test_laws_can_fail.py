@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, kernels, layouts
+from gemma4_moe import Gemma4MoEStateDictAdapter, kernels
 from gemma4_moe.errors import DuplicateTensorError
+from gemma4_moe.layout import table
 from properties.adapter_laws import (
     LAWS,
     Model,
@@ -137,14 +138,14 @@ def test_a_broken_kernel_breaks_the_law(
 
 def test_a_prefix_that_is_rewritten_breaks_its_law(monkeypatch: pytest.MonkeyPatch) -> None:
     rewritten = property(lambda name: f"model.language_model.layers.{name.layer}.")
-    monkeypatch.setattr(layouts.MoEName, "layer_path", rewritten)
+    monkeypatch.setattr(table.MoEName, "layer_path", rewritten)
     with pytest.raises(AssertionError):
         every_name_keeps_its_prefix(NARROW)
 
 
 def test_a_legacy_spelling_that_means_another_row_breaks_its_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = layouts._LOOKUP[layouts.Layout.HF]
-    monkeypatch.setitem(table, "moe.down_proj", (layouts.ROUTER_SCALE, layouts.Spelling.LEGACY))
+    names = table._LOOKUP[table.Layout.HF]
+    monkeypatch.setitem(names, "moe.down_proj", (table.ROUTER_SCALE, table.Spelling.LEGACY))
     with pytest.raises(DuplicateTensorError):
         the_legacy_spelling_means_the_same(NARROW)
 

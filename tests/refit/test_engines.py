@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gemma4_moe import Gemma4MoEStateDictAdapter
+from gemma4_moe.demo.small_models import build_model, logits
 from gemma4_moe.refit import WeightStream
-from gemma4_moe.small_models import build_model, logits
 from support.streams import assert_same_stream
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gemma4_moe import convert
-from gemma4_moe.checkpoints.unfinished import remains
+from gemma4_moe.target.recovery import remains
 
 if TYPE_CHECKING:
     from pathlib import Path

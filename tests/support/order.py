@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.checkpoints import renaming
+from gemma4_moe.target import renaming
 
 if TYPE_CHECKING:
     import pytest

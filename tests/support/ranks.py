@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "gemma4_moe.state_dict_adapter"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "gemma4_moe.adapter.state_dict_adapter"])
 
 
 def run(

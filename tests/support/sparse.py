@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from gemma4_moe.dtypes import DType
+    from gemma4_moe.layout.dtypes import DType
 
 REAL_MODEL = Path(__file__).parent.parent / "data" / "gemma-4-26B-A4B"
 

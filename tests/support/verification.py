@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_moe.verifying import verify
+from gemma4_moe.verifier.verify import verify
 from support.checkpoints import config_of, write_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gemma4_moe.verification.differences import Difference
-    from gemma4_moe.verifying import Verification
+    from gemma4_moe.verifier.differences import Difference
+    from gemma4_moe.verifier.verify import Verification
 
 State = dict[str, torch.Tensor]
 

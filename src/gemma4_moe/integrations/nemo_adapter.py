@@ -8,12 +8,12 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
+from gemma4_moe.adapter.state_dict_adapter import Gemma4MoEStateDictAdapter
 from gemma4_moe.integrations import nemo_contract
-from gemma4_moe.layouts import DOWN, GATE_UP
-from gemma4_moe.state_dict_adapter import Gemma4MoEStateDictAdapter
+from gemma4_moe.layout.table import DOWN, GATE_UP
 
 if TYPE_CHECKING:
-    from gemma4_moe.interface import StateDict
+    from gemma4_moe.adapter.interface import StateDict
 
 
 @cache

@@ -10,10 +10,11 @@ from __future__ import annotations
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe import destinations, dtypes
+from gemma4_moe.adapter import destinations
 from gemma4_moe.errors import UsageError
-from gemma4_moe.layouts import DOWN, SCALE, Layout, lookup
-from gemma4_moe.transforms import folds_in_place_exactly
+from gemma4_moe.layout import dtypes
+from gemma4_moe.layout.table import DOWN, SCALE, Layout, lookup
+from gemma4_moe.layout.transforms import folds_in_place_exactly
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

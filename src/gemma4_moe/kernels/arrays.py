@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_moe.dtypes import BFLOAT16, EXPERT_DTYPES, FLOAT8_E4M3, FLOAT16, FLOAT32
 from gemma4_moe.errors import TensorShapeError
 from gemma4_moe.kernels import choice, numpy_kernel
+from gemma4_moe.layout.dtypes import BFLOAT16, EXPERT_DTYPES, FLOAT8_E4M3, FLOAT16, FLOAT32
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

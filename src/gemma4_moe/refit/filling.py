@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
-from gemma4_moe.gathering import broadcast, gather
+from gemma4_moe.distributed.collectives import broadcast, gather
+from gemma4_moe.distributed.placements import Placed, local_of, placed
+from gemma4_moe.distributed.sharding import Sharded
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
-from gemma4_moe.layouts import EXPERT_ROWS, Operation
-from gemma4_moe.parallel import Placed, local_of, placed
+from gemma4_moe.layout.table import EXPERT_ROWS, Operation
+from gemma4_moe.layout.transforms import transposes
 from gemma4_moe.refit.buckets import unpack
-from gemma4_moe.sharding import Sharded
-from gemma4_moe.transforms import transposes
 
 if TYPE_CHECKING:
     from gemma4_moe.refit.buckets import Bucket, Run

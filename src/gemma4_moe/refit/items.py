@@ -8,11 +8,21 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch.distributed.tensor import DTensor
 
-from gemma4_moe import dtypes
+from gemma4_moe.converter.plan import natural_key
 from gemma4_moe.errors import InputError, UsageError
-from gemma4_moe.layouts import DOWN, EXPERT_ROWS, EXPERT_RULES, SCALE, ExpertRow, Layout, MoEName, Operation, layer_of
-from gemma4_moe.planning import natural_key
-from gemma4_moe.transforms import converted_shape
+from gemma4_moe.layout import dtypes
+from gemma4_moe.layout.table import (
+    DOWN,
+    EXPERT_ROWS,
+    EXPERT_RULES,
+    SCALE,
+    ExpertRow,
+    Layout,
+    MoEName,
+    Operation,
+    layer_of,
+)
+from gemma4_moe.layout.transforms import converted_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -20,8 +30,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-    from gemma4_moe.dtypes import DType
-    from gemma4_moe.inventory import Inventory
+    from gemma4_moe.layout.dtypes import DType
+    from gemma4_moe.layout.inventory import Inventory
 
 Experts = Literal["fused", "per-expert"]
 

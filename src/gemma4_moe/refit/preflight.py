@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.checkpoints.directories import open_checkpoint
+from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.errors import DifferenceError
-from gemma4_moe.layouts import EXPERT_ROWS, Layout, lookup
+from gemma4_moe.layout.table import EXPERT_ROWS, Layout, lookup
 from gemma4_moe.refit.items import expert_parts
 
 if TYPE_CHECKING:

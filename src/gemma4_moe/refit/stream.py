@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from gemma4_moe.configs import axis_sizes, conversion_of
+from gemma4_moe.adapter.configs import axis_sizes, conversion_of
+from gemma4_moe.adapter.to_hf import excluding
+from gemma4_moe.converter.plan import target_dtype
+from gemma4_moe.distributed.collectives import agree
+from gemma4_moe.distributed.placements import local_of
 from gemma4_moe.errors import UsageError
-from gemma4_moe.gathering import agree
-from gemma4_moe.into_hf import excluding
-from gemma4_moe.inventory import Inventory
-from gemma4_moe.layouts import Layout
-from gemma4_moe.parallel import local_of
-from gemma4_moe.planning import target_dtype
+from gemma4_moe.layout.inventory import Inventory
+from gemma4_moe.layout.table import Layout
 from gemma4_moe.refit.buckets import Buffers, plan_buckets
 from gemma4_moe.refit.filling import Filler, alone
 from gemma4_moe.refit.items import items_of, only_layers, require_complete
 from gemma4_moe.refit.preflight import check_against
-from gemma4_moe.refit.reading import Reader, check_readable_again, describe, mappings_of
+from gemma4_moe.refit.state import Reader, check_readable_again, describe, mappings_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.refit.buckets import Bucket, Oversize, PlannedBucket
     from gemma4_moe.refit.items import Experts, Item, Planned, Source
-    from gemma4_moe.refit.reading import State
+    from gemma4_moe.refit.state import State
 
 
 class WeightStream:

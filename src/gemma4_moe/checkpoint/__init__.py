@@ -1,0 +1,6 @@
+"""A checkpoint directory, read: its safetensors files, index, config and side files, and which form it has.
+
+Nothing here imports torch, maps a file into memory or executes anything that was read.
+
+May import: errors, sizes, layout.
+"""

@@ -1,0 +1,254 @@
+"""The header of a safetensors file, read strictly.
+
+A file is eight bytes n (little-endian), n bytes of JSON, then the data. The JSON maps each tensor's name to its dtype,
+shape and [begin, end) in the data; together they must cover the data without holes or overlaps. Whatever is accepted
+here, the safetensors library reads as the same tensors; the reverse is not so: duplicate keys, unknown fields and
+white space before the first brace are refused here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gemma4_moe.checkpoint.json_scanner import LARGEST_INTEGER, JsonScanner
+from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, TensorShapeError
+from gemma4_moe.layout import dtypes
+
+if TYPE_CHECKING:
+    from gemma4_moe.layout.dtypes import DType
+
+#: The length before the JSON.
+LENGTH = struct.Struct("<Q")
+
+#: The longest JSON that the format allows, in bytes.
+LONGEST_HEADER = 100_000_000
+
+#: More axes than torch or NumPy can hold.
+MOST_AXES = 64
+
+METADATA_KEY = "__metadata__"
+
+_DAMAGED = "the header is damaged, or was not written by the safetensors library: get the file again"
+_FIELDS = ("dtype", "shape", "data_offsets")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a file.
+
+    Attributes:
+        name: Its name.
+        dtype: Its dtype.
+        shape: Its shape.
+        start: Offset of its first byte, counted from the start of the file.
+        end: Offset after its last byte, counted from the start of the file.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of itself.
+
+    Attributes:
+        entries: The tensors in the order of their data.
+        metadata: The free text that the file carries.
+        data_start: Offset of the first byte of data.
+        digest: SHA-256 of the file's first `data_start` bytes, in hexadecimal.
+    """
+
+    entries: tuple[TensorEntry, ...]
+    metadata: dict[str, str]
+    data_start: int
+    digest: str
+
+
+def header_size(prefix: bytes, file_size: int, *, file: object) -> int:
+    """Return the size in bytes of length and JSON together, from the first eight bytes of a file.
+
+    Raises:
+        CheckpointFormatError: There are no eight bytes, or the length can't be that of a header of this file.
+    """
+    if len(prefix) < LENGTH.size:
+        raise CheckpointFormatError(
+            "too short for a safetensors file",
+            file=file,
+            expected="at least 8 bytes",
+            found=f"{file_size} bytes",
+            hint="the file is empty or was cut off: get it again",
+        )
+    (length,) = LENGTH.unpack_from(prefix)
+    longest = min(LONGEST_HEADER, file_size - LENGTH.size)
+    if length > longest:
+        raise CheckpointFormatError(
+            "the header is longer than the format, or the file, allows",
+            file=file,
+            expected=f"at most {longest} bytes",
+            found=f"{length} bytes",
+            hint="the file was cut off, or is not a safetensors file: get it again",
+        )
+    return LENGTH.size + int(length)
+
+
+def parse_header(raw: bytes, file_size: int, *, file: object) -> Header:
+    """Read a header.
+
+    Args:
+        raw: The first bytes of the file, at least to the end of the header.
+        file_size: Size of the whole file in bytes.
+        file: What errors call the file.
+
+    Raises:
+        CheckpointFormatError: The header breaks a rule of the format.
+        DuplicateTensorError: Two entries have one name.
+        TensorShapeError: An entry's shape and dtype don't make the bytes that it claims.
+    """
+    data_start = header_size(raw, file_size, file=file)
+    raw = raw[:data_start]
+    scanner = JsonScanner(raw[LENGTH.size :], file=file, what="header")
+    found: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] | None = None
+    for name in scanner.members():
+        if name in found or (name == METADATA_KEY and metadata is not None):
+            raise DuplicateTensorError("the header has two entries of one name", tensor=name, file=file, hint=_DAMAGED)
+        if name == METADATA_KEY:
+            metadata = _metadata(scanner)
+        else:
+            found[name] = _entry(scanner, name, data_start)
+    scanner.end()
+    entries = tuple(sorted(found.values(), key=lambda entry: (entry.start, entry.end)))
+    _check_coverage(entries, data_start, file_size, file)
+    return Header(entries, metadata or {}, data_start, hashlib.sha256(raw).hexdigest())
+
+
+def _metadata(scanner: JsonScanner) -> dict[str, str]:
+    metadata: dict[str, str] = {}
+    for key in scanner.members():
+        if key in metadata:
+            raise CheckpointFormatError("the metadata has one key twice", file=scanner.file, found=key, hint=_DAMAGED)
+        metadata[key] = scanner.string()
+    return metadata
+
+
+def _entry(scanner: JsonScanner, name: str, data_start: int) -> TensorEntry:
+    dtype: DType | None = None
+    shape: tuple[int, ...] | None = None
+    offsets: tuple[int, ...] | None = None
+    seen: set[str] = set()
+    for field in scanner.members():
+        if field in seen or field not in _FIELDS:
+            raise CheckpointFormatError(
+                "a tensor's entry has one field twice" if field in seen else "a tensor's entry has an unknown field",
+                tensor=name,
+                file=scanner.file,
+                expected=", ".join(_FIELDS),
+                found=field,
+                hint=_DAMAGED,
+            )
+        seen.add(field)
+        if field == "dtype":
+            dtype = _dtype(scanner, name)
+        elif field == "shape":
+            shape = scanner.unsigned_list(MOST_AXES)
+        else:
+            offsets = scanner.unsigned_list(2)
+    if dtype is None or shape is None or offsets is None or len(offsets) != 2:
+        raise CheckpointFormatError(
+            "a tensor's entry is not complete",
+            tensor=name,
+            file=scanner.file,
+            expected="dtype, shape, and data_offsets of two integers",
+            found=", ".join(sorted(seen)) or "nothing",
+            hint=_DAMAGED,
+        )
+    begin, end = offsets
+    _check_size(name, dtype, shape, begin, end, scanner.file)
+    return TensorEntry(name, dtype, shape, data_start + begin, data_start + end)
+
+
+def _dtype(scanner: JsonScanner, name: str) -> DType:
+    tag = scanner.name()
+    dtype = dtypes.BY_TAG.get(tag)
+    if dtype is None:
+        raise CheckpointFormatError(
+            "a dtype that the format does not have",
+            tensor=name,
+            file=scanner.file,
+            expected=f"one of {', '.join(dtypes.BY_TAG)}",
+            found=tag,
+            hint="the file is damaged, or newer than this package: get it again, or save it in one of these dtypes",
+        )
+    return dtype
+
+
+def tensor_nbytes(name: str, dtype: DType, shape: tuple[int, ...], *, file: object = None) -> int:
+    """Return the size of a tensor in bytes.
+
+    Raises:
+        TensorShapeError: It does not fill whole bytes, or a step of the product leaves 64 bits, as the format counts.
+    """
+    bits = 1
+    for size in shape:
+        bits *= size
+        if bits > LARGEST_INTEGER:
+            break
+    bits *= dtype.bits
+    if bits > LARGEST_INTEGER or bits % 8:
+        raise TensorShapeError(
+            "a shape that does not fit 64 bits" if bits > LARGEST_INTEGER else "a shape that does not fill whole bytes",
+            tensor=name,
+            file=file,
+            expected="a size in bytes from 0 to 2^64 - 1",
+            found=f"{dtype.tag} {list(shape)}",
+            hint="give the tensor its real shape, or get the file that claims this one again",
+        )
+    return bits // 8
+
+
+def _check_size(name: str, dtype: DType, shape: tuple[int, ...], begin: int, end: int, file: object) -> None:
+    nbytes = tensor_nbytes(name, dtype, shape, file=file)
+    if end - begin != nbytes:
+        raise TensorShapeError(
+            "shape and dtype don't make the bytes that the entry claims",
+            tensor=name,
+            file=file,
+            expected=f"{nbytes} bytes for {dtype.tag} {list(shape)}",
+            found=f"{end - begin} bytes at [{begin}, {end})",
+            hint=_DAMAGED,
+        )
+
+
+def _check_coverage(entries: tuple[TensorEntry, ...], data_start: int, file_size: int, file: object) -> None:
+    covered = data_start
+    for entry in entries:
+        if entry.start != covered:
+            raise CheckpointFormatError(
+                "a hole before a tensor's data" if entry.start > covered else "two tensors share bytes",
+                tensor=entry.name,
+                file=file,
+                expected=f"its data at byte {covered} of the file",
+                found=f"byte {entry.start}",
+                hint=_DAMAGED,
+            )
+        covered = entry.end
+    if covered != file_size:
+        raise CheckpointFormatError(
+            "the file is cut off" if covered > file_size else "bytes after the last tensor",
+            file=file,
+            expected=f"{covered} bytes",
+            found=f"{file_size} bytes",
+            hint="the file is damaged or was not copied to its end: get it again",
+        )

@@ -1,0 +1,119 @@
+"""Which checkpoint this is: its layout, its spelling, its model, or the known form that we don't convert.
+
+Names and the config decide, never shapes: H may equal 2I.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gemma4_moe.errors import ConfigError, InputError, UnsupportedCheckpointError
+from gemma4_moe.layout.foreign import FOREIGN_SPELLINGS
+from gemma4_moe.layout.table import GATE_UP, Layout, Spelling, lookup
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from gemma4_moe.checkpoint.config import ConfigFile
+
+#: `model_type` of the models that have these layers, and what each is called.
+SUPPORTED_MODELS = {"gemma4": "multimodal Gemma 4", "gemma4_text": "text-only Gemma 4"}
+
+#: `model_type` of relatives that are refused by name, and the reason.
+_RELATIVES = {
+    "gemma4_unified": "Gemma 4 unified is a dense model: it has no experts to convert",
+    "gemma4_unified_text": "Gemma 4 unified is a dense model: it has no experts to convert",
+    "gemma4_assistant": "an MTP drafter never holds experts: use it as it is beside its converted target model",
+    "gemma4_unified_assistant": "an MTP drafter never holds experts: use it as it is beside its target model",
+    "diffusion_gemma": "DiffusionGemma shares these layers, but NeMo's Gemma 4 MoE model does not load it",
+    "diffusion_gemma_text": "DiffusionGemma shares these layers, but NeMo's Gemma 4 MoE model does not load it",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Recognition:
+    """What names say of a checkpoint.
+
+    Attributes:
+        layout: The layout, or None where it is neither or can't be told.
+        spelling: "current", "legacy", "current and legacy", a foreign form's name, or "none".
+        refusal: Why it can't be converted, or None.
+    """
+
+    layout: Layout | None
+    spelling: str
+    refusal: InputError | None = None
+
+
+def recognise(names: Collection[str], config: ConfigFile) -> Recognition:
+    """Say which checkpoint has these tensor names and this config.json."""
+    foreign = _foreign(names)
+    if foreign is not None:
+        return foreign
+    found = {layout: _spellings(names, layout) for layout in Layout}
+    layouts = [layout for layout in Layout if found[layout]]
+    if len(layouts) != 1:
+        return Recognition(None, "none", _no_layout(names, layouts, config.model_type))
+    (layout,) = layouts
+    return Recognition(layout, " and ".join(sorted(found[layout])), _wrong_model(config))
+
+
+def _foreign(names: Collection[str]) -> Recognition | None:
+    for form in FOREIGN_SPELLINGS:
+        for name in names:
+            if form.pattern.fullmatch(name):
+                refusal = UnsupportedCheckpointError(
+                    f"a {form.name} checkpoint, which is not converted", form=form.name, tensor=name, hint=form.reason
+                )
+                return Recognition(None, form.name, refusal)
+    return None
+
+
+def _spellings(names: Collection[str], layout: Layout) -> set[Spelling]:
+    return {found.spelling for name in names if (found := lookup(name, layout)) is not None}
+
+
+def _no_layout(names: Collection[str], layouts: list[Layout], model_type: str | None) -> InputError:
+    if layouts:
+        return UnsupportedCheckpointError(
+            "names of both layouts in one checkpoint",
+            expected="the names of one layout",
+            found=f"{len(names)} tensors",
+            hint="a directory may hold the files of two checkpoints: separate them",
+        )
+    relative = _RELATIVES.get(str(model_type))
+    if relative is not None:
+        return UnsupportedCheckpointError(
+            relative, found=f"model_type {model_type}", hint="convert a Gemma 4 MoE checkpoint"
+        )
+    return UnsupportedCheckpointError(
+        "no mixture-of-experts layer in this checkpoint",
+        expected=f"tensors such as <prefix>layers.<number>.{GATE_UP.hf}",
+        found=f"{len(names)} tensors of a model of type {model_type}",
+        hint="only Gemma 4 models with experts (26B-A4B) have two layouts; a dense model needs no conversion",
+    )
+
+
+def _wrong_model(config: ConfigFile) -> InputError | None:
+    relative = _RELATIVES.get(str(config.model_type))
+    if relative is not None:
+        return UnsupportedCheckpointError(
+            relative, file=config.path, found=f"model_type {config.model_type}", hint="convert a Gemma 4 MoE checkpoint"
+        )
+    if config.model_type not in SUPPORTED_MODELS:
+        return ConfigError(
+            "config.json does not name a Gemma 4 model",
+            file=config.path,
+            expected=f"model_type, one of {', '.join(SUPPORTED_MODELS)}",
+            found=repr(config.model_type),
+            hint="put the model's own config.json beside its weights",
+        )
+    if config.document.get("quantization_config"):
+        return UnsupportedCheckpointError(
+            "config.json says that the weights are quantised",
+            file=config.path,
+            found="quantization_config",
+            hint="start from the unquantised checkpoint",
+        )
+    return None

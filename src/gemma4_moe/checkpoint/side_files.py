@@ -1,0 +1,77 @@
+"""The files beside the weights that a conversion takes along unchanged, and the rule that leaves all others behind.
+
+Taken along is what a model needs to be used and what tells whose it is. Code, pickles and other weights never are.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from gemma4_moe.checkpoint.config import CONFIG_NAME
+from gemma4_moe.checkpoint.storage import regular_status
+from gemma4_moe.errors import CheckpointFormatError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PATTERNS = (
+    CONFIG_NAME,
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "*.jinja",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+#: Endings that are never taken along, whatever the name before them.
+NEVER = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".gguf",
+    ".npz",
+    ".py",
+    ".pyc",
+    ".so",
+    ".sh",
+)
+
+#: The largest side file that is taken along, in bytes. The largest real one, a tokenizer, has about 32 MB.
+LARGEST_SIDE_FILE = 2**30
+
+
+def is_side_file(name: str) -> bool:
+    """Say whether a file of this name is taken along."""
+    return any(fnmatchcase(name, pattern) for pattern in PATTERNS) and not name.lower().endswith(NEVER)
+
+
+def check_side_file(path: Path) -> None:
+    """Check that `path` can be taken along.
+
+    Raises:
+        CheckpointFormatError: It is missing, no regular file, nor a link to one, or is larger than `LARGEST_SIDE_FILE`.
+        StorageError: The disk or its permissions refused.
+    """
+    status = regular_status(path)
+    if status.st_size > LARGEST_SIDE_FILE:
+        raise CheckpointFormatError(
+            "a side file that is far larger than such a file can be",
+            file=path,
+            expected=f"at most {LARGEST_SIDE_FILE} bytes",
+            found=f"{status.st_size} bytes",
+            hint="remove it, or put the real file in its place",
+        )

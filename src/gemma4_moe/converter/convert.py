@@ -1,0 +1,231 @@
+"""Convert a checkpoint on disk between the layouts: a plan, taken block by block through fixed buffers.
+
+One process does it, or all ranks of torch's default process group together, on a filesystem that they share.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma4_moe.converter import preview
+from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
+from gemma4_moe.converter.finish import finish
+from gemma4_moe.converter.job import Job
+from gemma4_moe.converter.notes import cast_notes, overflow_notes
+from gemma4_moe.converter.plan import DEFAULT_SHARD_SIZE, Plan, make_plan
+from gemma4_moe.converter.resume import is_made_already
+from gemma4_moe.converter.scales import read_scales, unfolded_experts, unusual_scales, written_scales
+from gemma4_moe.converter.write import write_weights
+from gemma4_moe.distributed.ranks import current, ranks_on_this_host
+from gemma4_moe.errors import StorageError
+from gemma4_moe.hub.source import check_streamed, on_hub, open_source
+from gemma4_moe.kernels.choice import allowed_cores
+from gemma4_moe.sizes import parse_size
+from gemma4_moe.target.manifest import read_manifest
+from gemma4_moe.target.preconditions import check_existing, check_place
+from gemma4_moe.target.recovery import clean, heal
+from gemma4_moe.target.transaction import Transaction
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from gemma4_moe.checkpoint.directory import Checkpoint
+    from gemma4_moe.converter.scales import Scales
+    from gemma4_moe.layout.table import Layout
+    from gemma4_moe.target.ledger import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What `convert` did.
+
+    Attributes:
+        target: The directory that it made.
+        plan: What was planned, and done.
+        memory: The buffers that were used.
+        notes: What a user should know of the values: scales that are zero, negative or not finite; experts that got
+            their scale back; casts that round, tensors that are not cast, and finite values that became infinite.
+        left_behind: Names in the source directory that were not taken along.
+    """
+
+    target: Path
+    plan: Plan
+    memory: Memory
+    notes: tuple[str, ...]
+    left_behind: tuple[str, ...]
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: Layout | str | None = None,
+    dtype: str = "keep",
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    max_memory: int | str = DEFAULT_MEMORY,
+    workers: int | None = None,
+    buffered: bool = False,
+    read_back: bool = True,
+    sha256: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    break_lock: bool = False,
+    revision: str | None = None,
+    stream: bool = False,
+    base: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert the checkpoint `source` into the new directory `target`.
+
+    A run that fails or is interrupted leaves the target as it was. What it has written and journalled stays in a hidden
+    directory beside the target, for `resume` to go on with; where there is nothing of use, nothing stays.
+
+    Args:
+        source: A directory of safetensors files with its config.json, or a Hub id.
+        target: A directory that does not exist yet, or is empty.
+        to: The layout to convert to; the other one by default.
+        dtype: "keep", or the dtype that every floating-point tensor gets.
+        max_shard_size: The most bytes of tensors in one file, or text such as "5GB"; a larger tensor gets a file of
+            its own.
+        max_memory: The most bytes of buffers of each rank, likewise.
+        workers: Threads of the kernel; by default the cores that this process may use, shared with the other ranks that
+            torchrun has started on this host.
+        buffered: Read and write through the page cache, even where it can be passed by.
+        read_back: Read every file from the device and compare its hashes before the target appears.
+        sha256: Put the SHA-256 of each source and target file into the manifest too; reads the source once more.
+        overwrite: Replace `target` if it is a checkpoint directory and nothing else.
+        resume: Go on with an earlier run to this target, if there is one.
+        break_lock: Take the target from a process that can't be shown to live.
+        revision: Branch, tag or commit of a Hub id.
+        stream: Read a source or a base on the Hub in place, and keep nothing of it but the target.
+        base: On the way to hf, the hf checkpoint that the model was made from, a directory or a Hub id: an expert that
+            is still the base's, folded, gets the base's own weights and scale. A complete target is then not known
+            again by `resume`.
+        progress: Told how far the writing is.
+
+    Raises:
+        InputError: The source is not a checkpoint that can be converted; nothing was written.
+        UsageError: The target may not be written; the budget is too small; there is an earlier run to go on with, or
+            `resume` is given and it is another run.
+        StorageError: The disk or its permissions refused; the target is as it was.
+        TargetBusyError: Another process is writing the target.
+        SourceChangedError: The source changed while it was read; the target is as it was.
+        ParallelError: Another rank failed.
+    """
+    ranks, target = current(), Path(target)
+    workers = workers or max(1, allowed_cores() // ranks_on_this_host())
+    with ExitStack() as stack:
+        with ranks.together("plan the conversion"):
+            if stream:
+                check_streamed(source, base)
+            elif on_hub(source, base) and ranks.is_first and not resume:  # an earlier run may hold the space already
+                _check_before_a_fetch(
+                    source,
+                    target,
+                    to=to,
+                    dtype=dtype,
+                    max_shard_size=max_shard_size,
+                    max_memory=max_memory,
+                    revision=revision,
+                    base=base,
+                )
+            checkpoint, commit = stack.enter_context(open_source(source, revision, stream=stream))
+            check_place(target, checkpoint.path)
+            origin, origin_commit = stack.enter_context(_open_base(base, target, stream))
+            plan = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=origin)
+            memory = plan_memory(plan, parse_size(max_memory))
+            scales = read_scales(plan)
+            options: dict[str, Any] = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
+            if commit is not None:
+                options["commit"] = commit
+            if origin is not None:
+                options["base"] = {name: file.header.digest for name, file in origin.files.items()}
+            if origin_commit is not None:
+                options["base_commit"] = origin_commit
+        transaction = None
+        with ranks.together("take the target"):
+            known = resume and origin is None  # no manifest has hashes of a base
+            if ranks.is_first and not _is_made(target, plan, checkpoint, options, memory, known, break_lock):
+                check_existing(target, overwrite=overwrite)
+                transaction = stack.enter_context(Transaction(target, resume=resume, break_lock=break_lock))
+        (out, *_) = ranks.everyones(None if transaction is None else transaction.out)
+        if out is not None:
+            job = Job(
+                checkpoint=checkpoint,
+                base=origin,
+                plan=plan,
+                scales=scales,
+                options=options,
+                target=target,
+                out=out,
+                memory=memory,
+                workers=workers,
+                buffered=buffered,
+                read_back=read_back,
+                sha256=sha256,
+                ranks=ranks,
+            )
+            write_weights(job, None if transaction is None else transaction.confirm, progress)
+            finish(job)
+            with ranks.together("publish the target"):
+                job.check_unchanged()
+                if transaction is not None:
+                    transaction.publish(overwrite=overwrite)
+        return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.left_behind)
+
+
+def _check_before_a_fetch(source: str | Path, target: Path, **options: Any) -> None:
+    """Check by headers, before anything is brought into the Hub's cache, that all fits together and onto the disk.
+
+    Raises:
+        StorageError: There is no room for what would be fetched and for the target.
+        InputError, UsageError: What `plan` raises.
+    """
+    space = preview.plan(source, target, **options).space
+    if space.cache_bytes and space.missing_bytes:
+        raise StorageError(
+            "the disk has no room for the model in the Hub's cache and for the target",
+            file=on_hub(source, options["base"])[0],
+            expected=f"{space.cache_bytes:,} bytes in the cache and {space.target_bytes:,} for the target",
+            found=f"{space.missing_bytes:,} bytes too few",
+            hint="free some space"
+            if space.missing_without_cache
+            else "give --stream: it keeps nothing of the model on this machine, and the target fits",
+        )
+
+
+@contextmanager
+def _open_base(base: str | Path | None, target: Path, stream: bool) -> Iterator[tuple[Checkpoint | None, str | None]]:
+    """Open a base as `open_source` does, if there is one."""
+    if base is None:
+        yield None, None
+        return
+    with open_source(base, stream=stream) as (checkpoint, commit):
+        check_place(target, checkpoint.path)
+        yield checkpoint, commit
+
+
+def _is_made(
+    target: Path,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    options: Mapping[str, object],
+    memory: Memory,
+    resume: bool,
+    break_lock: bool,
+) -> bool:
+    """Finish or clear away what an earlier run has left, and say whether it has left nothing to do."""
+    heal(target)
+    if not resume or not is_made_already(target, plan, checkpoint, options, memory.peak_bytes):
+        return False
+    clean(target, break_lock=break_lock)
+    return True
+
+
+def _notes(target: Path, plan: Plan, scales: Scales) -> tuple[str, ...]:
+    overflows = overflow_notes(plan, read_manifest(target)["overflowed"])
+    unfolded = unfolded_experts(plan, written_scales(plan, target))
+    return (*unusual_scales(scales), *unfolded, *cast_notes(plan), *overflows)

@@ -1,0 +1,61 @@
+"""One conversion as all its parts see it: what is converted, where to, with which means, and by which ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gemma4_moe.checkpoint.directory import Checkpoint
+    from gemma4_moe.converter.blocks import Memory
+    from gemma4_moe.converter.plan import Plan
+    from gemma4_moe.converter.scales import Scales
+    from gemma4_moe.distributed.ranks import Ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A conversion that has begun.
+
+    Attributes:
+        checkpoint: The source, open.
+        base: The base that experts may come back as, open, or None.
+        plan: What is made of them.
+        scales: The scales that are folded, by the target tensor's name.
+        options: Those options that decide what is made.
+        target: The directory that is to appear.
+        out: Where its files are written.
+        memory: The buffers of each rank.
+        workers: Threads of the kernel.
+        buffered: Whether to go through the page cache.
+        read_back: Whether to read the files back before they are published.
+        sha256: Whether SHA-256 is wanted too.
+        ranks: Who works on it.
+    """
+
+    checkpoint: Checkpoint
+    base: Checkpoint | None
+    plan: Plan
+    scales: Scales
+    options: dict[str, Any]
+    target: Path
+    out: Path
+    memory: Memory
+    workers: int
+    buffered: bool
+    read_back: bool
+    sha256: bool
+    ranks: Ranks
+
+    def check_unchanged(self) -> None:
+        """Check that what is read is what was opened, and raise what `Checkpoint.check_unchanged` raises."""
+        for checkpoint in (self.checkpoint, self.base):
+            if checkpoint is not None:
+                checkpoint.check_unchanged()
+
+    @property
+    def control(self) -> Path:
+        """The directory of the lock and the journals."""
+        return self.out.parent

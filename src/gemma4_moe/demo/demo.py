@@ -1,0 +1,228 @@
+"""The demo: a small random model to the nemo layout and back on disk, with every step checked.
+
+Three independent judges: `verify` recomputes each tensor of both conversions and compares bits, transformers loads the
+result and must find every name, and both models must give the same logits. A last line shows that the logits would
+have told: it loses the experts' scales on purpose.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma4_moe.checkpoint.storage import refusals, temporary_directory
+from gemma4_moe.errors import DifferenceError, StorageError, UsageError
+from gemma4_moe.layout.table import SCALE, Layout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+    from transformers import PreTrainedModel
+
+#: Largest difference of two fp32 logits that rounding in the fold explains, with logits of about one.
+TOLERANCE = 5e-6
+
+#: So small that the demo's checkpoints have several files.
+_MAX_SHARD_SIZE = "200KB"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the demo's table.
+
+    Attributes:
+        step: What was done.
+        finding: What was looked at, and what was found.
+        passed: Whether that is what should be found.
+        tensors: Number of tensors that were looked at, or None.
+        files: Number of safetensors files that the step wrote, or None.
+        bytes: Their size together, or None.
+    """
+
+    step: str
+    finding: str
+    passed: bool
+    tensors: int | None = None
+    files: int | None = None
+    bytes: int | None = None
+
+
+def run_demo(directory: Path | None = None, *, console: Console | None = None) -> tuple[Check, ...]:
+    """Convert a small random multimodal model hf → nemo → hf, check every step, and print the findings as a table.
+
+    Args:
+        directory: An empty or new directory in which the three checkpoints stay: `hf`, `nemo` and `hf-again`. A
+            temporary one by default, removed at the end.
+        console: Where the table goes; stdout by default.
+
+    Raises:
+        UsageError: The directory has something in it, or torch or transformers is not installed.
+        DifferenceError: A check failed. The table is printed all the same.
+        StorageError: The disk or its permissions refused.
+    """
+    from rich.console import Console
+
+    _require_libraries()
+    if directory is None:
+        with temporary_directory("gemma4-moe-demo-") as temporary:
+            return run_demo(Path(temporary), console=console)
+    with refusals("make the directory", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        filled = any(directory.iterdir())
+    if filled:
+        raise UsageError(
+            "the demo's directory is not empty",
+            file=directory,
+            hint="name a new directory, or none for a temporary one",
+        )
+    with _quiet_transformers():
+        checks = round_trip(directory)
+    (console or Console()).print(table(checks))
+    failed = [check.step for check in checks if not check.passed]
+    if failed:
+        raise DifferenceError(
+            "the demo found a difference",
+            expected="✓ on every line of the table",
+            found=f"✗ at {', '.join(failed)}",
+            hint="give the demo a directory to keep the checkpoints, and look at them with `gemma4-moe verify`",
+        )
+    return checks
+
+
+def round_trip(directory: Path) -> tuple[Check, ...]:
+    """Build, convert there and back, verify and compare in `directory`, which exists and is empty; print nothing."""
+    from gemma4_moe.converter.convert import convert
+    from gemma4_moe.demo.small_models import build_model, logits
+
+    hf, nemo, again = (directory / name for name in ("hf", "nemo", "hf-again"))
+    source: Any = build_model("multimodal")
+    _save(source, hf)
+    convert(hf, nemo, to=Layout.NEMO, max_shard_size=_MAX_SHARD_SIZE)
+    convert(nemo, again, to=Layout.HF, max_shard_size=_MAX_SHARD_SIZE)
+    result, loading = type(source).from_pretrained(again, output_loading_info=True)
+    expected, found = logits(source), logits(result)
+    return (
+        _built(source, hf),
+        _verified("hf → nemo", hf, nemo),
+        _verified("nemo → hf", nemo, again),
+        _loaded(source, loading),
+        _same_logits(expected, found),
+        _told_apart(source, expected),
+    )
+
+
+def _save(source: Any, directory: Path) -> None:
+    from safetensors import SafetensorError
+
+    from gemma4_moe.demo.small_models import save_model
+
+    try:
+        with refusals("write the model", directory):
+            save_model(source, directory, max_shard_size=_MAX_SHARD_SIZE)
+    except SafetensorError as error:  # the library's name for a disk that refuses
+        raise StorageError(f"can't write the model: {error}", file=directory) from error
+
+
+def _built(source: PreTrainedModel, directory: Path) -> Check:
+    import transformers
+
+    config = source.config.get_text_config()
+    finding = (
+        f"random fp32 model of transformers {transformers.__version__}: {config.num_hidden_layers} layers, "
+        f"E {config.num_experts}, H {config.hidden_size}, I {config.moe_intermediate_size}"
+    )
+    written = len(source.state_dict()) - 1  # lm_head is the embedding, which is written once
+    return Check("build", finding, True, written, *_on_disk(directory))
+
+
+def _verified(step: str, source: Path, target: Path) -> Check:
+    from gemma4_moe.verifier.verify import verify
+
+    result = verify(source, target)
+    finding = "same bits as the verifier computes"
+    if result.different:
+        finding = f"{result.tensors - result.equal} tensors differ; {result.different[0]}"
+    return Check(step, finding, not result.different, result.tensors, *_on_disk(target))
+
+
+def _on_disk(directory: Path) -> tuple[int, int]:
+    """Return the number of a checkpoint's weight files, and their size in bytes."""
+    sizes = [file.stat().st_size for file in directory.glob("*.safetensors")]
+    return len(sizes), sum(sizes)
+
+
+def _loaded(source: PreTrainedModel, loading: dict[str, object]) -> Check:
+    """Judge what transformers said about names while it loaded the result."""
+    complaints = {kind: names for kind, names in loading.items() if names}
+    finding = "; ".join(f"{kind}: {names}" for kind, names in complaints.items()) or "every name found, none left over"
+    return Check("from_pretrained", finding, not complaints, len(source.state_dict()) - 1)
+
+
+def _same_logits(expected: torch.Tensor, found: torch.Tensor) -> Check:
+    difference = (found - expected).abs().max().item()
+    finding = f"max |Δ logit| = {difference:.1e} from the source; {TOLERANCE:.0e} is rounding"
+    return Check("logits", finding, difference <= TOLERANCE)
+
+
+def _told_apart(source: PreTrainedModel, expected: torch.Tensor) -> Check:
+    """Lose the scales of `source`, which changes it, and see whether the logits tell."""
+    from gemma4_moe.demo.small_models import logits
+
+    for name, parameter in source.named_parameters():
+        if name.endswith(SCALE.hf):
+            parameter.data.fill_(1.0)
+    difference = (logits(source) - expected).abs().max().item()
+    finding = f"max |Δ logit| = {difference:.1e} with the scales lost on purpose"
+    return Check("control", finding, difference > 1000 * TOLERANCE)
+
+
+def table(checks: tuple[Check, ...]) -> Table:
+    """Return the checks as a table for people."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    lines = Table(title="Gemma 4 MoE: hf → nemo → hf", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    lines.add_column("step", no_wrap=True)
+    for heading in ("files", "tensors", "bytes"):
+        lines.add_column(heading, justify="right", no_wrap=True)
+    lines.add_column("", no_wrap=True)
+    lines.add_column("finding")
+    for check in checks:
+        numbers = ("" if number is None else f"{number:,}" for number in (check.files, check.tensors, check.bytes))
+        lines.add_row(check.step, *numbers, "[green]✓[/]" if check.passed else "[red]✗[/]", escape(check.finding))
+    return lines
+
+
+def _require_libraries() -> None:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UsageError(
+            "the demo needs torch, and transformers to build and load a model",
+            found=str(error),
+            expected="the extra `demo`",
+            hint="pip install 'gemma4-moe[demo]'",
+        ) from error
+    del torch, transformers
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide transformers' progress bars, which would tear the table apart."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,192 @@
+"""Fill a model's native tensors straight from an hf directory: each rank reads its own experts' bytes and no others.
+
+Blocks of experts go from the file through the kernel into the model's storage. What a rank needs beside the model is
+one block; the fold is rounded once, whatever the dtypes of the file and of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from gemma4_moe.checkpoint.directory import open_checkpoint
+from gemma4_moe.converter.plan import make_plan
+from gemma4_moe.distributed.placements import local_of, placed, take
+from gemma4_moe.distributed.sharding import count, part_of
+from gemma4_moe.errors import TensorShapeError, UnknownTensorError, UsageError
+from gemma4_moe.hub.source import locate
+from gemma4_moe.kernels import scale_cast, transpose_scale_cast
+from gemma4_moe.layout.dtypes import EXPERT_DTYPES
+from gemma4_moe.layout.table import Layout
+from gemma4_moe.layout.transforms import converted_axis, transposes
+from gemma4_moe.model_io.staging import load_staging_bytes, rows_at_once, source_row_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from gemma4_moe.checkpoint.directory import StoredTensor
+    from gemma4_moe.converter.plan import PlannedTensor
+
+
+#: The dtypes of a model that any floating-point dtype of a file may be loaded into.
+_CASTABLE = tuple(getattr(torch, dtype.name) for dtype in EXPERT_DTYPES)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What `load_hf` did on this rank.
+
+    Attributes:
+        filled: Names of the tensors that were filled.
+        read_bytes: Bytes that were read from the checkpoint's weights.
+        unused: Names, in the nemo layout, of tensors of the checkpoint that the model does not have.
+    """
+
+    filled: tuple[str, ...]
+    read_bytes: int
+    unused: tuple[str, ...]
+
+
+def load_hf(module_or_state: torch.nn.Module | Mapping[str, torch.Tensor], path: str | Path) -> Loaded:
+    """Fill a native model from a checkpoint in the hf layout. Nothing communicates: ranks may load at any time.
+
+    Args:
+        module_or_state: A module whose `state_dict()` has nemo names, buffers and tied aliases included; or such a
+            mapping. DTensors of any placement, or plain tensors, on any device; a pipeline stage may have a part of
+            the layers.
+        path: A directory, or a Hub id.
+
+    Raises:
+        InputError: The directory is not an hf checkpoint of Gemma 4 MoE; or a tensor of the model is not in it, or has
+            another shape there.
+        UsageError: A tensor of the model is on the meta device.
+        StorageError: The disk or its permissions refused.
+    """
+    state = state_of(module_or_state)
+    filled, read_bytes = [], 0
+    with open_checkpoint(locate(path)) as checkpoint:
+        planned = make_plan(checkpoint, to=Layout.NEMO).tensors
+        _check(state, planned, str(checkpoint.path))
+        staging = torch.empty(load_staging_bytes(planned.values()), dtype=torch.uint8)
+        for name, tensor in state.items():
+            if name in planned:
+                read_bytes += _fill(tensor, planned[name], staging)
+                filled.append(name)
+        checkpoint.check_unchanged()
+    return Loaded(tuple(filled), read_bytes, tuple(name for name in planned if name not in state))
+
+
+def state_of(module_or_state: torch.nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a module's state dict, or of a mapping; `_extra_state` is no weight and left out.
+
+    Raises:
+        UsageError: Another entry is no tensor, or has no storage.
+    """
+    state = module_or_state.state_dict() if isinstance(module_or_state, torch.nn.Module) else module_or_state
+    tensors = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor) or value.is_meta:
+            raise UsageError(
+                "an entry of the state that holds no values",
+                tensor=name,
+                expected="a torch tensor with storage",
+                found="a tensor on the meta device" if isinstance(value, torch.Tensor) else type(value).__name__,
+                hint="give a module or its state_dict(); materialise meta tensors first: to_empty()",
+            )
+    return tensors
+
+
+def storage_key(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what two names of one tied tensor have in common."""
+    local = local_of(tensor)
+    return local.device, local.untyped_storage().data_ptr(), local.storage_offset(), local.shape, local.stride()
+
+
+def _check(state: Mapping[str, torch.Tensor], planned: Mapping[str, PlannedTensor], path: str) -> None:
+    """Check all that can be checked before anything is filled."""
+    tied = {storage_key(tensor) for name, tensor in state.items() if name in planned}
+    for name, tensor in state.items():
+        if name not in planned:
+            if storage_key(tensor) not in tied:
+                raise UnknownTensorError(
+                    "a tensor of the model that the checkpoint does not have",
+                    tensor=name,
+                    file=path,
+                    hint="check that model and checkpoint have the same kind (multimodal or text-only) and prefix",
+                )
+        elif tuple(tensor.shape) != planned[name].shape:
+            raise TensorShapeError(
+                "a tensor of the model has another shape than the checkpoint's",
+                tensor=name,
+                file=path,
+                expected=list(planned[name].shape),
+                found=list(tensor.shape),
+                hint="check that model and checkpoint have the same config",
+            )
+        else:
+            _check_dtype(name, tensor.dtype, planned[name])
+
+
+def _check_dtype(name: str, dtype: torch.dtype, planned: PlannedTensor) -> None:
+    """Check that a tensor of the model can take in what the file holds: floats in floats, all else in its own dtype."""
+    file = planned.source.dtype if planned.source is not None else planned.dtype
+    castable = dtype in _CASTABLE and file.float_format is not None
+    if not castable and (transposes(planned.operation) or str(dtype).removeprefix("torch.") != file.name):
+        raise TensorShapeError(
+            "a tensor of the model has a dtype that the checkpoint's can't be loaded into",
+            tensor=name,
+            expected=f"{file.name}, or a floating-point dtype of 16 or 32 bits" if file.float_format else file.name,
+            found=str(dtype),
+            hint="hold the weights in bfloat16, float16 or float32",
+        )
+
+
+def _fill(tensor: torch.Tensor, planned: PlannedTensor, staging: torch.Tensor) -> int:
+    """Fill this rank's part of one tensor through `staging`, and return how many bytes were read."""
+    source = planned.source
+    assert source is not None, "every nemo tensor comes from an hf tensor"
+    ndim = len(source.shape)
+    runs = (
+        placed(tensor, planned.name).runs(planned.shape)
+        if isinstance(tensor, DTensor)
+        else tuple((range(size),) for size in planned.shape)
+    )
+    hf_runs = tuple(runs[converted_axis(planned.operation, axis, ndim)] for axis in range(ndim))
+    local = local_of(tensor)
+    if local.numel() == 0:
+        return 0
+    scale, read_bytes = None, 0
+    if planned.scale is not None:
+        scale = take(_read(planned.scale, 0, planned.scale.nbytes, staging), hf_runs[:1]).to(local.device, copy=True)
+        read_bytes += planned.scale.nbytes
+    rows, row_shape = (hf_runs[0], source.shape[1:]) if ndim else ((range(1),), ())
+    row_bytes = source_row_bytes(planned)
+    target = local if ndim else local.reshape(1)
+    step = rows_at_once(row_bytes)
+    for first in range(0, count(rows), step):
+        done = first
+        for run in part_of(rows, first, first + step):
+            block = _read(source, run.start * row_bytes, len(run) * row_bytes, staging).view(len(run), *row_shape)
+            part = take(block, ((range(len(run)),), *hf_runs[1:])).to(local.device)
+            out = target[done : done + len(run)]
+            if transposes(planned.operation):
+                factor = None if scale is None else scale[done : done + len(run)]
+                transpose_scale_cast(part, scale=factor, out=out)
+            elif source.dtype.float_format is None or out.dtype not in _CASTABLE:
+                out.copy_(part)
+            else:
+                scale_cast(part, out=out)
+            done += len(run)
+            read_bytes += len(run) * row_bytes
+    return read_bytes
+
+
+def _read(source: StoredTensor, offset: int, size: int, staging: torch.Tensor) -> torch.Tensor:
+    """Read a range of a stored tensor into the start of `staging`, as a flat tensor of its dtype."""
+    raw = staging[:size]
+    source.read_into(raw.numpy().data, offset)
+    return raw.view(getattr(torch, source.dtype.name))

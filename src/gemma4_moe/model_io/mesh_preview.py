@@ -1,0 +1,155 @@
+"""What each rank of a mesh will hold and read, from a plan alone: no torch, no process but this one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+from gemma4_moe.distributed.sharding import NAMED_DIMENSIONS, count, local_runs
+from gemma4_moe.errors import UsageError
+from gemma4_moe.layout.table import Layout
+from gemma4_moe.layout.transforms import transposes
+from gemma4_moe.model_io.staging import load_staging_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gemma4_moe.converter.plan import Plan, PlannedTensor
+    from gemma4_moe.distributed.sharding import Placement
+
+#: More ranks than any such run has; a mistyped mesh should not take minutes.
+MOST_RANKS = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank has to do with.
+
+    Attributes:
+        coordinate: Its place in the mesh.
+        expert_bytes: Bytes of expert tensors that it holds.
+        experts: Experts of a layer of which it holds at least a part.
+        read_bytes: Bytes of the source's expert tensors and scales that it reads: all of its experts, since `ep_shard`
+            cuts the axis that lies innermost in the file.
+    """
+
+    coordinate: tuple[int, ...]
+    expert_bytes: int
+    experts: int
+    read_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a mesh makes of a plan.
+
+    Attributes:
+        mesh: Ranks along each dimension, by name.
+        shares: One for each rank, in the order of ranks.
+        other_bytes: Bytes of all tensors that are not experts; a rank that shards them too holds less.
+        staging_bytes: What a load needs beside the model: one block, or one row of the source where that is larger.
+    """
+
+    mesh: Mapping[str, int]
+    shares: tuple[Share, ...]
+    other_bytes: int
+    staging_bytes: int
+
+    @property
+    def balance(self) -> float:
+        """The largest share of expert bytes over the mean; 1.0 is even."""
+        mean = sum(share.expert_bytes for share in self.shares) / len(self.shares)
+        return max(share.expert_bytes for share in self.shares) / mean
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the fullest rank in bytes: its experts, all other tensors, and the staging of a load."""
+        return max(share.expert_bytes for share in self.shares) + self.other_bytes + self.staging_bytes
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Return ranks by dimension from text such as "ep_shard=2,ep=8".
+
+    Raises:
+        UsageError: It is no such text, or a dimension says nothing about experts.
+    """
+    mesh: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, ranks = part.strip().partition("=")
+        if name in mesh or name not in NAMED_DIMENSIONS or not ranks.isascii() or not ranks.isdecimal():
+            raise UsageError(
+                "not a mesh",
+                expected=f"such as ep_shard=2,ep=8, with dimensions of {', '.join(NAMED_DIMENSIONS)}",
+                found=text,
+                hint="name each dimension once, with its number of ranks",
+            )
+        mesh[name] = int(ranks)
+    if not 0 < math.prod(mesh.values()) <= MOST_RANKS:
+        raise UsageError(
+            "not a mesh", expected=f"1 to {MOST_RANKS} ranks", found=text, hint="give the ranks of one pipeline stage"
+        )
+    return mesh
+
+
+def predict(plan: Plan, mesh: Mapping[str, int]) -> Prediction:
+    """Say what each rank holds and reads when it loads the plan's source into the nemo layout.
+
+    Raises:
+        UsageError: The plan does not lead to the nemo layout.
+    """
+    if plan.target_layout is not Layout.NEMO:
+        raise UsageError(
+            "a mesh holds the nemo layout",
+            expected="a source in the hf layout",
+            found=f"a source in the {plan.source_layout} layout",
+            hint="leave --mesh out",
+        )
+    placements = tuple(NAMED_DIMENSIONS[name] for name in mesh)
+    experts = [tensor for tensor in plan.tensors.values() if transposes(tensor.operation)]
+    shapes = tuple(mesh.values())
+    shares = tuple(
+        _share(coordinate, experts, shapes, placements) for coordinate in product(*(range(ranks) for ranks in shapes))
+    )
+    every = sum(entry.nbytes for file in plan.files for entry in file.entries)
+    return Prediction(
+        mesh=dict(mesh),
+        shares=shares,
+        other_bytes=every - sum(_nbytes(tensor, tensor.shape) for tensor in experts),
+        staging_bytes=load_staging_bytes(plan.tensors.values()),
+    )
+
+
+def _share(
+    coordinate: tuple[int, ...],
+    experts: list[PlannedTensor],
+    mesh_shape: tuple[int, ...],
+    placements: tuple[Placement, ...],
+) -> Share:
+    held = [_held(tensor, coordinate, mesh_shape, placements) for tensor in experts]
+    rows = max((shape[0] for shape in held), default=0)
+    read = 0
+    for tensor, shape in zip(experts, held, strict=True):
+        assert tensor.source is not None, "an expert tensor has a source"
+        row_bytes = tensor.source.nbytes // tensor.source.shape[0]
+        scale_bytes = 0 if tensor.scale is None else tensor.scale.nbytes
+        read += shape[0] * row_bytes + scale_bytes if all(shape) else 0
+    return Share(
+        coordinate=coordinate,
+        expert_bytes=sum(_nbytes(tensor, shape) for tensor, shape in zip(experts, held, strict=True)),
+        experts=rows,
+        read_bytes=read,
+    )
+
+
+def _held(
+    tensor: PlannedTensor, coordinate: tuple[int, ...], mesh_shape: tuple[int, ...], placements: tuple[Placement, ...]
+) -> tuple[int, ...]:
+    return tuple(
+        count(local_runs(size, axis, mesh_shape, coordinate, placements)) for axis, size in enumerate(tensor.shape)
+    )
+
+
+def _nbytes(tensor: PlannedTensor, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * tensor.dtype.itemsize

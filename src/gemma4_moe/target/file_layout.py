@@ -1,0 +1,89 @@
+"""The header of a safetensors file before the file exists: where each tensor goes, and the bytes that say so."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from gemma4_moe.checkpoint.header import LENGTH, LONGEST_HEADER, METADATA_KEY, TensorEntry, tensor_nbytes
+from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from gemma4_moe.layout.dtypes import DType
+
+#: Where the data starts, and each large tensor in it: a multiple of this, which is what direct I/O asks for.
+DATA_ALIGNMENT = 4096
+
+
+def layout_header(
+    tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, tuple[TensorEntry, ...]]:
+    """Lay out a file: where each tensor goes, and the header that says so.
+
+    Tensors of whole pages come first, larger before smaller, so that each starts at a multiple of `DATA_ALIGNMENT`;
+    the others follow by falling element size, so that each is aligned to its elements. Equal ones are ordered by name:
+    the same tensors give the same bytes, whatever order they are given in.
+
+    Args:
+        tensors: Name, dtype and shape of each tensor.
+        metadata: The free text that the file should carry.
+
+    Returns:
+        The header, padded with spaces to a multiple of `DATA_ALIGNMENT` bytes, and the entries in the order of their
+        data. The file's size is the last entry's `end`, or the header's length where there is no entry.
+
+    Raises:
+        CheckpointFormatError: A name that can't be written, or more names than a header holds.
+        DuplicateTensorError: Two tensors have one name.
+        TensorShapeError: A shape that does not fill whole bytes, or does not fit 64 bits.
+    """
+    sized = [(name, dtype, shape, tensor_nbytes(name, dtype, shape)) for name, dtype, shape in tensors]
+    sized.sort(key=lambda tensor: _order(tensor[0], tensor[1], tensor[3]))
+    document: dict[str, object] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
+    begin = 0
+    for name, dtype, shape, nbytes in sized:
+        if name == METADATA_KEY:
+            raise CheckpointFormatError(
+                "a name that the format keeps for itself", tensor=name, hint="give the tensor another name"
+            )
+        if name in document:
+            raise DuplicateTensorError(
+                "two tensors of one name can't be written", tensor=name, hint="give each tensor its own name"
+            )
+        document[name] = {"dtype": dtype.tag, "shape": shape, "data_offsets": (begin, begin + nbytes)}
+        begin += nbytes
+    header = _encode(document)
+    entries: list[TensorEntry] = []
+    start = len(header)
+    for name, dtype, shape, nbytes in sized:
+        entries.append(TensorEntry(name, dtype, shape, start, start + nbytes))
+        start += nbytes
+    return header, tuple(entries)
+
+
+def _order(name: str, dtype: DType, nbytes: int) -> tuple[bool, int, int, str]:
+    whole_pages = nbytes % DATA_ALIGNMENT == 0
+    return not whole_pages, 0 if whole_pages else -dtype.bits, -nbytes, name
+
+
+def _encode(document: dict[str, object]) -> bytes:
+    try:
+        text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointFormatError(
+            "a name that is not Unicode text can't be written",
+            expected="Unicode characters, without lone surrogates",
+            found=str(error),
+            hint="give the tensor another name",
+        ) from error
+    padding = -(LENGTH.size + len(text)) % DATA_ALIGNMENT
+    if len(text) + padding > LONGEST_HEADER:
+        raise CheckpointFormatError(
+            "more tensors than one safetensors header can name",
+            expected=f"at most {LONGEST_HEADER} bytes",
+            found=f"{len(text) + padding} bytes",
+            hint="spread them over more files",
+        )
+    return LENGTH.pack(len(text) + padding) + text + b" " * padding

@@ -1,0 +1,181 @@
+"""What a run keeps beside its target, what an unfinished one leaves there, and how that is finished or removed.
+
+The directory `.NAME.gemma4-moe/` beside NAME holds the lock, the journals and `out/`, which becomes the target.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gemma4_moe.checkpoint.storage import refusals, resolved, sync_directory
+from gemma4_moe.errors import TargetBusyError
+from gemma4_moe.target.journal import can_go_on, journals
+from gemma4_moe.target.locking import Lock
+from gemma4_moe.target.renaming import rename_new
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: What becomes the target.
+OUT = "out"
+
+#: The former target, where the filesystem can't exchange two directories in one step.
+OLD = "old"
+
+#: A note that all of OUT is on the device, and that the rename comes next.
+PUBLISHING = "publishing"
+
+_OWNER = "owner"
+
+
+def control_directory(target: Path) -> Path:
+    """Return the directory that stands beside `target` while it is written."""
+    return target.parent / f".{target.name}.gemma4-moe"
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What an unfinished run has left beside a target.
+
+    Attributes:
+        path: The directory.
+        nbytes: What it takes on the disk, in bytes.
+        resumable: Whether a later run can go on from it.
+    """
+
+    path: Path
+    nbytes: int
+    resumable: bool
+
+
+def take_lock(control: Path, *, break_lock: bool = False) -> Lock:
+    """Make the control directory, if it is not there, and take its lock. Raises what `Lock` raises."""
+    with refusals("make the directory", control):
+        control.mkdir(exist_ok=True)
+    return Lock(control / _OWNER, break_lock=break_lock)
+
+
+def remains(target: Path) -> Remains | None:
+    """Return what an unfinished run has left beside `target`, or None.
+
+    Raises:
+        StorageError: The disk or its permissions refused.
+    """
+    control = control_directory(resolved(target))
+    with refusals("look at the directory", control):
+        if not control.is_dir():
+            return None
+    return Remains(control, size_on_disk(control), can_go_on(control))
+
+
+def heal(target: Path) -> None:
+    """Finish a publish that was interrupted, if there is one and no other process is at it.
+
+    Raises:
+        StorageError: The disk or its permissions refused.
+    """
+    target = resolved(target)
+    control = control_directory(target)
+    if not _is_publishing(control):
+        return
+    try:
+        lock = take_lock(control)
+    except TargetBusyError:
+        return  # whoever is at it does the same first
+    if _is_publishing(control):
+        _finish_publish(target, control, lock)
+    else:
+        leave(control, lock)  # another process has just done it
+
+
+def clean(target: Path, *, break_lock: bool = False) -> Remains | None:
+    """Remove what an unfinished run has left beside `target`, and return what that was, or None.
+
+    Raises:
+        TargetBusyError: A process is writing the target.
+        StorageError: The disk or its permissions refused.
+    """
+    heal(target)
+    found = remains(target)
+    if found is not None:
+        lock = take_lock(found.path, break_lock=break_lock)
+        remove(found.path, lock)
+    return found
+
+
+def _is_publishing(control: Path) -> bool:
+    with refusals("look at the directory", control):
+        return (control / PUBLISHING).exists()
+
+
+def _finish_publish(target: Path, control: Path, lock: Lock) -> None:
+    """Do what was left to do after `publishing` was written; where that is the rename itself, leave all as it is."""
+    inode = _published_inode(control)
+    with refusals("finish publishing the target", target):
+        if inode is not None and (control / OLD).exists() and not target.exists():
+            rename_new(control / OUT, target)
+        published = inode is not None and target.exists() and target.stat().st_ino == inode
+    if published:
+        sync_directory(target.parent)
+        remove(control, lock)
+    else:
+        lock.release()
+
+
+def _published_inode(control: Path) -> int | None:
+    """Return the inode of the directory that was about to be published; None where the note is torn."""
+    with refusals("read the file", control / PUBLISHING):
+        note = (control / PUBLISHING).read_bytes()
+    try:
+        return int(json.loads(note)["inode"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def leave(control: Path, lock: Lock) -> None:
+    """Give the lock back; what a later run can go on from stays, or else all goes.
+
+    Raises:
+        StorageError: The disk or its permissions refused.
+    """
+    if can_go_on(control):
+        lock.release()
+    else:
+        remove(control, lock)
+
+
+def remove_work(control: Path) -> None:
+    """Remove what a run has made in `control`. The journals go first: without them nothing vouches for the rest."""
+    for path in journals(control):
+        path.unlink()
+    for name in (OUT, OLD):
+        if (control / name).exists():
+            shutil.rmtree(control / name)
+
+
+def remove(control: Path, lock: Lock) -> None:
+    """Remove a control directory and give its lock back."""
+    with refusals("remove the directory", control):
+        remove_work(control)
+        (control / PUBLISHING).unlink(missing_ok=True)
+        (control / _OWNER).unlink()
+        try:
+            control.rmdir()
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # then another process has begun to use it
+                raise
+    lock.forget()
+
+
+def size_on_disk(directory: Path) -> int:
+    """Return what all that is below `directory` takes on the disk, in bytes.
+
+    Raises:
+        StorageError: The disk or its permissions refused.
+    """
+    with refusals("look at the directory", directory):
+        return sum(path.lstat().st_blocks * 512 for path in directory.rglob("*"))

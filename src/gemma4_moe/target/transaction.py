@@ -1,0 +1,150 @@
+"""A target directory that is absent, or complete: everything is written beside it and published by one rename.
+
+After a failure what was written goes, or stays where there is something that a later run can go on from.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Self
+
+from gemma4_moe.checkpoint.storage import refusals, resolved, sync_directory, write_file
+from gemma4_moe.errors import StorageError, UsageError, command_line
+from gemma4_moe.sizes import format_size
+from gemma4_moe.target.journal import can_go_on
+from gemma4_moe.target.recovery import (
+    OLD,
+    OUT,
+    PUBLISHING,
+    control_directory,
+    heal,
+    leave,
+    remove,
+    remove_work,
+    size_on_disk,
+    take_lock,
+)
+from gemma4_moe.target.renaming import exchange, rename_new
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+
+class Transaction:
+    """The writing of one target. As a context manager it leaves the published target, or what a journal vouches for.
+
+    Attributes:
+        target: The directory that `publish` makes appear.
+        control: The directory beside it.
+        out: Where its files are written.
+    """
+
+    def __init__(self, target: Path, *, resume: bool = False, break_lock: bool = False) -> None:
+        """Name the target; nothing is touched yet.
+
+        Args:
+            target: The directory to make.
+            resume: Go on with what an earlier run has journalled. Otherwise that is an error.
+            break_lock: Take the lock from an owner that can't be shown to live.
+
+        Raises:
+            StorageError: Links lead in a circle, or the working directory is gone.
+        """
+        self.target = resolved(target)
+        self.control = control_directory(self.target)
+        self.out = self.control / OUT
+        self._resume = resume
+        self._break_lock = break_lock
+
+    def __enter__(self) -> Self:
+        """Take the lock and make `out`: empty, or as the run that is resumed has left it.
+
+        Raises:
+            TargetBusyError: Another process is writing this target.
+            UsageError: An earlier run can be resumed, and that was not asked for.
+            StorageError: The disk or its permissions refused.
+        """
+        heal(self.target)
+        self._lock = take_lock(self.control, break_lock=self._break_lock)
+        try:
+            self._prepare()
+        except BaseException as error:
+            self._leave(error)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            remove(self.control, self._lock)
+        else:
+            self._leave(error)
+
+    def confirm(self) -> None:
+        """Give others a sign of life, and check that the lock was not broken. Raises what `Lock.confirm` raises."""
+        self._lock.confirm()
+
+    def publish(self, *, overwrite: bool) -> None:
+        """Make `out` the target, in one step, once its files are on the device.
+
+        Raises:
+            UsageError: The target has come into being since it was checked.
+            TargetBusyError: The lock was broken.
+            StorageError: The disk or its permissions refused.
+        """
+        self.confirm()
+        sync_directory(self.out)
+        with refusals("publish the target", self.target):
+            (self.control / PUBLISHING).unlink(missing_ok=True)
+            write_file(self.control / PUBLISHING, json.dumps({"inode": self.out.stat().st_ino}).encode())
+            sync_directory(self.control)
+            if overwrite and self.target.is_dir() and any(self.target.iterdir()):
+                _replace(self.out, self.target, self.control / OLD)
+            else:
+                self._publish_new()
+        sync_directory(self.target.parent)
+
+    def _publish_new(self) -> None:
+        try:
+            rename_new(self.out, self.target)
+        except FileExistsError as error:
+            raise UsageError(
+                "the target has come into being since it was checked", file=self.target, hint="name another directory"
+            ) from error
+
+    def _leave(self, error: BaseException) -> None:
+        """Keep what a later run can go on from, or else remove all; `error` stays the one to tell."""
+        try:
+            if self._lock.is_broken():
+                self._lock.forget()  # what is there now is another process' work
+            else:
+                leave(self.control, self._lock)
+        except StorageError as trouble:
+            error.add_note(str(trouble))
+
+    def _prepare(self) -> None:
+        begun = can_go_on(self.control)
+        if begun and not self._resume:
+            clean = command_line("gemma4-moe", "clean", self.target)
+            raise UsageError(
+                "an earlier run to this target was not finished",
+                file=self.control,
+                found=f"{format_size(size_on_disk(self.control))} on the disk",
+                hint=f"give --resume to go on with it, or remove it: {clean}",
+            )
+        with refusals("make the directory", self.out):
+            (self.control / PUBLISHING).unlink(missing_ok=True)
+            if not begun:
+                remove_work(self.control)
+            self.out.mkdir(exist_ok=True)
+        sync_directory(self.control)
+        sync_directory(self.control.parent)
+
+
+def _replace(out: Path, target: Path, old: Path) -> None:
+    """Put `out` in the place of `target`. Where that takes two steps, `heal` does the second after a kill."""
+    if not exchange(out, target):
+        target.rename(old)
+        rename_new(out, target)

@@ -1,0 +1,168 @@
+"""A safetensors file whose header is known before its data: created at its full size, then written at positions."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+from functools import cache
+from typing import TYPE_CHECKING, Any, Self
+
+from gemma4_moe.checkpoint.storage import refusal, refusals
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from gemma4_moe.errors import StorageError
+
+
+class SafetensorsWriter:
+    """A new file. Any number of threads may write it; what it holds is safe only after `close` has returned.
+
+    As a context manager it closes the file at the end, or abandons it where an error ends the block.
+
+    Attributes:
+        path: Where it is.
+        size: Its size in bytes, from the start.
+    """
+
+    def __init__(self, path: Path, header: bytes, size: int) -> None:
+        """Create the file, reserve its blocks and write its header.
+
+        The file must not exist; its permissions are those that the umask leaves. Where it can't be reserved or
+        written, it is removed again.
+
+        Args:
+            path: Where to create it.
+            header: What `layout_header` returned.
+            size: Size of the whole file in bytes.
+
+        Raises:
+            StorageError: The disk or its permissions refused, or the file exists.
+        """
+        self.path = path
+        self.size = size
+        self._failure: StorageError | None = None
+        with refusals("create the file", path):
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with refusals(f"reserve {size} bytes", path):
+                _reserve(self._descriptor, size)
+            self.write(0, memoryview(header))
+        except BaseException:
+            self.abandon()
+            path.unlink()
+            raise
+
+    @classmethod
+    def reopen(cls, path: Path, size: int) -> Self:
+        """Open a file that another writer has created, here or on another rank, to write more of its data.
+
+        Raises:
+            StorageError: It does not exist, or the disk or its permissions refused.
+            ValueError: It has another size.
+        """
+        writer = cls.__new__(cls)
+        writer.path, writer.size, writer._failure = path, size, None
+        with refusals("open the file", path):
+            writer._descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            found = os.fstat(writer._descriptor).st_size
+        if found != size:
+            writer.abandon()
+            raise ValueError(f"{path} has {found} bytes, not {size}")
+        return writer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def fileno(self) -> int:
+        """Return the descriptor, for calls that copy between files."""
+        return self._descriptor
+
+    def write(self, offset: int, source: memoryview) -> None:
+        """Write `source` (C-contiguous) at `offset`.
+
+        Raises:
+            ValueError: It would reach beyond the file's size.
+            StorageError: The disk refused.
+        """
+        if offset < 0 or offset + source.nbytes > self.size:
+            raise ValueError(f"[{offset}, {offset + source.nbytes}) is outside of a file of {self.size} bytes")
+        view = source if source.nbytes == 0 else source.cast("B")
+        while view.nbytes:
+            with refusals("write the file", self.path):
+                count = os.pwrite(self._descriptor, view, offset)
+            view = view[count:]
+            offset += count
+
+    def sync(self) -> None:
+        """Return when all that was written is on the device.
+
+        After a failure the kernel drops the pages and calls them clean, and a second attempt would succeed without
+        having written them. So the first failure is this file's last word.
+
+        Raises:
+            StorageError: The disk refused, now or before.
+        """
+        if self._failure is not None:
+            raise self._failure
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self._failure = refusal("bring the file to the disk", self.path, error)
+            raise self._failure from error
+
+    def close(self) -> None:
+        """Bring the file to the device and close it. After a success, further calls do nothing.
+
+        Raises:
+            StorageError: The disk refused, now or before.
+        """
+        if self._descriptor < 0 and self._failure is None:
+            return
+        try:
+            self.sync()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close the file as it is, without a word on what has reached the device."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with refusals("close the file", self.path):
+                os.close(descriptor)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give an empty file its size and, where the filesystem can without writing them, its blocks."""
+    fallocate = _fallocate()
+    while fallocate is not None and fallocate(descriptor, 0, 0, size) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+            fallocate = None
+        elif code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    if fallocate is None:
+        os.ftruncate(descriptor, size)
+
+
+@cache
+def _fallocate() -> Any:
+    """Return the system call itself: os.posix_fallocate writes every block where the filesystem can't reserve."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    function = getattr(libc, "fallocate64", None) or libc.fallocate
+    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    function.restype = ctypes.c_int
+    return function

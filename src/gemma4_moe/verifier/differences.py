@@ -1,0 +1,157 @@
+"""What a difference is, how it is gathered from pieces of a tensor, and what is said of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from gemma4_moe.verifier.arithmetic import element_bits, widen
+
+if TYPE_CHECKING:
+    from gemma4_moe.layout.dtypes import DType
+    from gemma4_moe.verifier.arithmetic import Bits
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that is not as it should be.
+
+    Attributes:
+        name: The tensor, as the target names it, or the side file.
+        kind: "missing" or "extra": the target lacks it, or has it beside what it should have; "shape", "dtype";
+            "values": elements have other bits; "fold": so has what `down_proj` and its `per_expert_scale` fold to;
+            "file": a side file is missing or has other bytes.
+        expected: What should be there. Of elements, the first that differs: its value, and its bits in hexadecimal.
+        found: What is there.
+        count: How many elements differ; of a packed dtype, how many bytes.
+        index: Where the first of them is, in the target's axes.
+        ulps: How far its two values are apart, in units in the last place of the dtype in which they are compared, as
+            steps from one value of the dtype to the next. None where one is NaN, or the dtype has no such steps.
+        max_ulps: The largest of these distances over all elements that differ and have one.
+    """
+
+    name: str
+    kind: Literal["missing", "extra", "shape", "dtype", "values", "fold", "file"]
+    expected: str | None
+    found: str | None
+    count: int | None = None
+    index: tuple[int, ...] | None = None
+    ulps: int | None = None
+    max_ulps: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if self.index is None:
+            sides = {"expected": self.expected, "found": self.found}
+            return f"{self.name}: {self.kind}: " + ", ".join(f"{side} {text}" for side, text in sides.items() if text)
+        folded = ", folded with its scale" if self.kind == "fold" else ""
+        first = f"  first at {list(self.index)}: expected {self.expected}, found {self.found}"
+        lines = [
+            f"{self.name}{folded}: elements that differ: {self.count:,}",
+            first if self.ulps is None else f"{first}, distance in ulps: {self.ulps:,}",
+        ]
+        if self.max_ulps is not None:
+            lines.append(f"  largest distance in ulps: {self.max_ulps:,}")
+        return "\n".join(lines)
+
+
+class Mismatches:
+    """Elements of one tensor that differ, gathered piece by piece."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: DType) -> None:
+        """Start with none.
+
+        Args:
+            shape: The target's shape.
+            dtype: The dtype of both sides.
+        """
+        self.count = 0
+        self._shape = shape
+        self._dtype = dtype
+        self._first: tuple[int, int, int] | None = None
+        self._max_ulps: int | None = None
+
+    def compare(self, expected: Bits, found: Bits, first: int, stride: int = 0) -> None:
+        """Take in one piece [rows, columns] of the target, of any strides.
+
+        Args:
+            expected: What it should be.
+            found: What it is.
+            first: Position in the flat target of the piece's first element.
+            stride: How far apart the first elements of two rows are there.
+        """
+        wrong = expected != found
+        if not wrong.any():
+            return
+        rows, columns = np.nonzero(wrong)
+        expected, found = expected[wrong], found[wrong]
+        position = first + int(rows[0]) * stride + int(columns[0])
+        if self._first is None or position < self._first[0]:
+            self._first = position, int(expected[0]), int(found[0])
+        self.count += len(rows)
+        distances = _ulps(expected, found, self._dtype)
+        if distances.size:
+            self._max_ulps = max(int(distances.max()), self._max_ulps or 0)
+
+    def add(self, other: Mismatches) -> None:
+        """Take in what was gathered of other elements of the same tensor."""
+        if other._first is not None and (self._first is None or other._first[0] < self._first[0]):
+            self._first = other._first
+        self.count += other.count
+        if other._max_ulps is not None:
+            self._max_ulps = max(other._max_ulps, self._max_ulps or 0)
+
+    def difference(self, name: str, kind: Literal["values", "fold"] = "values") -> list[Difference]:
+        """Return what is to be said of tensor `name`: one difference, or none."""
+        if self._first is None:
+            return []
+        position, *values = self._first
+        expected, found = (np.array([value], element_bits(self._dtype)) for value in values)
+        ulps = _ulps(expected, found, self._dtype)
+        element = position * expected.itemsize * 8 // self._dtype.bits  # a byte of a packed dtype holds several
+        return [
+            Difference(
+                name=name,
+                kind=kind,
+                expected=_text(expected, self._dtype),
+                found=_text(found, self._dtype),
+                count=self.count,
+                index=tuple(int(axis) for axis in np.unravel_index(element, self._shape)),
+                ulps=int(ulps[0]) if ulps.size else None,
+                max_ulps=self._max_ulps,
+            )
+        ]
+
+
+def _ulps(expected: Bits, found: Bits, dtype: DType) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the distances of those pairs that have one.
+
+    Floats of one sign are ordered as their bits are. So a float's place on the line is its magnitude's bits, negated
+    for the negative ones; both zeros stand at 0, and infinity one step after the largest finite number.
+    """
+    if dtype.float_format is None:
+        return np.empty(0, np.int64)
+    numbers = ~(np.isnan(widen(expected, dtype)) | np.isnan(widen(found, dtype)))
+    one, other = _places(expected[numbers], dtype), _places(found[numbers], dtype)
+    distances: np.ndarray[Any, np.dtype[np.int64]] = np.abs(one - other)
+    return distances
+
+
+def _places(bits: Bits, dtype: DType) -> np.ndarray[Any, np.dtype[np.int64]]:
+    magnitude = (bits & ((1 << dtype.bits - 1) - 1)).astype(np.int64)
+    return np.where(bits >> dtype.bits - 1, -magnitude, magnitude)
+
+
+def _text(bits: Bits, dtype: DType) -> str:
+    """Show one element: its value, where the dtype has numbers that we can show, and its bits."""
+    raw = f"0x{int(bits[0]):0{2 * bits.itemsize}X}"
+    if dtype.float_format is not None:
+        return f"{float(widen(bits, dtype)[0]):.9g} ({raw})"
+    if dtype.tag[0] in "IU" or dtype.name in ("float64", "bool"):
+        return f"{bits.view(dtype.numpy())[0]} ({raw})"
+    return raw

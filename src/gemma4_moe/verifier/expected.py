@@ -1,0 +1,120 @@
+"""What a converted checkpoint should hold, from the source's names and headers alone.
+
+It follows from the table's names and axes, without the converter's planner, so that a mistake there can't repeat here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gemma4_moe.layout.dtypes import EXPERT_DTYPES, DType
+from gemma4_moe.layout.table import DOWN, SCALE, Layout, MoEName
+from gemma4_moe.verifier.comparison import compare_form
+from gemma4_moe.verifier.differences import Difference
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+
+#: What a `per_expert_scale` may be stored in.
+_FLOATS = ", ".join(dtype.tag for dtype in EXPERT_DTYPES)
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What one tensor of the target should be.
+
+    Attributes:
+        source: What it comes from; None for a `per_expert_scale` of ones.
+        shape: Its shape.
+        transposed: Whether its last two axes are those of `source`, exchanged.
+        scale: The source tensor whose values multiply its experts, or None.
+        scale_name: The target's tensor that multiplies its experts and should be ones, or None.
+    """
+
+    source: StoredTensor | None
+    shape: tuple[int, ...]
+    transposed: bool = False
+    scale: StoredTensor | None = None
+    scale_name: str | None = None
+
+    def dtype(self, cast: DType | None) -> DType | None:
+        """Return its dtype where floats are cast to `cast`; None where it may be any that a scale may have."""
+        if self.source is None:
+            return None
+        return self.source.dtype if cast is None or self.source.dtype.float_format is None else cast
+
+    def dtype_text(self, cast: DType | None) -> str:
+        """Show that dtype."""
+        dtype = self.dtype(cast)
+        return _FLOATS if dtype is None else dtype.tag
+
+
+def expectations(
+    source: Checkpoint, names: Mapping[str, MoEName | None], layout: Layout, to: Layout
+) -> dict[str, Expectation]:
+    """Return what should be in a target of layout `to`, by name in current spelling.
+
+    Args:
+        source: What was converted.
+        names: What each of its names means.
+        layout: Its layout.
+        to: The target's layout. If it is the source's, every tensor stays as it is.
+    """
+    scales = {name.owner: source.tensors[own] for own, name in names.items() if name and name.rule is SCALE}
+    expected = {}
+    for own, name in names.items():
+        stored = source.tensors[own]
+        if name is None:
+            expected[own] = Expectation(stored, stored.shape)
+        elif layout is to or name.rule.hf_axes == name.rule.nemo_axes:
+            expected[name.name(to)] = Expectation(stored, stored.shape)
+        elif name.rule.in_nemo:
+            experts, rows, columns = stored.shape
+            shape = (experts, columns, rows)
+            if name.rule is not DOWN:
+                expected[name.name(to)] = Expectation(stored, shape, transposed=True)
+            elif to is Layout.NEMO:
+                expected[name.nemo] = Expectation(stored, shape, transposed=True, scale=scales[name.owner])
+            else:
+                scale_name = name.sibling(SCALE).hf
+                expected[name.hf] = Expectation(stored, shape, transposed=True, scale_name=scale_name)
+                expected[scale_name] = Expectation(None, (experts,))
+    return expected
+
+
+def common_dtype(expected: Mapping[str, Expectation], found: Mapping[str, StoredTensor]) -> DType | None:
+    """Return the dtype to which all floats were cast, None for none: whatever explains most of the target's tensors."""
+    pairs = [(tensor, found[name].dtype) for name, tensor in expected.items() if name in found]
+
+    def explained(cast: DType | None) -> int:
+        return sum(tensor.dtype(cast) == dtype for tensor, dtype in pairs)
+
+    return max((None, *EXPERT_DTYPES), key=explained)
+
+
+def compare_headers(
+    expected: Mapping[str, Expectation], found: Mapping[str, StoredTensor], cast: DType | None
+) -> tuple[list[Difference], dict[str, StoredTensor]]:
+    """Compare dtypes and shapes.
+
+    Returns:
+        What differs, and those tensors of the target whose values can be compared, by name in current spelling.
+    """
+    differences: list[Difference] = []
+    comparable = {}
+    for name, tensor in expected.items():
+        stored = found.get(name)
+        if stored is None:
+            continue
+        dtype = tensor.dtype(cast)
+        if dtype is None and stored.dtype not in EXPERT_DTYPES:
+            wrong = [Difference(stored.name, "dtype", _FLOATS, stored.dtype.tag)]
+        else:
+            wrong = compare_form(stored.name, (dtype or stored.dtype, tensor.shape), (stored.dtype, stored.shape))
+        differences += wrong
+        if not wrong:
+            comparable[name] = stored
+    return differences, comparable

@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from gemma4_moe.checkpoint.directory import open_checkpoint
+from gemma4_moe.errors import UnsupportedCheckpointError
+
+ARRAYS = {"a": np.arange(3, dtype=np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("names", "format_name"),
+    [
+        (["model-Q4_K_M.gguf", "config.json"], "GGUF"),
+        (["pytorch_model.bin", "config.json"], "pickled weights"),
+        (["consolidated.00.pth"], "pickled weights"),
+        (["model.pt"], "pickled weights"),
+        (["_CHECKPOINT_METADATA", "d/"], "Orbax"),
+        (["manifest.ocdbt", "_METADATA", "d/"], "Orbax"),
+        ([".metadata", "__0_0.distcp", "__1_0.distcp"], "torch.distributed.checkpoint"),
+        ([".metadata", "model.safetensors"], "torch.distributed.checkpoint"),
+        (["shard-00001-model-00001-of-00001.safetensors"], "NeMo's unconsolidated step directory"),
+        (["adapter_config.json", "adapter_model.safetensors"], "PEFT adapter"),
+        (["adapter_config.json", "adapter_model.bin"], "PEFT adapter"),
+    ],
+)
+def test_other_formats_are_refused_by_name_with_a_next_step(tmp_path, names, format_name):
+    for name in names:
+        if name.endswith("/"):
+            (tmp_path / name).mkdir()
+        elif name.endswith(".safetensors"):
+            save_file(ARRAYS, tmp_path / name)
+        else:
+            (tmp_path / name).touch()
+    with pytest.raises(UnsupportedCheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    assert caught.value.problem == f"a checkpoint of another format: {format_name}"
+    assert caught.value.facts["file"] == str(tmp_path)
+    assert caught.value.facts["found"] in names
+    assert caught.value.hint is not None
+
+
+def test_files_that_hold_parts_of_tensors_say_so_in_their_metadata(tmp_path):
+    save_file(ARRAYS, tmp_path / "model.safetensors", {"DCP_SHARDING_INFO": '{"a": {"saved_offsets": [0]}}'})
+    with pytest.raises(UnsupportedCheckpointError, match="parts of tensors") as caught:
+        open_checkpoint(tmp_path)
+    assert caught.value.facts["found"] == "DCP_SHARDING_INFO in model.safetensors"
+
+
+def test_a_single_foreign_file_is_named_too(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UnsupportedCheckpointError, match="GGUF"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("name", ["mmproj.gguf", "training_args.bin", "optimizer.pt"])
+def test_what_lies_beside_whole_safetensors_is_left_behind(tmp_path, name):
+    save_file(ARRAYS, tmp_path / "model.safetensors")
+    (tmp_path / name).touch()
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.left_behind == (name,)

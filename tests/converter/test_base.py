@@ -1,0 +1,210 @@
+"""`--base`: an expert that is still the base's, folded, comes back as the base's own bits; all others keep theirs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gemma4_moe import convert, plan, verify
+from gemma4_moe.checkpoint import hashing
+from gemma4_moe.converter import unfold
+from gemma4_moe.errors import SourceChangedError, TensorShapeError, UsageError
+from gemma4_moe.target import ledger
+from support.checkpoints import contents, write_checkpoint
+from support.formulas import assert_same_tensors, hf_from_nemo
+from support.models import random_hf_state_dict, read_directory, respell_as_legacy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+LAYER = "model.language_model.layers.1."
+DOWN, SCALE, DOWNS = (
+    LAYER + name for name in ("experts.down_proj", "router.per_expert_scale", "moe.experts.down_projs")
+)
+MANIFEST = "gemma4_moe.json"
+
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def state() -> State:
+    state = random_hf_state_dict()
+    state[SCALE] = torch.tensor([0.7, -1.3, 0.0, 1.0, 2.0, 3e-3], dtype=torch.bfloat16)
+    return state
+
+
+@pytest.fixture
+def base(tmp_path: Path, state: State) -> Path:
+    return write_checkpoint(tmp_path / "hf", state)
+
+
+def edit(directory: Path, change: Callable[[State], None]) -> None:
+    """Change values of a converted directory of one weight file, as training would."""
+    native = load_file(directory / "model.safetensors")
+    change(native)
+    save_file(native, directory / "model.safetensors", {"format": "pt"})
+
+
+def train(native: State) -> None:
+    native[DOWNS][4, -1, -1] *= 1.5  # the last element: nothing tells it before
+    native[DOWNS][5] += 1
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize("pieces", [True, False])
+def test_what_was_not_trained_comes_back_with_the_base_own_bits(
+    pieces: bool, manifest: bool, base: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if pieces:
+        monkeypatch.setattr(unfold, "_FIRST", 2 * 7)
+        monkeypatch.setattr(unfold, "_PIECE", 3 * 7)
+    convert(base, tmp_path / "nemo")
+    edit(tmp_path / "nemo", train)
+    if not manifest:
+        (tmp_path / "nemo" / MANIFEST).unlink()
+    native = read_directory(tmp_path / "nemo")
+    done = convert(tmp_path / "nemo", tmp_path / "back", base=base)
+    wanted = {name: tensor.clone() for name, tensor in state.items()}
+    alone = hf_from_nemo(native)
+    wanted[DOWN][4:] = alone[DOWN][4:]
+    wanted[SCALE][4:] = 1
+    if manifest:  # half of each element, and two: the rule of the manifest holds where the base's expert does not fit
+        wanted[DOWN][4], wanted[SCALE][4] = alone[DOWN][4] / 2, 2
+    assert_same_tensors(read_directory(tmp_path / "back"), wanted)
+    assert not verify(tmp_path / "nemo", tmp_path / "back").different
+    convert(tmp_path / "back", tmp_path / "again")
+    assert_same_tensors(read_directory(tmp_path / "again"), native)
+    assert any("of 12 experts got a scale back, the base's or the manifest's" in note for note in done.notes)
+
+
+def test_a_model_in_fp32_comes_back_to_the_base_file_by_file(base: Path, state: State, tmp_path: Path) -> None:
+    convert(base, tmp_path / "nemo", dtype="float32")
+    convert(tmp_path / "nemo", tmp_path / "bf16", dtype="bfloat16", base=base)
+    assert_same_tensors(read_directory(tmp_path / "bf16"), state)
+    convert(tmp_path / "nemo", tmp_path / "fp32", base=base)
+    assert_same_tensors(read_directory(tmp_path / "fp32"), {name: tensor.float() for name, tensor in state.items()})
+
+
+def test_a_base_in_the_legacy_spelling_is_the_same(base: Path, state: State, tmp_path: Path) -> None:
+    convert(base, tmp_path / "nemo")
+    respell_as_legacy(base)
+    convert(tmp_path / "nemo", tmp_path / "back", base=base)
+    assert_same_tensors(read_directory(tmp_path / "back"), state)
+
+
+def test_another_model_as_the_base_does_no_harm(base: Path, tmp_path: Path) -> None:
+    convert(base, tmp_path / "nemo")
+    (tmp_path / "nemo" / MANIFEST).unlink()
+    native = read_directory(tmp_path / "nemo")
+    other = write_checkpoint(tmp_path / "other", random_hf_state_dict(seed=1))
+    convert(tmp_path / "nemo", tmp_path / "back", base=other)
+    assert_same_tensors(read_directory(tmp_path / "back"), hf_from_nemo(native))
+
+
+def test_the_manifest_says_which_base_it_was(base: Path, tmp_path: Path) -> None:
+    convert(base, tmp_path / "nemo")
+    convert(tmp_path / "nemo", tmp_path / "back", base=base)
+    files = json.loads((tmp_path / "nemo" / MANIFEST).read_text())["source"]["files"]
+    said = json.loads((tmp_path / "back" / MANIFEST).read_text())["options"]["base"]
+    assert said == {name: file["header_sha256"] for name, file in files.items()}
+
+
+def wide(state: State) -> State:
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def without_a_layer(state: State) -> State:
+    return {name: tensor for name, tensor in state.items() if not name.startswith(LAYER)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (wide, UsageError, "does not hold the base's values"),
+        (without_a_layer, UsageError, "lacks a layer"),
+        (lambda _: random_hf_state_dict(prefix="model."), UsageError, "lacks a layer"),
+        (lambda _: random_hf_state_dict(E=5), TensorShapeError, "another shape"),
+        (lambda _: random_hf_state_dict(H=12), TensorShapeError, "another shape"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused(
+    change: Callable[[State], State], error: type[Exception], words: str, base: Path, state: State, tmp_path: Path
+) -> None:
+    convert(base, tmp_path / "nemo")
+    other = write_checkpoint(tmp_path / "other", change(state))
+    for attempt in (
+        lambda: convert(tmp_path / "nemo", tmp_path / "back", base=other),
+        lambda: plan(tmp_path / "nemo", base=other),
+    ):
+        with pytest.raises(error, match=words) as caught:
+            attempt()
+        assert "other" in str(caught.value)
+        assert caught.value.hint
+    assert not (tmp_path / "back").exists()
+
+
+def test_the_base_of_a_conversion_to_nemo_and_a_base_in_nemo_are_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="for the way back"):
+        convert(base, tmp_path / "nemo", base=base)
+    convert(base, tmp_path / "nemo")
+    with pytest.raises(UsageError, match="wrong layout"):
+        convert(tmp_path / "nemo", tmp_path / "back", base=tmp_path / "nemo")
+    with pytest.raises(UsageError, match=r"inside|lies in"):
+        convert(tmp_path / "nemo", base / "back", base=base)
+
+
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(ledger, "FLUSH_BYTES", 4096)
+
+
+def convert_most(source: Path, target: Path, base: Path) -> None:
+    """Interrupt a conversion after most experts, before their scales."""
+
+    def stop(done: int, total: int) -> None:
+        if done > total * 0.85:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, target, base=base, max_memory=60_000, progress=stop)
+
+
+def test_resuming_does_not_show_and_wants_the_same_base(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_chunks(monkeypatch)
+    convert(base, tmp_path / "nemo", dtype="float32")
+    (tmp_path / "nemo" / MANIFEST).unlink()
+    edit(tmp_path / "nemo", train)
+    convert(tmp_path / "nemo", tmp_path / "whole", base=base)
+    convert_most(tmp_path / "nemo", tmp_path / "back", base)
+    shutil.copytree(base, tmp_path / "copy")
+    for other in (None, tmp_path / "copy"):
+        with pytest.raises(UsageError, match="another one"):
+            convert(tmp_path / "nemo", tmp_path / "back", base=other, resume=True)
+    convert(tmp_path / "nemo", tmp_path / "back", base=base, max_memory=60_000, resume=True)
+    assert contents(tmp_path / "back") == contents(tmp_path / "whole")
+
+
+def test_a_complete_target_is_not_taken_for_that_of_another_base(base: Path, tmp_path: Path) -> None:
+    convert(base, tmp_path / "nemo")
+    convert(tmp_path / "nemo", tmp_path / "back", base=base)
+    with pytest.raises(UsageError, match="exists"):
+        convert(tmp_path / "nemo", tmp_path / "back", base=base, resume=True)
+
+
+def test_a_base_that_changes_meanwhile_stops_the_run(base: Path, tmp_path: Path) -> None:
+    convert(base, tmp_path / "nemo")
+
+    def change(_done: int, _total: int) -> None:
+        (base / "model-00001-of-00002.safetensors").touch()
+
+    with pytest.raises(SourceChangedError, match="changed while it was read"):
+        convert(tmp_path / "nemo", tmp_path / "back", base=base, progress=change)
+    assert not (tmp_path / "back").exists()

@@ -1,0 +1,132 @@
+"""`--max-memory`: every buffer that a conversion has at any time is counted, and their sum stays within the budget."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import threading
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Self
+
+import pytest
+
+from gemma4_moe import convert
+from gemma4_moe.checkpoint import direct_io, hashing
+from gemma4_moe.checkpoint.directory import open_checkpoint
+from gemma4_moe.checkpoint.read_back import OpenFile, sha256
+from gemma4_moe.converter.blocks import BLOCK_BYTES, MOST_BUFFERS, blocks, plan_memory
+from gemma4_moe.converter.plan import make_plan
+from gemma4_moe.converter.shares import share
+from gemma4_moe.errors import UsageError
+from gemma4_moe.target import ledger
+from support.checkpoints import write_checkpoint
+from support.interrupted import interrupt
+from support.models import random_hf_state_dict
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gemma4_moe.converter.plan import Plan
+
+LEAST = 24_576  # two buffers of a page each, with the pages around what is asked for
+
+
+class Taken:
+    """The bytes of buffers that are alive, and the most that were at once."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+        taken = self
+
+        class Counted(mmap.mmap):
+            def __new__(cls, descriptor: int, length: int) -> Self:
+                taken.add(length)
+                return super().__new__(cls, descriptor, length)
+
+            def __del__(self) -> None:
+                taken.add(-len(self))
+
+        self.mmap = Counted
+
+    def add(self, nbytes: int) -> None:
+        with self.lock:
+            self.now += nbytes
+            self.most = max(self.most, self.now)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
+    taken = Taken()
+    monkeypatch.setattr(direct_io, "mmap", SimpleNamespace(mmap=taken.mmap))
+    return taken
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "CHUNK_BYTES", 8192)
+    monkeypatch.setattr(ledger, "FLUSH_BYTES", 8192)
+
+
+@pytest.mark.parametrize("budget", [LEAST, 60_000, 100_000, 2**20])
+@pytest.mark.parametrize("buffered", [False, True])
+def test_all_buffers_of_a_conversion_stay_within_the_budget(
+    budget: int, buffered: bool, source: Path, tmp_path: Path, taken: Taken
+) -> None:
+    done = convert(source, tmp_path / "nemo", max_memory=budget, buffered=buffered, max_shard_size=60_000)
+    assert done.memory.peak_bytes <= taken.most <= budget
+    assert taken.now == 0, "a buffer outlives its conversion"
+    taken.most = 0
+    done = convert(tmp_path / "nemo", tmp_path / "back", max_memory=budget, buffered=buffered)
+    assert done.memory.peak_bytes <= taken.most <= budget
+    room = budget + 12_288 if budget == LEAST else budget  # an expert of the base, with the pages around it
+    taken.most = 0
+    done = convert(tmp_path / "nemo", tmp_path / "again", base=source, max_memory=room, buffered=buffered)
+    assert done.memory.base_bytes
+    assert done.memory.peak_bytes <= taken.most <= room
+
+
+def test_what_is_hashed_before_resuming_stays_within_the_budget(source: Path, tmp_path: Path, taken: Taken) -> None:
+    interrupt(source, tmp_path / "nemo")
+    gc.collect()  # the interrupt's trace
+    assert taken.now == 0
+    taken.most = 0
+    convert(source, tmp_path / "nemo", max_memory=LEAST, max_shard_size=60_000, resume=True)
+    assert LEAST // 2 < taken.most <= LEAST
+
+
+@pytest.mark.parametrize("memory", [1, LEAST, 200_000])
+def test_sha256_stays_within_it_too(memory: int, source: Path, taken: Taken) -> None:
+    with OpenFile(source / "model-00001-of-00002.safetensors") as one, OpenFile(source / "config.json") as other:
+        sha256({"a": one, "b": other, "c": one, "d": other}, memory)
+    assert 0 < taken.most <= max(memory, 3 * 4096)
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Plan:
+    """Experts of 0.4 MB and of 0.8 MB, 12 of each."""
+    state = random_hf_state_dict(layers=1, E=12, H=480, I=416)
+    with open_checkpoint(write_checkpoint(tmp_path / "large", state)) as checkpoint:
+        return make_plan(checkpoint)
+
+
+@pytest.mark.parametrize("budget", [2**21, 3 * 10**6, 2**23, 2**25, 2**30])
+def test_a_budget_is_used_and_not_exceeded(budget: int, large: Plan) -> None:
+    memory = plan_memory(large, budget)
+    assert memory.peak_bytes <= budget
+    assert 1 <= memory.buffers <= MOST_BUFFERS
+    (file,) = large.files
+    work = list(blocks(large, memory.block_bytes, share(large, (), 0, 1)))
+    most = max(max(block.source_span[1], block.target_span[1]) for block in work)
+    assert most + direct_io.SLACK <= memory.buffer_bytes <= BLOCK_BYTES + 2 * direct_io.SLACK
+    assert sum(end - start for start, end in (block.written_range for block in work)) == file.size - len(file.header)
+    if budget >= 2**23:
+        assert memory.buffers == MOST_BUFFERS >= 4, "reader, kernel and writer each want one, and one is on its way"
+
+
+def test_one_expert_that_does_not_fit_is_said_before_anything_is_written(large: Plan) -> None:
+    with pytest.raises(UsageError, match="smaller than one expert") as caught:
+        plan_memory(large, 10**6)
+    asked = caught.value.facts["expected"].split()[2]
+    assert 2 * 2 * 416 * 480 * 2 <= int(asked) < 1.1 * 2 * 2 * 416 * 480 * 2
+    assert plan_memory(large, int(asked)).buffers == 1

@@ -1,0 +1,116 @@
+"""`convert --dtype`: values that become infinite are counted and said, and so are tensors that keep their dtype."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from gemma4_moe import convert, plan
+from gemma4_moe.checkpoint import hashing
+from gemma4_moe.target import ledger
+from support.checkpoints import contents, write_checkpoint
+from support.formulas import nemo_from_hf
+from support.models import random_hf_state_dict
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PATH = "model.language_model.layers."
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    """Finite values beyond fp16's range in experts of both kinds and elsewhere, and others that are no news."""
+    state = random_hf_state_dict(layers=3, E=6, H=40, I=24, dtype=torch.float32)
+    for layer in range(3):
+        state[f"{PATH}{layer}.experts.gate_up_proj"][layer:, 7, ::5] *= 1e6
+        state[f"{PATH}{layer}.router.per_expert_scale"][4] = 1e5
+        state[f"{PATH}{layer}.router.proj.weight"][1] = -70_000 if layer else 65_519  # the latter rounds to 65,504
+        state[f"{PATH}{layer}.router.scale"][:3] = torch.tensor([float("inf"), float("nan"), -float("inf")])
+        state[f"{PATH}{layer}.experts.down_proj"][2, 3, :2] = torch.tensor([float("nan"), float("inf")])
+    return state
+
+
+def counted(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, int]:
+    """The finite values that the fold in fp32 has, and that are infinite in `dtype`, of each native tensor."""
+    wide, narrow = nemo_from_hf(state), nemo_from_hf(state, dtype)
+    counts = {name: int((wide[name].isfinite() & narrow[name].to(dtype).isinf()).sum()) for name in wide}
+    return {name: count for name, count in counts.items() if count}
+
+
+def overflowed(target: Path) -> dict[str, int]:
+    found: dict[str, int] = json.loads((target / "gemma4_moe.json").read_text())["overflowed"]
+    return found
+
+
+def test_finite_values_that_become_infinite_are_counted(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    done = convert(write_checkpoint(tmp_path / "hf", state), tmp_path / "nemo", dtype="float16")
+    expected = counted(state, torch.float16)
+    assert len(expected) == 8
+    assert overflowed(tmp_path / "nemo") == expected
+    for group, count in (
+        (f"{PATH}{{0...2}}.moe.experts.gate_and_up_projs", sum(n for k, n in expected.items() if "gate_and" in k)),
+        (f"{PATH}{{0...2}}.moe.experts.down_projs", sum(n for k, n in expected.items() if "down" in k)),
+        (f"{PATH}{{1...2}}.moe.gate.proj.weight", 80),
+    ):
+        assert [note for note in done.notes if f" {group} " in note and note.startswith(f"{count:,} finite ")], group
+
+
+def test_the_same_on_the_way_back_and_in_bf16(tmp_path: Path) -> None:
+    state = random_hf_state_dict(dtype=torch.float32)
+    name = f"{PATH}1.experts.gate_up_proj"
+    state[name][1, 2, 3:5] = torch.tensor([3.4e38, 3.38e38])  # bfloat16 ends at 3.3895e38
+    convert(write_checkpoint(tmp_path / "hf", state), tmp_path / "nemo")
+    assert overflowed(tmp_path / "nemo") == {}
+    done = convert(tmp_path / "nemo", tmp_path / "back", dtype="bfloat16")
+    assert overflowed(tmp_path / "back") == {name: 1}
+    assert any(note.startswith(f"1 finite value of {name} ") for note in done.notes)
+
+
+@pytest.mark.parametrize("budget", [32_768, 60_000])
+def test_blocks_and_resuming_do_not_show_in_the_counts(
+    budget: int, state: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(done: int, total: int) -> None:
+        if done > 20_000:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(hashing, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(ledger, "FLUSH_BYTES", 4096)
+    source = write_checkpoint(tmp_path / "hf", state)
+    whole = convert(source, tmp_path / "whole", dtype="float16")
+    runs = 0
+    while not (tmp_path / "nemo").exists():
+        runs += 1
+        try:
+            done = convert(source, tmp_path / "nemo", dtype="float16", max_memory=budget, resume=True, progress=stop)
+        except KeyboardInterrupt:
+            assert runs < 20
+            file = next((tmp_path / ".nemo.gemma4-moe/out").glob("*.safetensors"))
+            with file.open("r+b") as opened:  # a chunk that has to be made again, with its count
+                opened.seek(4096 * (runs + 2))
+                opened.write(b"something else")
+    assert runs > 2
+    assert contents(tmp_path / "nemo") == contents(tmp_path / "whole")
+    assert done.notes == whole.notes
+    again = convert(source, tmp_path / "nemo", dtype="float16", resume=True)
+    assert again.notes == whole.notes
+
+
+def test_tensors_that_keep_their_dtype_are_named(tmp_path: Path) -> None:
+    state = random_hf_state_dict(layers=3, dtype=torch.float32)
+    state["model.position_ids"] = torch.arange(5)
+    for layer in range(3):
+        state[f"{PATH}{layer}.self_attn.inv_freq"] = torch.rand(4, dtype=torch.float64)
+    source = write_checkpoint(tmp_path / "hf", state)
+    done = convert(source, tmp_path / "nemo", dtype="bfloat16")
+    left = [note for note in done.notes if "keep" in note]
+    assert left == [
+        f"3 tensors {PATH}{{0...2}}.self_attn.inv_freq keep float64: --dtype casts no such tensors",
+        "1 tensor model.position_ids keeps int64: --dtype casts no such tensors",
+    ]
+    assert set(left) <= set(plan(source, dtype="bfloat16").notes)
+    assert convert(source, tmp_path / "kept").notes == ()

@@ -1,0 +1,100 @@
+"""A source that changes under a conversion: whichever of its facts it is, and whenever, there is no target."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemma4_moe import convert
+from gemma4_moe.converter import finish
+from gemma4_moe.errors import SourceChangedError
+from gemma4_moe.target.beside import copy_side_files
+from support.checkpoints import contents, write_checkpoint
+from support.models import random_hf_state_dict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+FILE = "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=3))
+
+
+def later(file: Path) -> None:
+    os.utime(file, ns=(1, 1))
+
+
+def longer(file: Path) -> None:
+    with file.open("ab") as opened:
+        opened.write(b"x")
+
+
+def another_header(file: Path) -> None:
+    """In its place: the file is never shorter, so that whoever is reading it just then reads on."""
+    with file.open("r+b") as opened:
+        opened.seek(file.read_bytes().index(b'"format":"pt"'))
+        opened.write(b'"format":"np"')
+
+
+def another_file(file: Path) -> None:
+    copy = file.with_name("copy")
+    copy.write_bytes(file.read_bytes())
+    copy.replace(file)
+
+
+def gone(file: Path) -> None:
+    file.rename(file.with_name("moved"))
+
+
+def behind_its_time(change: Callable[[Path], None], file: Path) -> None:
+    """Change a file, and put its time of writing back."""
+    status = file.stat()
+    change(file)
+    if change not in (later, gone):
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [later, longer, another_header, another_file, gone])
+@pytest.mark.parametrize("when", ["while it is read", "after its last block"])
+def test_every_change_of_a_source_stops_the_run(
+    when: str, change: Callable[[Path], None], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed: list[bool] = []
+
+    def while_it_is_read(done: int, total: int) -> None:
+        if when == "while it is read" and not changed:
+            changed.append(True)
+            behind_its_time(change, source / FILE)
+
+    def after_its_last_block(*arguments: object) -> None:
+        copy_side_files(*arguments)  # type: ignore[arg-type]
+        if when == "after its last block":
+            changed.append(True)
+            behind_its_time(change, source / FILE)
+
+    monkeypatch.setattr(finish, "copy_side_files", after_its_last_block)
+    with pytest.raises(SourceChangedError, match="changed while it was read") as caught:
+        convert(source, tmp_path / "nemo", progress=while_it_is_read)
+    assert changed
+    assert caught.value.facts["file"] == str(source / FILE)
+    assert caught.value.exit_status == 3
+    assert not (tmp_path / "nemo").exists()
+    assert (when == "while it is read") == ([path.name for path in tmp_path.iterdir()] == ["hf"])
+
+
+def test_other_weights_under_the_same_header_are_noticed_by_their_time(source: Path, tmp_path: Path) -> None:
+    def touch(done: int, total: int) -> None:
+        if done == total:
+            raw = bytearray((source / FILE).read_bytes())
+            raw[-1] ^= 1
+            (source / FILE).write_bytes(raw)
+
+    with pytest.raises(SourceChangedError):
+        convert(source, tmp_path / "nemo", progress=touch)
+    assert contents(tmp_path).keys() == {"hf", *(f"hf/{path.name}" for path in source.iterdir())}

@@ -1,0 +1,319 @@
+"""`convert`: the right bits in the right files, whatever the block size, and a directory that is absent or complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from blake3 import blake3
+from safetensors.torch import load_file
+
+from gemma4_moe import convert
+from gemma4_moe.checkpoint import hashing
+from gemma4_moe.converter import convert as convert_module
+from gemma4_moe.converter import write
+from gemma4_moe.errors import StorageError, TargetBusyError, UsageError
+from support.checkpoints import contents, write_checkpoint
+from support.formulas import folded, hf_from_nemo, nemo_from_hf
+from support.models import random_hf_state_dict, read_directory, respell_as_legacy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gemma4_moe.converter.job import Job
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    return random_hf_state_dict(layers=3)
+
+
+@pytest.fixture
+def source(tmp_path: Path, state: dict[str, torch.Tensor]) -> Path:
+    return write_checkpoint(tmp_path / "hf", state)
+
+
+def assert_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def test_nemo_is_the_fold_by_formula(source: Path, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    convert(source, tmp_path / "nemo")
+    assert_bits(read_directory(tmp_path / "nemo"), nemo_from_hf(state))
+
+
+def test_there_and_back_keeps_native_bits_where_no_manifest_is(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "nemo")
+    native = read_directory(tmp_path / "nemo")
+    (tmp_path / "nemo/gemma4_moe.json").unlink()
+    convert(tmp_path / "nemo", tmp_path / "back")
+    assert_bits(read_directory(tmp_path / "back"), hf_from_nemo(native))
+    convert(tmp_path / "back", tmp_path / "again")
+    assert_bits(read_directory(tmp_path / "again"), native)
+
+
+def test_legacy_spelling_gives_the_same_target(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "from-current")
+    respell_as_legacy(source)
+    convert(source, tmp_path / "from-legacy")
+    assert_bits(read_directory(tmp_path / "from-legacy"), read_directory(tmp_path / "from-current"))
+
+
+def test_text_only_names_keep_their_prefix(tmp_path: Path) -> None:
+    state = random_hf_state_dict(prefix="model.")
+    source = write_checkpoint(tmp_path / "hf", state)
+    (source / "config.json").write_text(json.dumps({"model_type": "gemma4_text", "num_experts": 6}))
+    convert(source, tmp_path / "nemo")
+    assert_bits(read_directory(tmp_path / "nemo"), nemo_from_hf(state))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtype_casts_every_floating_point_tensor(tmp_path: Path, dtype: str) -> None:
+    state = random_hf_state_dict(dtype=torch.float32)
+    state["model.position_ids"] = torch.arange(5)
+    source = write_checkpoint(tmp_path / "hf", state)
+    done = convert(source, tmp_path / "nemo", dtype=dtype)
+    target = getattr(torch, dtype)
+    expected = {
+        name: tensor.to(target) if tensor.is_floating_point() else tensor
+        for name, tensor in nemo_from_hf(state, target).items()
+    }
+    assert_bits(read_directory(tmp_path / "nemo"), expected)
+    assert (dtype == "float32") == (not any("rounded" in note for note in done.notes))
+
+
+def test_fold_is_rounded_once_after_an_fp32_product(tmp_path: Path) -> None:
+    state = random_hf_state_dict(dtype=torch.float32)
+    source = write_checkpoint(tmp_path / "hf", state)
+    convert(source, tmp_path / "nemo", dtype="bfloat16")
+    layer = "model.language_model.layers.1."
+    down, scale = state[layer + "experts.down_proj"], state[layer + "router.per_expert_scale"]
+    twice_rounded = (down.bfloat16() * scale.bfloat16()[:, None, None]).transpose(1, 2)
+    found = read_directory(tmp_path / "nemo")[layer + "moe.experts.down_projs"]
+    assert torch.equal(found, folded(down, scale, torch.bfloat16))
+    assert not torch.equal(found, twice_rounded)
+
+
+@pytest.mark.parametrize("budget", [24_576, 50_000, 100_000])
+def test_block_size_does_not_show_in_the_bytes(source: Path, tmp_path: Path, budget: int) -> None:
+    convert(source, tmp_path / "whole")
+    done = convert(source, tmp_path / "blocks", max_memory=budget)
+    assert done.memory.peak_bytes <= budget
+    assert contents(tmp_path / "blocks") == contents(tmp_path / "whole")
+
+
+def test_source_sharding_does_not_show_in_the_weights(
+    source: Path, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    other = write_checkpoint(tmp_path / "other", state, files=5)
+    convert(source, tmp_path / "a")
+    convert(other, tmp_path / "b")
+    assert contents(tmp_path / "a")["model.safetensors"] == contents(tmp_path / "b")["model.safetensors"]
+
+
+def test_shard_size_bounds_files_and_a_larger_tensor_has_its_own(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "nemo", max_shard_size=1000)
+    index = json.loads((tmp_path / "nemo/model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "nemo").glob("*.safetensors"))
+    assert sorted(set(index["weight_map"].values())) == files
+    assert len(files) > 3
+    total = 0
+    for file in files:
+        tensors = load_file(tmp_path / "nemo" / file)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        total += size
+        assert size <= 1000 or len(tensors) == 1
+        assert {index["weight_map"][name] for name in tensors} == {file}
+    assert index["metadata"] == {"total_size": total}
+
+
+def test_side_files_are_copied_byte_for_byte_and_others_are_not(source: Path, tmp_path: Path) -> None:
+    (source / "modeling_custom.py").write_text("raise SystemExit")
+    (source / "LICENSE").write_bytes(b"as it is\r\n")
+    done = convert(source, tmp_path / "nemo")
+    assert done.left_behind == ("modeling_custom.py",)
+    assert sorted(path.name for path in (tmp_path / "nemo").iterdir()) == [
+        "LICENSE",
+        "config.json",
+        "gemma4_moe.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    for name in ("LICENSE", "config.json", "tokenizer.json"):
+        assert (tmp_path / "nemo" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_data_starts_at_a_page_and_modes_follow_the_umask(source: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        convert(source, tmp_path / "nemo")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "nemo").stat().st_mode & 0o777 == 0o750
+    for path in (tmp_path / "nemo").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o640, path
+    raw = (tmp_path / "nemo/model.safetensors").read_bytes()
+    assert (8 + int.from_bytes(raw[:8], "little")) % 4096 == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.5])
+def test_unusual_scales_are_kept_and_said(tmp_path: Path, value: float) -> None:
+    state = random_hf_state_dict()
+    layer = "model.language_model.layers.1."
+    state[layer + "router.per_expert_scale"][2] = value
+    source = write_checkpoint(tmp_path / "hf", state)
+    done = convert(source, tmp_path / "nemo")
+    found = read_directory(tmp_path / "nemo")[layer + "moe.experts.down_projs"]
+    expected = folded(state[layer + "experts.down_proj"], state[layer + "router.per_expert_scale"], torch.bfloat16)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    (note,) = done.notes
+    assert layer in note
+    assert "1 " in note
+
+
+def test_overwrite_replaces_a_checkpoint_and_only_that(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "nemo"
+    convert(source, target, max_shard_size=1000)
+    with pytest.raises(UsageError, match="exists"):
+        convert(source, target)
+    convert(source, target, overwrite=True)
+    assert [path.name for path in target.glob("*.safetensors")] == ["model.safetensors"]
+    (target / "notes.txt").write_text("mine")
+    before = contents(target)
+    with pytest.raises(UsageError, match="no checkpoint accounts for") as caught:
+        convert(source, target, overwrite=True)
+    assert "notes.txt" in str(caught.value)
+    assert contents(target) == before
+
+
+def test_overwrite_does_not_take_a_directory_with_it(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "nemo"
+    convert(source, target)
+    (target / ".cache").mkdir()
+    (target / ".cache/mine").write_text("mine")
+    with pytest.raises(UsageError, match="no checkpoint accounts for") as caught:
+        convert(source, target, overwrite=True)
+    assert ".cache/" in str(caught.value)
+    assert (target / ".cache/mine").exists()
+
+
+def test_an_empty_target_directory_is_filled(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "nemo").mkdir()
+    convert(source, tmp_path / "nemo")
+    assert (tmp_path / "nemo/model.safetensors").exists()
+
+
+def test_a_second_writer_is_told_who_holds_the_target(source: Path, tmp_path: Path) -> None:
+    program = """
+        import sys, time
+        from pathlib import Path
+        from gemma4_moe.target.transaction import Transaction
+        with Transaction(Path(sys.argv[1])):
+            print("locked", flush=True)
+            sys.stdin.read()
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), tmp_path / "nemo"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(TargetBusyError) as caught:
+            convert(source, tmp_path / "nemo")
+        assert str(holder.pid) in str(caught.value)
+        holder.communicate()
+    convert(source, tmp_path / "nemo")
+
+
+def test_a_failure_before_anything_is_journalled_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError, match="No space left"):
+        convert(source, tmp_path / "nemo")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_buffered_and_direct_make_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "direct", max_shard_size=2000)
+    convert(source, tmp_path / "buffered", max_shard_size=2000, buffered=True)
+    assert contents(tmp_path / "buffered") == contents(tmp_path / "direct")
+
+
+def test_the_manifest_has_hashes_of_both_sides_and_what_was_done(
+    source: Path, state: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hashing, "CHUNK_BYTES", 4096)
+    convert(source, tmp_path / "nemo", sha256=True, read_back=False)
+    manifest = json.loads((tmp_path / "nemo/gemma4_moe.json").read_text())
+    assert manifest["options"] == {"dtype": "keep", "max_shard_size": 5 * 10**9, "to": "nemo", "read_back": False}
+    assert manifest["files"].keys() | {"gemma4_moe.json"} == {path.name for path in (tmp_path / "nemo").iterdir()}
+    for where, directory in ((manifest["files"], tmp_path / "nemo"), (manifest["source"]["files"], source)):
+        for name, said in where.items():
+            raw = (directory / name).read_bytes()
+            assert said["bytes"] == len(raw)
+            assert said["sha256"] == hashlib.sha256(raw).hexdigest()
+            if "blake3" in said:
+                chunks = [raw[start : start + 4096] for start in range(0, len(raw), 4096)]
+                assert said["blake3"] == [blake3(chunk).hexdigest() for chunk in chunks]
+    assert len(manifest["files"]["model.safetensors"]["blake3"]) > 2
+    assert manifest["source"]["tensors"].keys() == state.keys()
+    for name, said in manifest["source"]["tensors"].items():
+        raw = state[name].view(torch.uint8).numpy().tobytes()
+        assert said == {"bytes": len(raw), "blake3": [blake3(raw).hexdigest()]}
+    for name, scale in manifest["folded_scales"].items():
+        layer = name.removesuffix("moe.experts.down_projs")
+        assert scale == state[layer + "router.per_expert_scale"].float().tolist()
+
+
+def test_peak_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
+    """Measured from outside, at 2 and at 8 layers that are each larger than all buffers together."""
+    program = """
+        import re, sys
+        from pathlib import Path
+        from gemma4_moe import convert
+        convert(sys.argv[1], sys.argv[2], max_memory="4MiB")
+        print(re.search(r"VmHWM:[^0-9]*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
+    """
+    peaks = []
+    for layers in (2, 8):
+        state = random_hf_state_dict(layers=layers, E=12, H=256, I=320)  # 5.9 MB a layer
+        source = write_checkpoint(tmp_path / f"hf{layers}", state)
+        command = [sys.executable, "-c", textwrap.dedent(program), source, tmp_path / f"nemo{layers}"]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True).stdout) * 1024)
+    assert abs(peaks[1] - peaks[0]) < 4 * 2**20, peaks
+
+
+@pytest.mark.parametrize(
+    ("launched", "asked", "workers"), [(None, None, 6), ("4", None, 1), ("2", None, 3), ("8", None, 1), ("2", 5, 5)]
+)
+def test_ranks_of_one_host_share_its_cores(
+    launched: str | None, asked: int | None, workers: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    write_weights = write.write_weights
+
+    def note(job: Job, *others: Any) -> None:
+        used.append(job.workers)
+        write_weights(job, *others)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setattr(convert_module, "write_weights", note)
+    if launched is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", launched)
+    convert(source, tmp_path / "nemo", workers=asked)
+    assert used == [workers]

@@ -1,0 +1,137 @@
+"""Reading back: one other byte in any file keeps the target from appearing, and it is the device that is read."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemma4_moe import convert
+from gemma4_moe.converter import finish
+from gemma4_moe.errors import StorageError
+from support.checkpoints import contents, flip_bit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gemma4_moe.converter.job import Job
+
+OPTIONS = {"max_shard_size": 60_000, "max_memory": 60_000}
+
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
+
+def before_reading_back(monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], None]) -> None:
+    """Do something with the finished files once all is written, and before it is read back."""
+    whole = finish._read_back
+
+    def first_act(job: Job, manifest: bytes) -> None:
+        act(job.out)
+        whole(job, manifest)
+
+    monkeypatch.setattr(finish, "_read_back", first_act)
+
+
+def test_one_other_byte_of_any_file_is_found(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(source, tmp_path / "whole", **OPTIONS)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "whole").iterdir() if "gemma4_moe" not in path.name}
+    weights = [name for name in sizes if name.endswith(".safetensors")]
+    assert len(weights) > 1
+    assert sizes.keys() - weights == {"config.json", "tokenizer.json", "model.safetensors.index.json"}
+    assert all(sizes[name] > 2 * 8192 and sizes[name] % 8192 for name in weights), "several chunks, the last one short"
+    for name, size in sizes.items():
+        for position in {0, size // 2, max(0, size - size % 8192 - 1), size - 1}:
+            with monkeypatch.context() as patched:
+                before_reading_back(patched, lambda out: flip_bit(out / name, position))  # noqa: B023 - called at once
+                with pytest.raises(StorageError, match="gives back other bytes") as caught:
+                    convert(source, tmp_path / "nemo", resume=True, **OPTIONS)
+            start = position // 8192 * 8192
+            assert caught.value.facts["found"].startswith(f"{name}: other bytes in [{start}, "), position
+            assert not (tmp_path / "nemo").exists()
+    convert(source, tmp_path / "nemo", resume=True, **OPTIONS)
+    assert contents(tmp_path / "nemo") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("word", [b'"overflowed"', b'"folded_scales"', b'"plan"'])
+def test_one_other_byte_of_the_manifest_is_found_too(
+    word: bytes, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flip_behind(out: Path) -> None:
+        path = out / "gemma4_moe.json"
+        flip_bit(path, path.read_bytes().index(word) + 2)
+
+    before_reading_back(monkeypatch, flip_behind)
+    with pytest.raises(StorageError, match="gives back other bytes") as caught:
+        convert(source, tmp_path / "nemo", **OPTIONS)
+    assert caught.value.facts["found"] == "gemma4_moe.json"
+    assert not (tmp_path / "nemo").exists()
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"])
+@pytest.mark.parametrize("how", ["gone", "shorter", "longer"])
+def test_a_file_that_is_gone_or_of_another_size_is_found(
+    how: str, name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(out: Path) -> None:
+        path = out / name
+        if how == "gone":
+            path.unlink()
+        else:
+            os.truncate(path, path.stat().st_size + (1 if how == "longer" else -1))
+
+    before_reading_back(monkeypatch, change)
+    with pytest.raises(StorageError, match="gives back other bytes") as caught:
+        convert(source, tmp_path / "nemo", **OPTIONS)
+    assert caught.value.facts["found"].startswith(f"{name}: ")
+    assert not (tmp_path / "nemo").exists()
+
+
+def test_without_reading_back_nothing_is_read_and_the_manifest_says_so(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_reading_back(monkeypatch, lambda _: pytest.fail("it is read back all the same"))
+    convert(source, tmp_path / "nemo", read_back=False, **OPTIONS)
+    assert '"read_back": false' in (tmp_path / "nemo/gemma4_moe.json").read_text()
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_it_is_the_device_that_is_read(
+    buffered: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the page cache, or from a page cache that was told to forget the whole file first."""
+    forgotten: set[str] = set()
+    direct: dict[str, bool] = {}
+    read, advise = os.preadv, os.posix_fadvise
+
+    def name_of(descriptor: int) -> str:
+        return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    def seen(descriptor: int, *others: object) -> int:
+        name = name_of(descriptor)
+        if "/out/" in name:
+            assert name in forgotten, f"{name} is read as the page cache has it"
+            direct[name] = direct.get(name, True) and bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+        return read(descriptor, *others)  # type: ignore[arg-type]
+
+    def forget(descriptor: int, offset: int, size: int, advice: int) -> None:
+        if (offset, size, advice) == (0, 0, os.POSIX_FADV_DONTNEED):
+            forgotten.add(name_of(descriptor))
+        advise(descriptor, offset, size, advice)
+
+    def watch(_: Path) -> None:
+        monkeypatch.setattr(os, "preadv", seen)
+        monkeypatch.setattr(os, "posix_fadvise", forget)
+
+    before_reading_back(monkeypatch, watch)
+    try:
+        os.close(os.open(source / "config.json", os.O_RDONLY | os.O_DIRECT))
+        possible = True
+    except OSError:
+        possible = False
+    convert(source, tmp_path / "nemo", buffered=buffered, **OPTIONS)
+    read_back = {name.rpartition("/")[2]: was_direct for name, was_direct in direct.items()}
+    assert read_back.keys() == {path.name for path in (tmp_path / "nemo").iterdir()}
+    assert set(read_back.values()) == {possible and not buffered}

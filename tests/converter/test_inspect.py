@@ -1,0 +1,75 @@
+"""`inspect`: what a checkpoint is and what is wrong with it, without a byte of any tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemma4_moe import Layout, convert, inspect
+from gemma4_moe.checkpoint.file import SafetensorsFile
+from gemma4_moe.errors import IncompleteExpertsError, UnsupportedCheckpointError
+from support.checkpoints import write_checkpoint
+from support.models import random_hf_state_dict
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+E, H, I, LAYERS = 3, 10, 7, 2  # noqa: E741
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    return random_hf_state_dict(E=E, H=H, I=I, layers=LAYERS)
+
+
+def test_sizes_and_bytes_are_those_of_the_tensors(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    found = inspect(write_checkpoint(tmp_path / "hf", state))
+    assert (found.layout, found.spelling, found.model_type) == (Layout.HF, "current", "gemma4")
+    assert found.sizes == {"E": E, "H": H, "I": I, "L": LAYERS}
+    assert (found.tensors, found.bytes) == (len(state), sum(tensor.nbytes for tensor in state.values()))
+    assert found.parameters == sum(tensor.numel() for tensor in state.values())
+    experts = LAYERS * 3 * E * H * I * 2  # gate, up and down, in bf16
+    router = LAYERS * (E * H + H + E) * 2  # the scale of the experts is the router's
+    assert (found.groups["experts"], found.groups["router"]) == (experts, router)
+    assert sum(found.groups.values()) == found.bytes
+    assert found.problems == ()
+
+
+def test_no_tensor_is_read(state: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_checkpoint(tmp_path / "hf", state)
+    convert(source, tmp_path / "nemo")
+    read, read_into = 0, SafetensorsFile.read_into
+
+    def counted(self: SafetensorsFile, offset: int, destination: memoryview) -> None:
+        nonlocal read
+        read += destination.nbytes
+        read_into(self, offset, destination)
+
+    monkeypatch.setattr(SafetensorsFile, "read_into", counted)
+    for directory, layout in ((source, Layout.HF), (tmp_path / "nemo", Layout.NEMO)):
+        headers = 0
+        for file in directory.glob("*.safetensors"):
+            headers += 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        read = 0
+        assert inspect(directory).layout is layout
+        assert headers <= read <= headers + 8 * 2  # the length may be read once more with its header
+
+
+def test_every_problem_is_listed(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    del state["model.language_model.layers.0.router.per_expert_scale"]
+    del state["model.language_model.layers.1.experts.down_proj"]
+    found = inspect(write_checkpoint(tmp_path / "hf", state))
+    assert any(isinstance(problem, IncompleteExpertsError) for problem in found.problems)
+    text = "\n".join(map(str, found.problems))
+    assert "per_expert_scale" in text
+    assert "down_proj" in text
+
+
+def test_a_foreign_format_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    found = inspect(tmp_path)
+    assert (found.layout, found.spelling, found.tensors) == (None, "GGUF", 0)
+    assert [type(problem) for problem in found.problems] == [UnsupportedCheckpointError]

@@ -1,0 +1,104 @@
+"""`plan`: the real model from headers alone, and the planner's own accounts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma4_moe import convert, plan
+from gemma4_moe.converter.plan import natural_key
+from gemma4_moe.errors import UsageError
+from gemma4_moe.layout.dtypes import BFLOAT16
+from support.checkpoints import write_checkpoint
+from support.models import random_hf_state_dict
+from support.sparse import write_sparse_checkpoint
+
+REAL = Path(__file__).parent / "data/gemma-4-26B-A4B"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("real") / "hf"
+    inventory = json.loads((REAL / "inventory.json").read_text())
+    config = json.loads((REAL / "config.json").read_text())
+    write_sparse_checkpoint(directory, inventory["shapes"], BFLOAT16, config, 50 * 10**9)
+    return directory
+
+
+def test_the_real_model_has_the_published_counts(real: Path) -> None:
+    preview = plan(real)
+    assert (preview.source_tensors, preview.source_bytes) == (1013, 51_611_872_412)
+    assert len(preview.plan.tensors) == 1013 - 30  # the scales are folded away
+    entries = [entry for file in preview.plan.files for entry in file.entries]
+    assert sum(entry.nbytes for entry in entries) == 51_611_872_412 - 30 * 128 * 2
+    assert preview.memory.peak_bytes <= 2**30
+
+
+def test_large_tensors_of_the_real_model_start_on_pages(real: Path) -> None:
+    for file in plan(real).plan.files:
+        for entry in file.entries:
+            if entry.nbytes >= 2**20:
+                assert entry.start % 4096 == 0, entry
+
+
+def test_the_real_model_is_planned_by_the_command(real: Path) -> None:
+    command = [sys.executable, "-m", "gemma4_moe", "plan", "--format", "json", str(real)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert found["source"]["tensors"] == 1013
+    assert found["source"]["bytes"] == 51_611_872_412
+    assert found["target"]["files"] == 11
+    assert found["peak_memory_bytes"] <= 2**30
+
+
+def test_the_plan_is_what_convert_does(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
+    preview = plan(source, max_shard_size=2000)
+    done = convert(source, tmp_path / "nemo", max_shard_size=2000)
+    assert done.plan.files == preview.plan.files
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "nemo").glob("*.safetensors")}
+    assert sizes == {file.name: file.size for file in preview.plan.files}
+    assert sum(sizes.values()) == preview.plan.target_bytes
+
+
+def test_free_space_is_that_of_the_disk_and_a_shortfall_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    preview = plan(source)
+    assert preview.space.free_bytes == 1000
+    assert preview.space.missing_bytes == preview.plan.target_bytes - 1000
+
+
+def test_a_budget_below_one_expert_is_refused_with_what_it_takes(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(H=64, I=48))
+    expert = 2 * 48 * 64 * 2 + 2 * 4096  # three whole pages, and the pages around them
+    with pytest.raises(UsageError) as caught:
+        plan(source, max_memory=2 * expert - 1)
+    assert f"at least {2 * expert} bytes" in str(caught.value)
+    assert plan(source, max_memory=2 * expert).memory.peak_bytes == 2 * expert
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"to": "hf"}, "is in the hf layout already"),
+        ({"to": "megatron"}, "no such layout"),
+        ({"dtype": "int8"}, "no dtype"),
+        ({"max_shard_size": "5 parsecs"}, "not a size"),
+        ({"max_memory": 0}, "positive"),
+    ],
+)
+def test_arguments_without_meaning_are_usage_errors(tmp_path: Path, arguments: dict[str, object], words: str) -> None:
+    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
+    with pytest.raises(UsageError, match=words):
+        plan(source, **arguments)  # type: ignore[arg-type]
+
+
+def test_names_sort_as_a_person_would() -> None:
+    names = ["layers.10.a", "layers.2.b", "layers.2.a", "layers", "1", "10", "2"]
+    assert sorted(names, key=natural_key) == ["1", "2", "10", "layers", "layers.2.a", "layers.2.b", "layers.10.a"]

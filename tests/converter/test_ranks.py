@@ -1,0 +1,162 @@
+"""Ranks that convert one checkpoint together: the same bytes for 1, 2 and 4, one failure stops all, torchrun works."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gemma4_moe import convert
+from gemma4_moe.checkpoint import hashing
+from gemma4_moe.converter import finish
+from gemma4_moe.errors import ParallelError, StorageError
+from gemma4_moe.target import ledger
+from gemma4_moe.target.recovery import remains
+from support import ranks
+from support.checkpoints import contents, flip_bit, write_checkpoint
+from support.models import random_hf_state_dict, read_directory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OPTIONS = {"max_shard_size": 60_000, "max_memory": 60_000}
+
+
+def shrink() -> None:
+    hashing.CHUNK_BYTES = 8192
+    ledger.FLUSH_BYTES = 8192
+
+
+def convert_on_all(source: Path, target: Path) -> None:
+    shrink()
+    done: list[int] = []
+    convert(source, target, progress=lambda now, _: done.append(now), **OPTIONS)
+    tensors = 2 * 6 * 3 * 24 * 40 * 2 + 3000  # two layers of experts, and a little of everything else
+    assert done[-1] <= tensors / dist.get_world_size() + hashing.CHUNK_BYTES, "a rank has done more than its share"
+
+
+def fail_on_the_last(source: Path, target: Path) -> None:
+    shrink()
+    world, rank = dist.get_world_size(), dist.get_rank()
+
+    def fill_the_disk(done: int, total: int) -> None:
+        if rank == world - 1 and done > total // 2:
+            raise StorageError("no space left, says the test")
+
+    with pytest.raises(StorageError if rank == world - 1 else ParallelError, match=r"no space|rank 1 could not"):
+        convert(source, target, progress=fill_the_disk, **OPTIONS)
+
+
+def resume_on_all(source: Path, target: Path) -> None:
+    shrink()
+    convert(source, target, resume=True, **OPTIONS)
+
+
+def convert_to_fp32(source: Path, target: Path) -> None:
+    shrink()
+    convert(source, target, dtype="float32", **OPTIONS)
+
+
+def convert_to_fp16(source: Path, target: Path) -> None:
+    shrink()
+    convert(source, target, dtype="float16", **OPTIONS)
+
+
+def find_one_other_byte(source: Path, target: Path) -> None:
+    """In each chunk of a file in turn: they are shared among the ranks, and whoever reads it back tells all."""
+    shrink()
+    copy_side_files = finish.copy_side_files
+    for chunk in range(6):
+
+        def flip(paths: object, out: Path, position: int = chunk * hashing.CHUNK_BYTES + 4100) -> None:
+            copy_side_files(paths, out)  # type: ignore[arg-type]
+            flip_bit(out / "model-00001-of-00002.safetensors", position)
+
+        finish.copy_side_files = flip
+        with pytest.raises((StorageError, ParallelError), match=r"other bytes than were written|could not read back"):
+            convert(source, target, resume=True, **OPTIONS)
+        assert not target.exists()
+        dist.barrier()
+
+
+@pytest.fixture
+def alone(source: Path, tmp_path: Path) -> dict[str, str]:
+    ranks.run(1, convert_on_all, source, tmp_path / "alone")
+    return contents(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_bytes_do_not_depend_on_the_number_of_ranks(
+    world: int, source: Path, alone: dict[str, str], tmp_path: Path
+) -> None:
+    ranks.run(world, convert_on_all, source, tmp_path / "together")
+    assert contents(tmp_path / "together") == alone
+    assert remains(tmp_path / "together") is None
+
+
+def test_one_failure_stops_all_and_any_number_of_ranks_can_go_on(
+    source: Path, alone: dict[str, str], tmp_path: Path
+) -> None:
+    ranks.run(2, fail_on_the_last, source, tmp_path / "nemo")
+    assert not (tmp_path / "nemo").exists()
+    left = remains(tmp_path / "nemo")
+    assert left is not None
+    assert left.resumable
+    ranks.run(4, resume_on_all, source, tmp_path / "nemo")
+    assert contents(tmp_path / "nemo") == alone
+    assert remains(tmp_path / "nemo") is None
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_judge_the_experts_of_the_way_back_together(world: int, source: Path, tmp_path: Path) -> None:
+    ranks.run(1, convert_to_fp32, source, tmp_path / "nemo")
+    ranks.run(1, resume_on_all, tmp_path / "nemo", tmp_path / "alone")
+    ranks.run(world, resume_on_all, tmp_path / "nemo", tmp_path / "together")
+    assert contents(tmp_path / "together") == contents(tmp_path / "alone")
+    back, state = read_directory(tmp_path / "together"), read_directory(source)
+    assert all(torch.equal(back[name], state[name].float()) for name in state)
+
+
+def test_ranks_count_together_what_becomes_infinite(tmp_path: Path) -> None:
+    state = random_hf_state_dict(layers=2, E=6, H=40, I=24, dtype=torch.float32)
+    for name, tensor in state.items():
+        if "gate_up" in name:
+            tensor[:, ::3] *= 1e6
+    source = write_checkpoint(tmp_path / "hf", state)
+    ranks.run(1, convert_to_fp16, source, tmp_path / "alone")
+    ranks.run(3, convert_to_fp16, source, tmp_path / "together")
+    assert contents(tmp_path / "together") == contents(tmp_path / "alone")
+    assert len(json.loads((tmp_path / "alone/gemma4_moe.json").read_text())["overflowed"]) == 2
+
+
+def test_ranks_read_back_every_chunk_between_them(source: Path, alone: dict[str, str], tmp_path: Path) -> None:
+    (size,) = {path.stat().st_size for path in (tmp_path / "alone").glob("model-00001-of-00002.safetensors")}
+    assert size > 5 * 8192 + 4100
+    ranks.run(2, find_one_other_byte, source, tmp_path / "nemo")
+    ranks.run(2, resume_on_all, source, tmp_path / "nemo")
+    assert contents(tmp_path / "nemo") == alone
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "gemma4_moe", "convert", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_under_torchrun_rank_0_speaks_for_all(source: Path, tmp_path: Path) -> None:
+    done = torchrun(source, tmp_path / "nemo")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("target ") == 1
+    convert(source, tmp_path / "alone")
+    assert contents(tmp_path / "nemo") == contents(tmp_path / "alone")
+    refused = torchrun(source, tmp_path / "nemo")
+    assert refused.returncode == 1
+    assert refused.stderr.count("gemma4-moe: error: the target exists") == 1

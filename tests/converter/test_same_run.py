@@ -1,0 +1,194 @@
+"""Which runs are the same: every fact of source, plan and options is compared, and none is taken on trust."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import gemma4_moe
+from gemma4_moe import convert
+from gemma4_moe.checkpoint.directory import open_checkpoint
+from gemma4_moe.converter import resume as resume_module
+from gemma4_moe.converter.plan import make_plan
+from gemma4_moe.errors import UsageError
+from gemma4_moe.layout.dtypes import FLOAT32
+from gemma4_moe.layout.table import Operation
+from gemma4_moe.target.journal import Journal, as_rows, journals, read_journals
+from support.checkpoints import contents, write_checkpoint
+from support.interrupted import interrupt, resume
+from support.models import random_hf_state_dict
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gemma4_moe.converter.plan import Plan, PlannedTensor
+
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
+
+@pytest.fixture
+def done(source: Path, tmp_path: Path) -> Path:
+    convert(source, tmp_path / "done", max_shard_size=60_000)
+    return tmp_path / "done"
+
+
+def test_what_a_run_is_called_by_is_what_the_filesystem_says(source: Path) -> None:
+    with open_checkpoint(source) as checkpoint:
+        plan = make_plan(checkpoint)
+        opening = resume_module.opening_record(plan, checkpoint, {"dtype": "keep", "commit": "abc"})
+    files = {}
+    for path in source.glob("*.safetensors"):
+        raw, status = path.read_bytes(), path.stat()
+        files[path.name] = {
+            "bytes": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+            "inode": status.st_ino,
+            "header_sha256": hashlib.sha256(raw[: 8 + int.from_bytes(raw[:8], "little")]).hexdigest(),
+        }
+    plan_digest = opening.pop("plan")
+    assert len(plan_digest) == 64
+    assert opening == {
+        "version": gemma4_moe.__version__,
+        "chunk_bytes": 8192,
+        "options": {"dtype": "keep", "commit": "abc"},
+        "source": files,
+    }
+
+
+def leaves(record: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if not isinstance(record, dict):
+        return [path]
+    return [leaf for key, value in record.items() for leaf in leaves(value, (*path, key))]
+
+
+def test_each_fact_of_a_run_is_compared_and_named(source: Path, tmp_path: Path) -> None:
+    interrupt(source, tmp_path / "nemo")
+    control = tmp_path / ".nemo.gemma4-moe"
+    known = read_journals(control)
+    facts = leaves(known.opening)
+    assert len(facts) == 3 + 2 + 4 * 2, "version, chunks, plan; two options; four facts of each of two files"
+    for fact in facts:
+        opening = copy.deepcopy(known.opening)
+        inner: Any = opening
+        for key in fact[:-1]:
+            inner = inner[key]
+        inner[fact[-1]] = "another"
+        for path in journals(control):
+            path.unlink()
+        with Journal(control, 0) as journal:
+            journal.append(opening=opening)
+            journal.append(target=as_rows(known.target))
+        with pytest.raises(UsageError, match="another one") as caught:
+            resume(source, tmp_path / "nemo")
+        assert caught.value.facts["found"].startswith(f"{' '.join(fact)} was another, is "), fact
+
+
+def moved(tensor: PlannedTensor) -> PlannedTensor:
+    assert tensor.source is not None
+    return replace(tensor, source=replace(tensor.source, entry=replace(tensor.source.entry, start=1, end=2)))
+
+
+def renamed(tensor: PlannedTensor) -> PlannedTensor:
+    assert tensor.source is not None
+    return replace(tensor, source=replace(tensor.source, entry=replace(tensor.source.entry, name="another")))
+
+
+def of_another_dtype(tensor: PlannedTensor) -> PlannedTensor:
+    assert tensor.source is not None
+    return replace(tensor, source=replace(tensor.source, entry=replace(tensor.source.entry, dtype=FLOAT32)))
+
+
+def test_whatever_decides_the_bytes_decides_the_hash_of_the_plan(source: Path) -> None:
+    with open_checkpoint(source) as checkpoint:
+        plan = make_plan(checkpoint)
+        name, down = next((name, tensor) for name, tensor in plan.tensors.items() if tensor.scale is not None)
+        other = next(tensor.source for tensor in plan.tensors.values() if tensor.source.file is not down.source.file)
+
+        def having(tensor: PlannedTensor) -> Plan:
+            return replace(plan, tensors={**plan.tensors, name: tensor})
+
+        (file,) = plan.files
+        plans = [
+            plan,
+            *(having(change(down)) for change in (moved, renamed, of_another_dtype)),
+            having(replace(down, name="another")),
+            having(replace(down, operation=Operation.KEEP)),
+            having(replace(down, source=replace(down.source, file=other.file))),
+            having(replace(down, scale=None)),
+            having(replace(down, scale=other)),
+            replace(plan, source_layout=plan.target_layout),
+            replace(plan, target_layout=plan.source_layout),
+            replace(plan, files=(replace(file, name="another"),)),
+            replace(plan, files=(replace(file, size=file.size + 1),)),
+            replace(plan, files=(replace(file, header=file.header[:-1] + b"\n"),)),
+        ]
+        digests = [resume_module.plan_digest(changed) for changed in plans]
+        assert len(set(digests)) == len(digests)
+        assert resume_module.plan_digest(make_plan(checkpoint)) == digests[0]
+
+
+def test_a_complete_target_of_another_model_of_the_same_shapes_is_not_taken_for_it(
+    source: Path, done: Path, tmp_path: Path
+) -> None:
+    state = random_hf_state_dict(layers=2, E=6, H=40, I=24)
+    state["model.language_model.layers.1.input_layernorm.weight"][39] += 1  # a fine-tuned model has the same headers
+    other = write_checkpoint(tmp_path / "other", state)
+    before = contents(done)
+    with pytest.raises(UsageError, match="the target exists"):
+        resume(other, done)
+    assert contents(done) == before
+
+
+@pytest.mark.parametrize("fact", ["plan", "header", "size"])
+def test_a_manifest_that_says_something_else_is_of_another_conversion(fact: str, source: Path, done: Path) -> None:
+    path = done / "gemma4_moe.json"
+    manifest = json.loads(path.read_text())
+    if fact == "plan":
+        manifest["plan"] = "0" * 64
+    else:
+        said = manifest["source"]["files"]["model-00002-of-00002.safetensors"]
+        said |= {"header_sha256": "0" * 64} if fact == "header" else {"bytes": said["bytes"] + 1}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match="the target exists"):
+        resume(source, done)
+
+
+@pytest.mark.parametrize("said", [None, True, 3, "x", [], {}, {"bytes": None}])
+@pytest.mark.parametrize("where", ["a source file", "what overflowed", "a source tensor", "what overflowed of one"])
+def test_a_manifest_that_makes_no_sense_is_of_another_conversion(
+    where: str, said: object, source: Path, done: Path
+) -> None:
+    path = done / "gemma4_moe.json"
+    manifest = json.loads(path.read_text())
+    if where == "a source file":
+        manifest["source"]["files"]["model-00002-of-00002.safetensors"] = said
+    elif where == "what overflowed":
+        manifest["overflowed"] = {"no such tensor": 1} if said == {} else said
+    elif where == "a source tensor":
+        manifest["source"]["tensors"]["model.language_model.layers.1.layer_scalar"] = said
+    else:
+        manifest["overflowed"] = {"model.language_model.layers.1.layer_scalar": -3 if said == 3 else said}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match="the target exists"):
+        resume(source, done)
+
+
+def test_a_commit_says_what_a_source_is(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"dtype": "keep", "max_shard_size": 60_000, "commit": "c" * 40}
+    convert(source, tmp_path / "nemo", max_shard_size=60_000)
+    path = tmp_path / "nemo/gemma4_moe.json"
+    manifest = json.loads(path.read_text())
+    manifest["options"]["commit"] = "c" * 40
+    path.write_text(json.dumps(manifest))
+    monkeypatch.setattr(resume_module, "hash_extents", lambda *_: pytest.fail("the whole model is fetched again"))
+    with open_checkpoint(source) as checkpoint:
+        plan = make_plan(checkpoint, max_shard_size=60_000)
+        assert resume_module.is_made_already(tmp_path / "nemo", plan, checkpoint, options, 2**20)
+        assert not resume_module.is_made_already(
+            tmp_path / "nemo", plan, checkpoint, options | {"commit": "d" * 40}, 2**20
+        )

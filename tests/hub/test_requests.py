@@ -1,0 +1,238 @@
+"""Requests to the Hub: what is taken of an answer, what is asked again, and what each refusal is called."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from gemma4_moe import inspect
+from gemma4_moe.errors import CheckpointFormatError, Gemma4MoEError, InputError, StorageError, UsageError
+from gemma4_moe.hub.remote import RemoteFile
+from gemma4_moe.hub.requests import read_range, read_small, refusals
+from gemma4_moe.hub.source import locate
+from support.checkpoints import write_checkpoint
+from support.hub_server import COMMIT, Hub, serving
+from support.models import random_hf_state_dict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+MODEL = "google/small-gemma"
+WEIGHTS = "model-00001-of-00002.safetensors"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with serving(MODEL, source) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        yield hub
+        huggingface_hub.close_session()
+
+
+def url_of(hub: Hub, name: str = WEIGHTS) -> str:
+    return f"{hub.url}/{MODEL}/resolve/{COMMIT}/{name}"
+
+
+def read(hub: Hub, first: int, count: int) -> bytes:
+    buffer = bytearray(count)
+    size = read_range(url_of(hub), first, memoryview(buffer), file=WEIGHTS)
+    assert size == (hub.directory / WEIGHTS).stat().st_size
+    return bytes(buffer)
+
+
+def test_a_range_is_the_file_s_bytes(hub: Hub) -> None:
+    assert read(hub, 100, 57) == (hub.directory / WEIGHTS).read_bytes()[100:157]
+    assert hub.requests == [(WEIGHTS, "bytes=100-156")]
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_an_answer_that_breaks_off_is_asked_for_again(failures: int, hub: Hub) -> None:
+    hub.broken = failures
+    assert read(hub, 100, 57) == (hub.directory / WEIGHTS).read_bytes()[100:157]
+    assert len(hub.requests) == failures + 1
+    hub.broken = failures
+    assert read_small(url_of(hub, "config.json"), 1000, file="it") == (hub.directory / "config.json").read_bytes()
+
+
+def test_a_connection_that_always_breaks_off_is_told(hub: Hub) -> None:
+    hub.broken = 100
+    with pytest.raises(StorageError, match="the Hub can't be read: "):
+        read(hub, 100, 57)
+    assert len(hub.requests) == 4
+
+
+def test_a_server_that_says_nothing_is_left_in_time(hub: Hub) -> None:
+    hub.stalled = 1
+    start = time.monotonic()
+    assert read(hub, 100, 57) == (hub.directory / WEIGHTS).read_bytes()[100:157]
+    assert 0.5 <= time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_busy_server_is_asked_again(status: int, hub: Hub) -> None:
+    hub.answers = [(status, {"Retry-After": "1"})] * 2
+    assert read(hub, 100, 57) == (hub.directory / WEIGHTS).read_bytes()[100:157]
+
+
+def test_a_whole_file_instead_of_a_range_is_not_taken(hub: Hub) -> None:
+    with (hub.directory / WEIGHTS).open("r+b") as file:
+        file.truncate(2**26)
+    hub.whole = True
+    with pytest.raises(StorageError, match="did not answer with the range") as caught:
+        read_range(url_of(hub), 100, memoryview(bytearray(57)), file=WEIGHTS)
+    assert "status 200" in caught.value.facts["found"]
+    assert "and 0 bytes" in caught.value.facts["found"]
+    assert hub.served[WEIGHTS] == 0, "the connection is closed before 64 MiB have come"
+
+
+def test_a_range_that_is_too_short_is_not_taken(hub: Hub) -> None:
+    hub.cut = True
+    with pytest.raises(StorageError, match="did not answer with the range"):
+        read(hub, 100, 57)
+
+
+def test_another_range_is_not_taken(hub: Hub) -> None:
+    size = (hub.directory / WEIGHTS).stat().st_size
+    with pytest.raises(StorageError, match="did not answer with the range"):
+        read(hub, size - 10, 57)
+    hub.shift = 1
+    with pytest.raises(StorageError, match="did not answer with the range") as caught:
+        read(hub, 100, 57)
+    assert "bytes 101-157" in caught.value.facts["found"]
+
+
+def test_a_server_that_compresses_changes_nothing(hub: Hub) -> None:
+    hub.encodes = True
+    assert read(hub, 100, 57) == (hub.directory / WEIGHTS).read_bytes()[100:157]
+    assert read_small(url_of(hub, "config.json"), 1000, file="it") == (hub.directory / "config.json").read_bytes()
+
+
+def test_a_small_file_is_never_a_large_one(hub: Hub) -> None:
+    size = (hub.directory / "config.json").stat().st_size
+    assert len(read_small(url_of(hub, "config.json"), size, file="config.json")) == size
+    with pytest.raises(CheckpointFormatError, match="far larger"):
+        read_small(url_of(hub, "config.json"), size - 1, file="config.json")
+
+
+def test_a_header_is_one_request_and_a_long_one_two(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (hub.directory / WEIGHTS).stat().st_size
+    whole = RemoteFile(MODEL, COMMIT, WEIGHTS, size)
+    assert len(hub.requests) == 1
+    monkeypatch.setattr("gemma4_moe.hub.remote._HEAD", 100)
+    in_two = RemoteFile(MODEL, COMMIT, WEIGHTS, size)
+    assert [asked for _, asked in hub.requests[1:]] == ["bytes=0-99", f"bytes=100-{whole.header.data_start - 1}"]
+    unlisted = RemoteFile(MODEL, COMMIT, WEIGHTS, None)
+    assert whole.identity == in_two.identity == unlisted.identity
+    assert whole.header == in_two.header == unlisted.header
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "words", "hint"),
+    [
+        ((404, {"X_Error_Code": "RepoNotFound"}), InputError, "no such model on the Hub", "hf auth login"),
+        ((404, {"X_Error_Code": "RevisionNotFound"}), InputError, "no such revision", "--revision"),
+        ((401, {"X_Error_Code": "RepoNotFound"}), InputError, "no such model on the Hub", "private or gated"),
+        ((403, {"X_Error_Code": "GatedRepo"}), InputError, "a gated model", "ask for access"),
+        ((401, {"X_Error_Message": "Invalid credentials in Authorization header"}), StorageError, "401", "auth login"),
+        ((403, {}), StorageError, "refuses this token: status 403", "hf auth login"),
+        ((404, {"X_Error_Code": "EntryNotFound"}), StorageError, "can't be read: ", "connection"),
+        ((418, {}), StorageError, "can't be read: .*418", "connection"),
+    ],
+)
+def test_a_refusal_is_told_once_and_in_words(
+    answer: tuple[int, dict[str, str]], kind: type[Gemma4MoEError], words: str, hint: str, hub: Hub
+) -> None:
+    hub.answers = [answer]
+    with pytest.raises(kind, match=words) as caught:
+        read_small(url_of(hub, "config.json"), 1000, file="it")
+    assert hint in str(caught.value.hint)
+    assert hub.answers == hub.requests == []
+
+
+def test_a_server_that_is_always_busy_is_told(hub: Hub) -> None:
+    hub.answers = [(429, {})] * 100
+    with pytest.raises(StorageError, match=r"can't be read: .*429"):
+        read(hub, 100, 57)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(), "the Hub can't be read: OSError"),
+        (OSError("\n\n reset by peer\nmore"), "the Hub can't be read: reset by peer"),
+        (OSError("410 for 'https://cdn/a?X-Signature=secret&b'"), "the Hub can't be read: 410 for 'https://cdn/a?…'"),
+        (errors.OfflineModeIsEnabled("offline"), "the Hub may not be asked: HF_HUB_OFFLINE is set"),
+        (errors.LocalEntryNotFoundError("not here"), "no such directory, and the Hub can't be reached"),
+    ],
+)
+def test_an_error_that_says_little_is_told_too(error: OSError, words: str) -> None:
+    with pytest.raises(StorageError) as caught, refusals("it"):
+        raise error
+    assert caught.value.facts == {"file": "it"}
+    assert caught.value.problem == words
+
+
+XET = "Task error: File reconstruction error: IO Error: "
+
+
+@pytest.mark.parametrize(
+    ("error", "problem", "hint"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device", "--stream"),
+        (RuntimeError(f"{XET}No space left on device (os error 28)"), "No space left on device", "--stream"),
+        (PermissionError(errno.EACCES, "Permission denied", "/there"), "Permission denied", "check the directory"),
+        (RuntimeError(f"{XET}Not a directory (os error 20)"), "Not a directory", "let HF_HOME name another one"),
+    ],
+)
+def test_a_disk_that_refuses_the_cache_is_no_connection_that_fails(
+    error: Exception, problem: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/there/hub")
+    with pytest.raises(StorageError) as caught:
+        _fetch_and_fail(error, monkeypatch)
+    assert caught.value.problem == f"can't bring the model into the Hub's cache: {problem}"
+    assert caught.value.facts == {"file": "/there/hub"}
+    assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Task error: no answer"), ConnectionResetError(104, "no answer")])
+def test_a_connection_that_fails_while_the_cache_is_filled_is_told(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StorageError, match=r"the Hub can't be read: .*no answer") as caught:
+        _fetch_and_fail(error, monkeypatch)
+    assert "check the connection" in str(caught.value.hint)
+
+
+def _fetch_and_fail(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    locate(MODEL)
+
+
+@pytest.mark.parametrize("use", [locate, inspect])
+def test_without_the_client_the_extra_is_named(use: Callable[[str], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UsageError, match="needs huggingface_hub") as caught:
+        use(MODEL)
+    assert "gemma4-moe[hub]" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("error", [InputError("ours", hint="so"), StorageError("ours", hint="so")])
+def test_our_own_errors_pass(error: Gemma4MoEError) -> None:
+    with pytest.raises(type(error)) as caught, refusals("it"):
+        raise error
+    assert caught.value is error

@@ -1,0 +1,83 @@
+"""Forms that are not converted: each is known by its tensors' names, and no name of ours is taken for one."""
+
+from __future__ import annotations
+
+import pytest
+
+from gemma4_moe.errors import UnknownTensorError
+from gemma4_moe.layout.foreign import FOREIGN_SPELLINGS, foreign_spelling
+from gemma4_moe.layout.table import RULES, Layout, parse
+from support.names import KNOWN_PREFIXES
+
+EXPERT = "model.language_model.layers.3.experts.17"
+FOREIGN = [
+    ("per-expert", f"{EXPERT}.gate_proj.weight"),
+    ("per-expert", f"{EXPERT}.up_proj.weight"),
+    ("per-expert", f"{EXPERT}.down_proj.weight"),
+    ("per-expert", "model.layers.0.moe.experts.0.down_proj.weight"),
+    ("compressed-tensors FP8", f"{EXPERT}.gate_proj.weight_scale"),
+    ("compressed-tensors FP8", "model.layers.0.self_attn.q_proj.weight_scale"),
+    ("compressed-tensors NVFP4", f"{EXPERT}.down_proj.weight_packed"),
+    ("compressed-tensors NVFP4", f"{EXPERT}.down_proj.weight_global_scale"),
+    ("compressed-tensors NVFP4", f"{EXPERT}.down_proj.input_global_scale"),
+    ("ModelOpt NVFP4", f"{EXPERT}.down_proj.weight_scale_2"),
+    ("ModelOpt NVFP4", f"{EXPERT}.down_proj.input_scale"),
+    ("MLX", "language_model.model.layers.0.experts.switch_glu.gate_proj.weight"),
+    ("MLX", "language_model.model.layers.0.experts.switch_glu.down_proj.scales"),
+    ("DiffusionGemma", "model.decoder.layers.0.experts.gate_up_proj"),
+    ("DiffusionGemma", "model.decoder.layers.12.router.per_expert_scale"),
+    ("DiffusionGemma", "model.encoder.language_model.layers.0.layer_scalar"),
+    ("LoRA adapter", "model.layers.0.moe.experts.lora_gate_and_up_A"),
+    ("LoRA adapter", "base_model.model.model.layers.0.experts.base_layer.lora_A.weight"),
+    ("LoRA adapter", "base_model.model.model.layers.0.experts.lora_B.weight"),
+    ("LoRA adapter", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"),
+]
+
+
+@pytest.mark.parametrize(("form", "name"), FOREIGN, ids=[row[1][-40:] for row in FOREIGN])
+def test_foreign_spellings_are_named(form: str, name: str) -> None:
+    found = foreign_spelling(name)
+    assert found is not None
+    assert found.name == form
+    assert found.reason
+
+
+def test_every_foreign_spelling_has_an_example() -> None:
+    assert {form for form, _ in FOREIGN} == {form.name for form in FOREIGN_SPELLINGS}
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [row for row in FOREIGN if ".experts." in row[1] and not row[1].startswith("model.decoder.")],
+    ids=lambda value: value[-40:],
+)
+def test_a_foreign_name_among_the_experts_is_refused_by_its_form(form: str, name: str, layout: Layout) -> None:
+    with pytest.raises(UnknownTensorError) as raised:
+        parse(name, layout)
+    assert f"({form})" in raised.value.facts["found"]
+    assert raised.value.hint
+
+
+@pytest.mark.parametrize("prefix", KNOWN_PREFIXES)
+def test_no_name_of_the_two_layouts_is_foreign(prefix: str) -> None:
+    rests = [name for rule in RULES for layout in Layout for name in rule.names(layout)]
+    assert [foreign_spelling(f"{prefix}layers.0.{rest}") for rest in rests] == [None] * len(rests)
+    assert foreign_spelling(f"{prefix}layers.0.mlp.down_proj.weight") is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.weight_scale_norm",
+        "model.layers.0.mlp.input_scale.weight",
+        "model.layers.0.mlp.weight_packed_shape",
+        "model.layers.0.mlp.weight_scale_20",
+        "model.layers.0.experts.0.gate_proj.weight_sum",
+        "model.decoder.layers.0.mlp.up_proj.weight",
+        "model.exploration_A.weight",
+        "model.switch_glut.weight",
+    ],
+)
+def test_a_name_that_only_resembles_a_foreign_one_is_not_foreign(name: str) -> None:
+    assert foreign_spelling(name) is None

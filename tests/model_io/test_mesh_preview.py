@@ -1,0 +1,96 @@
+"""`plan --mesh`: what ranks hold and read, compared with torch's DTensor on meshes of up to 512 ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from gemma4_moe import plan
+from gemma4_moe.errors import UsageError
+from gemma4_moe.layout.dtypes import BFLOAT16
+from gemma4_moe.model_io.mesh_preview import parse_mesh, predict
+from support.checkpoints import write_checkpoint
+from support.models import random_hf_state_dict
+from support.sparse import write_sparse_checkpoint
+
+REAL = Path(__file__).parent / "data/gemma-4-26B-A4B"
+NATIVE = {"ep": Shard(0), "ep_shard": Shard(1), "dp_shard": Shard(0), "dp_replicate": Replicate()}
+MESHES = [
+    {"ep": 8},
+    {"ep_shard": 2, "ep": 8},
+    {"ep_shard": 4, "ep": 128},
+    {"ep_shard": 3, "ep": 48},  # 128 experts over 48 ranks: 3 each, and 5 ranks with less
+    {"dp_replicate": 2, "dp_shard": 100},
+]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("real") / "hf"
+    shapes = json.loads((REAL / "inventory.json").read_text())["shapes"]
+    write_sparse_checkpoint(directory, shapes, BFLOAT16, json.loads((REAL / "config.json").read_text()))
+    return directory
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_shares_are_those_of_dtensor_and_every_expert_is_owned_once(real: Path, mesh: dict[str, int]) -> None:
+    planned = plan(real, to="nemo").plan
+    prediction = predict(planned, mesh)
+    # Rows and inner sizes of a whole tensor [E, H, 1], which stands for all with the same first two axes.
+    whole = {"gate_and_up_projs": (128, 2816, 1408), "down_projs": (128, 704, 2816)}
+    owned = dict.fromkeys(whole, 0)
+    world = torch.Size(mesh.values()).numel()
+    for rank in range(world):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        device_mesh = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+        placements = [NATIVE[name] for name in mesh]
+        nbytes = 0
+        for name, (experts, inner, outer) in whole.items():
+            stand_in = torch.empty(experts, inner, 1, dtype=torch.int8)
+            local = distribute_tensor(stand_in, device_mesh, placements, src_data_rank=None).to_local()
+            elements = local.numel() * outer
+            nbytes += 30 * 2 * elements
+            owned[name] += elements
+        assert prediction.shares[rank].expert_bytes == nbytes, (rank, mesh)
+        assert prediction.shares[rank].experts == local.shape[0]
+        dist.destroy_process_group()
+    replicas = mesh.get("dp_replicate", 1)
+    assert owned == {name: 128 * inner * outer * replicas for name, (_, inner, outer) in whole.items()}
+    assert prediction.other_bytes == 51_611_872_412 - 45_675_970_560 - 30 * 128 * 2
+
+
+def test_bytes_read_are_whole_experts_and_the_scales(real: Path) -> None:
+    prediction = predict(plan(real, to="nemo").plan, {"ep_shard": 2, "ep": 8})
+    experts = 16 * (1_015_021_568 + 507_510_784) // 128
+    assert {share.read_bytes for share in prediction.shares} == {30 * (experts + 128 * 2)}
+    assert prediction.balance == 1.0
+
+
+def test_a_rank_without_experts_reads_none(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(E=5))
+    prediction = predict(plan(source).plan, {"ep": 4})  # 2, 2, 1, 0
+    assert [share.experts for share in prediction.shares] == [2, 2, 1, 0]
+    assert prediction.shares[3].read_bytes == 0
+    assert prediction.balance == pytest.approx(2 / 1.25)
+
+
+@pytest.mark.parametrize("text", ["", "ep", "ep=", "ep=0", "ep=-2", "tp=2", "ep=2,ep=2", "ep=99999999", "ep=²"])
+def test_what_is_no_mesh_is_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError, match="not a mesh"):
+        parse_mesh(text)
+
+
+def test_a_mesh_is_for_the_nemo_layout(tmp_path: Path) -> None:
+    from gemma4_moe import convert
+
+    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
+    convert(source, tmp_path / "nemo")
+    with pytest.raises(UsageError, match="nemo layout"):
+        predict(plan(tmp_path / "nemo").plan, {"ep": 2})

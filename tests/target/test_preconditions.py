@@ -1,0 +1,164 @@
+"""What may be replaced: a directory that a checkpoint accounts for to its last entry, and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemma4_moe import convert
+from gemma4_moe.errors import StorageError, UsageError
+from gemma4_moe.target.preconditions import check_existing, check_place, check_target
+from support.checkpoints import contents, write_checkpoint
+from support.models import random_hf_state_dict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "hf", random_hf_state_dict())
+
+
+@pytest.fixture(params=["ours", "foreign"])
+def old(request: pytest.FixtureRequest, source: Path, tmp_path: Path) -> Path:
+    """A directory that we wrote, with a manifest, or one that another tool wrote, with an index."""
+    if request.param == "ours":
+        convert(source, tmp_path / "old", max_shard_size=2000)
+    else:
+        write_checkpoint(tmp_path / "old", random_hf_state_dict(), files=3)
+    return tmp_path / "old"
+
+
+def refused(target: Path, words: str, *, overwrite: bool = True) -> UsageError:
+    before = contents(target)
+    with pytest.raises(UsageError, match=words) as caught:
+        check_existing(target, overwrite=overwrite)
+    assert contents(target) == before
+    assert caught.value.facts["file"] == str(target)
+    return caught.value
+
+
+def test_a_checkpoint_may_be_replaced_where_that_was_said(old: Path) -> None:
+    check_existing(old, overwrite=True)
+    assert "--overwrite" in str(refused(old, "the target exists", overwrite=False))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nothing_and_an_empty_directory_may_be_filled(overwrite: bool, tmp_path: Path) -> None:
+    check_existing(tmp_path / "new", overwrite=overwrite)
+    (tmp_path / "new").mkdir()
+    check_existing(tmp_path / "new", overwrite=overwrite)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "optimizer.pt", "model.py", "trainer_state.json"])
+def test_an_unknown_file_is_named(name: str, old: Path) -> None:
+    (old / name).write_text("mine")
+    assert name in str(refused(old, "may be replaced|accounts for"))
+
+
+@pytest.mark.parametrize("name", ["logs", ".cache", ".git", "config.json.d"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_directory_in_it_is_named(empty: bool, name: str, old: Path) -> None:
+    (old / name).mkdir()
+    if not empty:
+        (old / name / "mine").write_text("mine")
+    assert f"{name}/" in refused(old, "no checkpoint accounts for").facts["found"]
+
+
+def test_a_link_to_a_directory_in_it_is_named(old: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (old / "linked").symlink_to(tmp_path / "elsewhere")
+    assert "linked" in refused(old, "no checkpoint accounts for").facts["found"]
+
+
+def test_a_pipe_in_it_is_named(old: Path) -> None:
+    os.mkfifo(old / "pipe")
+    with pytest.raises(UsageError, match="no checkpoint accounts for") as caught:
+        check_existing(old, overwrite=True)
+    assert "pipe" in caught.value.facts["found"]
+
+
+def test_a_weight_file_that_the_index_does_not_name_is_told(old: Path) -> None:
+    (old / "stale.safetensors").write_bytes(next(old.glob("*.safetensors")).read_bytes())
+    refused(old, "not a checkpoint that may be replaced: a safetensors file that the index does not name")
+
+
+def test_a_link_to_a_checkpoint_is_not_a_checkpoint(old: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(old)
+    assert "a link" in str(refused(tmp_path / "link", "is not a directory"))
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(UsageError, match="is not a directory"):
+        check_existing(tmp_path / "dangling", overwrite=True)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_mount_point_is_refused(empty: bool, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = old
+    if empty:
+        target = tmp_path / "empty"
+        target.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == target)
+    assert "name a directory inside it" in str(refused(target, "mount point"))
+
+
+@pytest.mark.parametrize("below", ["", "deep/er"])
+def test_the_working_directory_and_what_is_above_it_stay(
+    below: str, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (old / below).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(old / below)
+    refused(old, "the working directory lies in the target")
+    with pytest.raises(UsageError, match="the working directory lies in the target"):
+        check_existing(Path(os.path.relpath(old)), overwrite=True)
+
+
+@pytest.mark.parametrize("name", [".", "{}"])
+def test_an_empty_working_directory_is_not_exchanged_under_its_users_feet(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="the working directory lies in the target"):
+        check_existing(Path(name.format(tmp_path)), overwrite=False)
+
+
+@pytest.mark.parametrize("look", range(3))
+def test_a_target_that_may_not_be_looked_at_is_told(look: int, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, iterdir = itertools.count(), Path.iterdir
+
+    def refuse_one(path: Path) -> Iterator[Path]:
+        if next(looks) == look:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse_one)
+    with pytest.raises(StorageError, match="Permission denied") as caught:
+        check_existing(old, overwrite=True)
+    assert caught.value.facts["file"] == str(old)
+    assert next(looks) == look + 1
+
+
+def test_what_is_no_checkpoint_is_told_why(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.tex").write_text("mine")
+    refused(tmp_path / "home", "not a checkpoint that may be replaced: ")
+
+
+def test_the_source_is_never_the_target_even_with_overwrite(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "alias").symlink_to(tmp_path)
+    for target, words in (
+        (source, "is the source"),
+        (tmp_path / "alias/hf", "is the source"),
+        (source / "inside", "lies inside the source"),
+        (tmp_path / "alias/hf/inside", "lies inside the source"),
+        (tmp_path, "holds the source"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            check_place(target, source)
+        with pytest.raises(UsageError, match=words):
+            check_target(target, source, overwrite=True)

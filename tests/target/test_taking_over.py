@@ -1,0 +1,180 @@
+"""Two runs to one target: who may take it from whom, and that nobody harms the work of whoever has it now."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemma4_moe import convert
+from gemma4_moe.cli import commands
+from gemma4_moe.converter import finish
+from gemma4_moe.errors import TargetBusyError
+from gemma4_moe.target import ledger
+from gemma4_moe.target.beside import copy_side_files
+from gemma4_moe.target.locking import STALE_AFTER
+from gemma4_moe.target.recovery import OLD, OUT, PUBLISHING, clean, remains
+from gemma4_moe.target.transaction import Transaction
+from support.checkpoints import contents
+from support.interrupted import interrupt, resume
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
+
+def owned_far_away(target: Path, age: float) -> None:
+    """Leave the name of a process of another host, as an interrupted run of it would."""
+    control = target.with_name(f".{target.name}.gemma4-moe")
+    control.mkdir(exist_ok=True)
+    (control / "owner").write_text(json.dumps({"pid": 77, "host": "far-away", "since": time.time() - age}))
+    os.utime(control / "owner", (time.time() - age, time.time() - age))
+
+
+def test_another_hosts_run_is_named_and_left_alone_unless_it_is_broken(source: Path, tmp_path: Path) -> None:
+    interrupt(source, tmp_path / "nemo")
+    owned_far_away(tmp_path / "nemo", age=30)
+    before = contents(tmp_path)
+    for again in (lambda: resume(source, tmp_path / "nemo"), lambda: clean(tmp_path / "nemo")):
+        with pytest.raises(TargetBusyError, match="another process is writing this target") as caught:
+            again()
+        assert caught.value.facts["found"].startswith("process 77 on far-away, since 3")
+        assert "--break-lock" in str(caught.value)
+        assert contents(tmp_path) == before
+    resume(source, tmp_path / "nemo", break_lock=True)
+    assert (tmp_path / "nemo/model.safetensors.index.json").exists()
+
+
+def test_another_hosts_run_without_a_sign_of_life_is_gone_on_from(source: Path, tmp_path: Path) -> None:
+    interrupt(source, tmp_path / "nemo")
+    owned_far_away(tmp_path / "nemo", age=STALE_AFTER + 30)
+    resume(source, tmp_path / "nemo")
+    assert (tmp_path / "nemo/model.safetensors.index.json").exists()
+
+
+def test_what_is_left_beside_a_complete_target_is_not_cleared_away_from_under_an_owner(
+    source: Path, tmp_path: Path
+) -> None:
+    convert(source, tmp_path / "nemo", max_shard_size=60_000)
+    owned_far_away(tmp_path / "nemo", age=30)
+    with pytest.raises(TargetBusyError):
+        resume(source, tmp_path / "nemo")
+    assert remains(tmp_path / "nemo") is not None
+    assert resume(source, tmp_path / "nemo", break_lock=True) == []
+
+
+def test_a_command_that_finds_the_target_busy_does_not_offer_to_remove_the_others_work(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(source, tmp_path / "nemo")
+    owned_far_away(tmp_path / "nemo", age=30)
+    with pytest.raises(SystemExit) as caught:
+        commands.main(["convert", str(source), str(tmp_path / "nemo"), "--resume"])
+    assert caught.value.code == TargetBusyError.exit_status
+    talk = capsys.readouterr().err
+    assert "process 77 on far-away" in talk
+    assert "stays on disk" not in talk
+    assert "clean" not in talk
+
+
+def test_clean_breaks_a_lock_where_it_is_told_to(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(source, tmp_path / "nemo")
+    owned_far_away(tmp_path / "nemo", age=30)
+    for more, status in ([], TargetBusyError.exit_status), (["--break-lock"], 0):
+        with pytest.raises(SystemExit) as caught:
+            commands.main(["clean", str(tmp_path / "nemo"), *more])
+        assert caught.value.code == status, capsys.readouterr()
+    assert remains(tmp_path / "nemo") is None
+
+
+def broken_into(target: Path) -> Transaction:
+    """Take the target from the run that is writing it, as `--break-lock` does on another host, and begin to write."""
+    other = Transaction(target, resume=True)
+    (other.control / "owner").unlink()
+    other.__enter__()
+    (other.out / "of-the-other-run").write_text("mine")
+    return other
+
+
+@pytest.mark.parametrize("journalled", [False, True])
+def test_a_run_that_is_broken_into_stops_and_leaves_the_other_alone(
+    journalled: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: list[Transaction] = []
+    written: list[int] = []
+
+    def break_in(done: int, total: int) -> None:
+        written.append(done)
+        if not others:
+            others.append(broken_into(tmp_path / "nemo"))
+
+    if not journalled:
+        monkeypatch.setattr(ledger, "FLUSH_BYTES", 2**30)
+    with pytest.raises(TargetBusyError, match="has broken this lock") as caught:
+        convert(source, tmp_path / "nemo", max_shard_size=60_000, max_memory=60_000, progress=break_in)
+    assert f"process {os.getpid()} on " in caught.value.facts["found"]
+    if journalled:
+        assert written[-1] - written[0] <= 3 * 8192, "it went on for long"
+    assert not (tmp_path / "nemo").exists()
+    (other,) = others
+    assert (other.out / "of-the-other-run").read_text() == "mine"
+    other.confirm()
+    other.publish(overwrite=False)
+    other.__exit__(None, None, None)
+    assert (tmp_path / "nemo/of-the-other-run").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "nemo"]
+
+
+def test_a_run_that_is_broken_into_at_its_end_does_not_publish(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: list[Transaction] = []
+
+    def break_in(*arguments: object) -> None:
+        copy_side_files(*arguments)  # type: ignore[arg-type]
+        others.append(broken_into(tmp_path / "nemo"))
+
+    monkeypatch.setattr(finish, "copy_side_files", break_in)
+    with pytest.raises(TargetBusyError, match="has broken this lock"):
+        convert(source, tmp_path / "nemo", max_shard_size=60_000)
+    assert not (tmp_path / "nemo").exists()
+    others[0].confirm()
+    others[0].__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", "DST"],
+        ["verify", "DST"],
+        ["verify", "SRC", "DST"],
+        ["diff", "DST", "COPY"],
+        ["diff", "COPY", "DST"],
+        ["clean", "DST"],
+        ["convert", "SRC", "DST", "--resume"],
+    ],
+)
+def test_every_command_on_a_target_finishes_the_publish_that_was_cut_off(
+    command: list[str], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between the two renames: the old directory is out of the way, the new one is not in its place yet."""
+    target, control = tmp_path / "nemo", tmp_path / ".nemo.gemma4-moe"
+    convert(source, target)
+    shutil.copytree(target, tmp_path / "copy")
+    control.mkdir()
+    (control / OLD).mkdir()
+    target.rename(control / OUT)
+    (control / PUBLISHING).write_text(json.dumps({"inode": (control / OUT).stat().st_ino}))
+    places = {"SRC": source, "DST": target, "COPY": tmp_path / "copy"}
+    with pytest.raises(SystemExit) as caught:
+        commands.main([str(places.get(word, word)) for word in command])
+    assert caught.value.code == 0, capsys.readouterr()
+    assert contents(target) == contents(tmp_path / "copy")
+    assert not control.exists()

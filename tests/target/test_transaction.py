@@ -1,0 +1,311 @@
+"""Publishing: new, into an empty directory, over an old one; in one step or in two; and healing what was cut off."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemma4_moe.errors import SourceChangedError, StorageError, UsageError
+from gemma4_moe.target import recovery, renaming, transaction
+from gemma4_moe.target.journal import Journal, read_journals
+from gemma4_moe.target.recovery import clean, control_directory, heal, remains
+from gemma4_moe.target.transaction import Transaction
+from support.order import Order
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gemma4_moe.target.locking import Lock
+
+
+class Killed(BaseException):
+    """What a test raises where a process would have been killed."""
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "nemo"
+
+
+@pytest.fixture(params=["renameat2", "plain"])
+def renames(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run with renameat2's flags, and as on a filesystem that doesn't know them."""
+    if request.param == "plain":
+
+        def unknown(*_: object) -> int:
+            renaming.ctypes.set_errno(errno.EINVAL)
+            return -1
+
+        monkeypatch.setattr(renaming, "_system_call", lambda: unknown)
+    return request.param
+
+
+def write(target: Path, text: str, *, overwrite: bool = False) -> None:
+    with Transaction(target) as work:
+        (work.out / "file").write_text(text)
+        work.publish(overwrite=overwrite)
+
+
+def entries(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_new_target_appears_whole(target: Path, renames: str) -> None:
+    write(target, "new")
+    assert entries(target.parent) == ["nemo"]
+    assert (target / "file").read_text() == "new"
+
+
+def test_an_empty_directory_is_filled(target: Path, renames: str) -> None:
+    target.mkdir()
+    write(target, "new", overwrite=False)
+    assert (target / "file").read_text() == "new"
+
+
+def test_an_old_one_is_replaced(target: Path, renames: str) -> None:
+    write(target, "old")
+    write(target, "new", overwrite=True)
+    assert (target / "file").read_text() == "new"
+    assert entries(target.parent) == ["nemo"]
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "link", "link to a directory"])
+def test_what_has_come_into_being_meanwhile_is_not_touched(kind: str, target: Path, renames: str) -> None:
+    def appear() -> None:
+        if kind == "directory":
+            target.mkdir()
+            (target / "mine").write_text("mine")
+        elif kind == "file":
+            target.write_text("mine")
+        elif kind == "link":
+            target.symlink_to("nowhere")
+        else:
+            (target.parent / "elsewhere").mkdir()
+            target.symlink_to("elsewhere")
+
+    def write_while_it_appears() -> None:
+        with Transaction(target) as work:
+            (work.out / "file").write_text("new")
+            appear()
+            work.publish(overwrite=False)
+
+    with pytest.raises(UsageError, match="come into being"):
+        write_while_it_appears()
+    assert entries(target.parent) == ([] if kind != "link to a directory" else ["elsewhere"]) + ["nemo"]
+    assert not (target / "file").exists()
+
+
+def test_without_publish_nothing_stays(target: Path) -> None:
+    with Transaction(target) as work:
+        (work.out / "file").write_text("x")
+    assert entries(target.parent) == []
+    with pytest.raises(KeyError), Transaction(target) as work:
+        raise KeyError
+    assert entries(target.parent) == []
+
+
+def test_what_a_killed_run_has_left_without_a_journal_is_not_taken_along(target: Path) -> None:
+    (control_directory(target) / "out").mkdir(parents=True)
+    (control_directory(target) / "out/stale").write_text("x")
+    (control_directory(target) / "old").mkdir()
+    write(target, "new")
+    assert entries(target) == ["file"]
+    assert entries(target.parent) == ["nemo"]
+
+
+def test_a_kill_while_an_unfinished_run_is_removed_leaves_no_journal_of_what_is_gone(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: Path) -> None:
+        raise Killed
+
+    control = control_directory(target)
+    (control / "out").mkdir(parents=True)
+    with Journal(control, 0) as journal:
+        journal.append(target=[("file", 0, "hash")])
+    monkeypatch.setattr(recovery.shutil, "rmtree", killed)
+    with pytest.raises(Killed):
+        clean(target)
+    assert (control / "out").exists()
+    assert read_journals(control).target == {}
+
+
+def killed_in(monkeypatch: pytest.MonkeyPatch, target: Path, module: object, name: str, when: int) -> None:
+    """Overwrite `target`, and end as a kill would just before call number `when` of a function."""
+    whole, calls = getattr(module, name), []
+
+    def count(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == when:
+            raise Killed
+        return whole(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, count)
+        patched.setattr(Transaction, "__exit__", lambda self, *_: os.close(self._lock._descriptor))
+        with pytest.raises(Killed):
+            write(target, "new", overwrite=True)
+
+
+def test_a_kill_between_the_two_renames_is_healed(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(target, "old")
+    monkeypatch.setattr(transaction, "exchange", lambda *_: False)
+    killed_in(monkeypatch, target, transaction, "rename_new", 1)
+    assert not target.exists()
+    heal(target)
+    assert (target / "file").read_text() == "new"
+    assert entries(target.parent) == ["nemo"]
+
+
+def test_the_next_writer_heals_before_it_writes(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(target, "old")
+    monkeypatch.setattr(transaction, "exchange", lambda *_: False)
+    killed_in(monkeypatch, target, transaction, "rename_new", 1)
+    with pytest.raises(KeyError), Transaction(target):
+        raise KeyError
+    assert (target / "file").read_text() == "new"
+    assert entries(target.parent) == ["nemo"]
+
+
+def test_a_kill_after_the_exchange_is_healed(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(target, "old")
+    killed_in(monkeypatch, target, transaction, "sync_directory", 5)
+    assert (target / "file").read_text() == "new"
+    assert remains(target) is not None
+    heal(target)
+    assert (target / "file").read_text() == "new"
+    assert entries(target.parent) == ["nemo"]
+
+
+def test_a_kill_before_the_exchange_leaves_the_old_one(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(target, "old")
+    killed_in(monkeypatch, target, transaction, "_replace", 1)
+    heal(target)
+    assert (target / "file").read_text() == "old"
+    assert clean(target) is not None
+    assert (target / "file").read_text() == "old"
+    assert entries(target.parent) == ["nemo"]
+
+
+def test_a_torn_note_of_publishing_heals_nothing(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(target, "old")
+    killed_in(monkeypatch, target, transaction, "_replace", 1)
+    (control_directory(target) / "publishing").write_text('{"ino')
+    heal(target)
+    assert (target / "file").read_text() == "old"
+    write(target, "newer", overwrite=True)
+    assert (target / "file").read_text() == "newer"
+    assert entries(target.parent) == ["nemo"]
+
+
+CONTROL = ".nemo.gemma4-moe"
+BEFORE = [("fsync", CONTROL), ("fsync", ".")]
+READY = [("fsync", f"{CONTROL}/out"), ("fsync", f"{CONTROL}/publishing"), ("fsync", CONTROL)]
+
+
+@pytest.mark.parametrize("there", ["nothing", "empty", "old", "old, in two steps"])
+def test_all_is_on_the_device_before_the_next_step(there: str, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if there == "empty":
+        target.mkdir()
+    elif there != "nothing":
+        write(target, "old")
+    order = Order(target.parent, monkeypatch)
+    if there == "old, in two steps":
+        monkeypatch.setattr(transaction, "exchange", lambda *_: False)
+    write(target, "new", overwrite=True)
+    renames = {
+        "nothing": [("new", f"{CONTROL}/out", "nemo")],
+        "empty": [("rename", f"{CONTROL}/out", "nemo")],
+        "old": [("exchange", f"{CONTROL}/out", "nemo")],
+        "old, in two steps": [("rename", "nemo", f"{CONTROL}/old"), ("new", f"{CONTROL}/out", "nemo")],
+    }[there]
+    published = [*BEFORE, *READY, *renames, ("fsync", ".")]
+    assert order.calls[: len(published)] == published
+    assert order.calls[-1] == ("rmdir", CONTROL)
+    assert all(call[0] == "rmdir" for call in order.calls[len(published) :])
+
+
+def test_healing_brings_the_rename_to_the_device_first(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(target, "old")
+    monkeypatch.setattr(transaction, "exchange", lambda *_: False)
+    killed_in(monkeypatch, target, transaction, "rename_new", 1)
+    order = Order(target.parent, monkeypatch)
+    heal(target)
+    assert order.calls[:2] == [("new", f"{CONTROL}/out", "nemo"), ("fsync", ".")]
+    assert order.calls[-1] == ("rmdir", CONTROL)
+
+
+def test_a_target_that_is_not_the_one_of_the_note_is_not_taken_for_published(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(target, "old")
+    killed_in(monkeypatch, target, transaction, "_replace", 1)
+    heal(target)
+    assert (control_directory(target) / "out/file").read_text() == "new", "what may still be gone on with"
+    assert (target / "file").read_text() == "old"
+
+
+def test_another_process_at_work_is_left_alone(target: Path) -> None:
+    with Transaction(target) as work:
+        (work.control / "publishing").write_text('{"inode": 1}')
+        heal(target)
+        assert work.out.is_dir()
+
+
+@pytest.mark.parametrize("journalled", [False, True])
+def test_a_publish_that_another_process_has_just_finished_is_no_trouble(
+    journalled: bool, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has gone on between our look and our lock; where it then began anew and was killed, that stays."""
+    control = control_directory(target)
+    (control / "out").mkdir(parents=True)
+    (control / "publishing").write_text('{"inode": 1}')
+    take_lock = recovery.take_lock
+
+    def take_lock_late(place: Path) -> Lock:
+        (control / "publishing").unlink()
+        if journalled:
+            with Journal(control, 0) as journal:
+                journal.append(target=[("file", 0, "hash")])
+        return take_lock(place)
+
+    monkeypatch.setattr(recovery, "take_lock", take_lock_late)
+    heal(target)
+    assert (control / "out").exists() == journalled
+    assert entries(target.parent) == [".nemo.gemma4-moe"] * journalled
+    monkeypatch.undo()
+    clean(target)
+    assert entries(target.parent) == []
+
+
+def test_journals_that_contradict_each_other_can_be_removed(target: Path) -> None:
+    """Their own error says to do so: it must not be met again, nor the lock of the run that has failed."""
+
+    def read_twice() -> None:
+        with Transaction(target) as work:
+            with Journal(work.control, 0) as journal:
+                journal.append(target=[("file", 0, "hash")], source=[("tensor", 0, "one")])
+                journal.append(source=[("tensor", 0, "another")])
+            read_journals(work.control)
+
+    with pytest.raises(SourceChangedError, match="other bytes than before") as caught:
+        read_twice()
+    assert "gemma4-moe clean" in str(caught.value.hint)
+    assert clean(target) is not None
+    assert entries(target.parent) == []
+
+
+def test_trouble_in_clearing_away_does_not_hide_the_error(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def fail() -> None:
+        monkeypatch.setattr(os, "rmdir", refuse)
+        raise StorageError("the first error")
+
+    with pytest.raises(StorageError, match="the first error") as caught, Transaction(target):
+        fail()
+    assert "can't remove the directory: Read-only file system" in caught.value.__notes__[0]

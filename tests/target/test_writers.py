@@ -1,0 +1,153 @@
+import errno
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from gemma4_moe.errors import StorageError
+from gemma4_moe.layout.dtypes import FLOAT32
+from gemma4_moe.target import writers as writer_module
+from gemma4_moe.target.file_layout import layout_header
+from gemma4_moe.target.writers import SafetensorsWriter
+
+HEADER, ENTRIES = layout_header([("a", FLOAT32, (64, 1024)), ("b", FLOAT32, (3, 7))], {"format": "pt"})
+SIZE = ENTRIES[-1].end
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(5)
+    return {entry.name: rng.standard_normal(entry.shape).astype(np.float32) for entry in ENTRIES}
+
+
+def write(path, arrays):
+    with SafetensorsWriter(path, HEADER, SIZE) as file:
+        for entry in reversed(ENTRIES):
+            file.write(entry.start, memoryview(arrays[entry.name]))
+        file.write(SIZE, memoryview(b""))
+
+
+def test_safetensors_reads_what_was_written_at_positions(tmp_path, arrays):
+    write(tmp_path / "f.safetensors", arrays)
+    loaded = load_file(tmp_path / "f.safetensors")
+    assert all(np.array_equal(loaded[name], arrays[name]) for name in arrays)
+    assert (tmp_path / "f.safetensors").stat().st_size == SIZE
+
+
+def test_threads_write_one_file(tmp_path, arrays):
+    a = ENTRIES[0]
+    with SafetensorsWriter(tmp_path / "f", HEADER, SIZE) as file, ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda row: file.write(a.start + row * 4096, memoryview(arrays["a"][row])), range(64)))
+    assert (tmp_path / "f").read_bytes()[a.start : a.end] == arrays["a"].tobytes()
+
+
+def test_calls_that_write_less_than_asked_go_on(tmp_path, arrays, monkeypatch):
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, view, offset: whole(fd, view[:1000], offset))
+    write(tmp_path / "f", arrays)
+    assert np.array_equal(load_file(tmp_path / "f")["a"], arrays["a"])
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_permissions_are_what_the_umask_leaves(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        SafetensorsWriter(tmp_path / "f", HEADER, SIZE).close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == mode
+
+
+def test_blocks_are_reserved_at_once_or_the_size_set_where_the_filesystem_can_not(tmp_path, monkeypatch):
+    calls = []
+
+    def unsupported(descriptor, mode, offset, length):
+        writer_module.ctypes.set_errno(errno.EINTR if not calls else errno.EOPNOTSUPP)
+        calls.append((mode, offset, length))
+        return -1
+
+    monkeypatch.setattr(writer_module, "_fallocate", lambda: unsupported)
+    with SafetensorsWriter(tmp_path / "hole", HEADER, 2**30):
+        assert (tmp_path / "hole").stat().st_size == 2**30
+        assert (tmp_path / "hole").stat().st_blocks * 512 < 2**20
+    assert calls == [(0, 0, 2**30)] * 2
+    monkeypatch.undo()
+    with SafetensorsWriter(tmp_path / "reserved", HEADER, 2**24):
+        assert (tmp_path / "reserved").stat().st_size == 2**24
+
+
+def test_a_file_without_room_is_not_left_behind(tmp_path, monkeypatch):
+    def full(*arguments):
+        writer_module.ctypes.set_errno(errno.ENOSPC)
+        return -1
+
+    monkeypatch.setattr(writer_module, "_fallocate", lambda: full)
+    with pytest.raises(StorageError, match=r"can't reserve .* bytes: No space left") as caught:
+        SafetensorsWriter(tmp_path / "f", HEADER, SIZE)
+    assert caught.value.facts["file"] == str(tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_exists_is_never_touched(tmp_path):
+    (tmp_path / "f").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to("elsewhere")
+    for name in ("f", "link"):
+        with pytest.raises(StorageError, match="can't create the file: File exists"):
+            SafetensorsWriter(tmp_path / name, HEADER, SIZE)
+    assert (tmp_path / "f").read_bytes() == b"mine"
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_writing_outside_of_the_file_is_a_mistake_of_the_caller(tmp_path):
+    with SafetensorsWriter(tmp_path / "f", HEADER, SIZE) as file:
+        for offset in (-1, SIZE, SIZE - 3):
+            with pytest.raises(ValueError, match="outside"):
+                file.write(offset, memoryview(b"abcd"))
+    assert (tmp_path / "f").stat().st_size == SIZE
+
+
+def test_a_disk_that_fails_a_write_is_a_storage_error(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = SafetensorsWriter(tmp_path / "f", HEADER, SIZE)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "pwrite", fail)
+        with pytest.raises(StorageError, match="can't write the file: No space"):
+            file.write(0, memoryview(b"x"))
+    file.close()
+
+
+def test_a_failed_fsync_is_the_files_last_word(tmp_path, monkeypatch):
+    calls = []
+
+    def fail_once(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    file = SafetensorsWriter(tmp_path / "f", HEADER, SIZE)
+    descriptor = file.fileno()
+    for call in (file.sync, file.sync, file.close, file.close):
+        with pytest.raises(StorageError, match="can't bring the file to the disk: Input/output error"):
+            call()
+    assert calls == [descriptor]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def test_close_syncs_and_an_error_in_the_block_abandons(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with SafetensorsWriter(tmp_path / "f", HEADER, SIZE) as file:
+        descriptor = file.fileno()
+        assert not os.get_inheritable(descriptor)
+    file.close()
+    assert synced == [descriptor]
+    with pytest.raises(KeyError), SafetensorsWriter(tmp_path / "g", HEADER, SIZE):
+        raise KeyError
+    assert synced == [descriptor]

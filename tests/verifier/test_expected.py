@@ -1,0 +1,149 @@
+import json
+
+import pytest
+import torch
+
+from gemma4_moe.verifier.verify import verify
+from support.checkpoints import config_of, write_checkpoint
+from support.formulas import hf_from_nemo, legacy_name, nemo_from_hf
+from support.models import random_hf_state_dict
+from support.verification import DOWN, DOWNS, GATE_UPS, LAYER, SCALE, checked, flip, sole
+
+E, H, I = 6, 10, 7  # noqa: E741
+
+
+def test_missing_extra_shape_and_dtype(tmp_path):
+    hf = random_hf_state_dict()
+    nemo = nemo_from_hf(hf)
+    total = len(nemo)
+    del nemo[GATE_UPS]
+    nemo[LAYER + "moe.experts.down_bias"] = torch.zeros(E, H)
+    nemo[LAYER + "moe.gate.proj.weight"] = nemo[LAYER + "moe.gate.proj.weight"].T
+    nemo[DOWNS] = nemo[DOWNS].float()
+    result = checked(tmp_path, hf, nemo)
+    assert (result.tensors, result.equal) == (total + 1, total - 3)
+    assert {(d.name, d.kind, d.expected, d.found) for d in result.different} == {
+        (GATE_UPS, "missing", f"BF16 [{E}, {H}, {2 * I}]", None),
+        (LAYER + "moe.experts.down_bias", "extra", None, f"F32 [{E}, {H}]"),
+        (LAYER + "moe.gate.proj.weight", "shape", f"[{E}, {H}]", f"[{H}, {E}]"),
+        (DOWNS, "dtype", "BF16", "F32"),
+    }
+    assert json.loads(json.dumps([d.as_dict() for d in result.different]))[0]["count"] is None
+    assert f"{DOWNS}: dtype: expected BF16, found F32" in map(str, result.different)
+
+
+def test_one_tensor_that_was_not_cast_is_found_and_integers_are_never_cast(tmp_path):
+    hf = random_hf_state_dict() | {"steps": torch.tensor([3, 4, 5])}
+    nemo = {n: t.float() if t.is_floating_point() else t for n, t in nemo_from_hf(hf, torch.float32).items()}
+    assert checked(tmp_path, hf, nemo).different == ()
+    nemo[GATE_UPS] = nemo[GATE_UPS].to(torch.bfloat16)
+    nemo["steps"] = torch.tensor([3, 4, 6])
+    write_checkpoint(tmp_path / "wrong", nemo, config_of(hf))
+    found = verify(tmp_path / "source", tmp_path / "wrong").different
+    assert [(d.name, d.kind, d.expected, d.found, d.ulps) for d in found] == [
+        (GATE_UPS, "dtype", "F32", "BF16", None),
+        ("steps", "values", "5 (0x0000000000000005)", "6 (0x0000000000000006)", None),
+    ]
+    assert found[1].index == (2,)
+
+
+def paired(hf, nemo, layer=LAYER):
+    """What `hf` itself is to `nemo`: not native bits with ones, but pairs that fold to them."""
+    back = hf_from_nemo(nemo)
+    return back | {layer + rest: hf[layer + rest] for rest in ("experts.down_proj", "router.per_expert_scale")}
+
+
+def test_pairs_that_fold_to_the_sources_bits_are_right_expert_by_expert(tmp_path):
+    hf = random_hf_state_dict()
+    nemo = nemo_from_hf(hf)
+    mixed = paired(hf, nemo)
+    native = nemo[DOWNS].permute(0, 2, 1)
+    mixed[DOWN] = torch.stack([native[e] if e % 2 else hf[DOWN][e] for e in range(E)])
+    mixed[SCALE] = torch.tensor([1.0 if e % 2 else float(hf[SCALE][e]) for e in range(E)], dtype=torch.bfloat16)
+    assert checked(tmp_path, nemo, mixed, hf=hf).different == ()
+
+    flat = (2 * H + 3) * I + 4
+    nemo_from_pairs = nemo_from_hf(hf | {DOWN: flip(mixed[DOWN], flat, 6)})
+    mixed[DOWN] = flip(mixed[DOWN], flat, 6)
+    write_checkpoint(tmp_path / "wrong", mixed, config_of(hf))
+    found = sole(verify(tmp_path / "source", tmp_path / "wrong"))
+    assert (found.name, found.kind, found.count, found.index) == (DOWN, "fold", 1, (2, 3, 4))
+    for said, state in ((found.expected, nemo), (found.found, nemo_from_pairs)):
+        assert float(said.split(" ")[0]) == pytest.approx(state[DOWNS][2, 4, 3].item(), rel=1e-8)
+
+
+def test_any_scale_is_right_where_an_expert_is_all_zeros(tmp_path):
+    hf = random_hf_state_dict()
+    nemo = nemo_from_hf(hf)
+    nemo[DOWNS][4] = 0
+    back = hf_from_nemo(nemo)
+    back[SCALE][4] = 0.5
+    assert checked(tmp_path, nemo, back, hf=hf).different == ()
+    back[SCALE][4] = -0.5
+    write_checkpoint(tmp_path / "wrong", back, config_of(hf))
+    found = sole(verify(tmp_path / "source", tmp_path / "wrong"))
+    assert (found.name, found.index) == (SCALE, (4,))  # zeros of the other sign
+
+
+def test_a_scale_that_is_not_one_beside_native_bits_is_what_is_wrong(tmp_path):
+    hf = random_hf_state_dict()
+    nemo = nemo_from_hf(hf)
+    back = hf_from_nemo(nemo)
+    back[SCALE] = torch.tensor([1.0, 1.0, 1.5, 1.0, -1.0, torch.nan], dtype=torch.float32)
+    found = sole(checked(tmp_path, nemo, back, hf=hf))
+    assert (found.name, found.kind, found.count, found.index) == (SCALE, "values", 3, (2,))
+    assert (found.expected, found.found) == ("1 (0x3F800000)", "1.5 (0x3FC00000)")
+    assert (found.ulps, found.max_ulps) == (2**22, 2 * 0x3F800000)
+
+
+def test_a_scale_may_have_any_float_dtype_and_no_other(tmp_path):
+    hf = random_hf_state_dict()
+    nemo = nemo_from_hf(hf)
+    back = hf_from_nemo(nemo)
+    back[SCALE] = torch.full((E,), 1.0, dtype=torch.float16)
+    assert checked(tmp_path, nemo, back, hf=hf).different == ()
+    back[SCALE] = torch.full((E,), 1, dtype=torch.int32)
+    write_checkpoint(tmp_path / "wrong", back, config_of(hf))
+    found = sole(verify(tmp_path / "source", tmp_path / "wrong"))
+    assert (found.name, found.kind, found.expected, found.found) == (SCALE, "dtype", "BF16, F16, F32", "I32")
+
+
+def test_ones_without_their_experts_are_still_looked_at(tmp_path):
+    hf = random_hf_state_dict()
+    nemo = nemo_from_hf(hf)
+    back = hf_from_nemo(nemo)
+    del back[DOWN]
+    back[SCALE][3] = 2.0
+    result = checked(tmp_path, nemo, back, hf=hf)
+    assert [(d.name, d.kind, d.index) for d in result.different] == [(DOWN, "missing", None), (SCALE, "values", (3,))]
+    assert result.equal == len(hf) - 2
+
+
+def test_experts_without_their_scale_are_still_looked_at(tmp_path):
+    hf = random_hf_state_dict()
+    nemo = nemo_from_hf(hf)
+    back = hf_from_nemo(nemo)
+    del back[SCALE]
+    back[DOWN] = flip(back[DOWN], 5, 0)
+    result = checked(tmp_path, nemo, back, hf=hf)
+    assert [(d.name, d.kind) for d in result.different] == [(SCALE, "missing"), (DOWN, "values")]
+
+
+def test_the_same_layout_in_another_spelling_keeps_every_bit(tmp_path):
+    hf = random_hf_state_dict()
+    legacy = {legacy_name(name): tensor for name, tensor in hf.items()}
+    assert checked(tmp_path, hf, legacy).different == ()
+    name = legacy_name(SCALE)
+    wrong = legacy | {name: flip(legacy[name], 1, 15)}
+    write_checkpoint(tmp_path / "wrong", wrong, config_of(hf))
+    found = sole(verify(tmp_path / "source", tmp_path / "wrong"))
+    assert (found.name, found.index, found.ulps) == (name, (1,), 2 * int(hf[SCALE].view(torch.int16)[1]))
+    cast = {name: tensor.float() for name, tensor in hf.items()}
+    write_checkpoint(tmp_path / "cast", cast, config_of(hf))
+    assert {d.kind for d in verify(tmp_path / "source", tmp_path / "cast").different} == {"dtype"}
+
+
+def test_a_legacy_source(tmp_path):
+    hf = random_hf_state_dict()
+    legacy = {legacy_name(name): tensor for name, tensor in hf.items()}
+    assert checked(tmp_path, legacy, nemo_from_hf(hf), hf=hf).different == ()
