@@ -14,7 +14,8 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from gemma4_moe.distributed.placements import as_bytes, local_of
 from gemma4_moe.layout.dtypes import BFLOAT16
-from gemma4_moe.layout.table import RULES, SCALE, Layout, lookup
+from gemma4_moe.layout.names import lookup
+from gemma4_moe.layout.table import RULES, SCALE, Layout
 from gemma4_moe.target.file_layout import layout_header
 
 if TYPE_CHECKING:

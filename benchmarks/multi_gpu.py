@@ -44,7 +44,8 @@ from loading import forget
 
 from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig, load_hf
 from gemma4_moe.distributed.placements import local_of
-from gemma4_moe.layout.table import Layout, lookup
+from gemma4_moe.layout.names import lookup
+from gemma4_moe.layout.table import Layout
 from gemma4_moe.refit import WeightStream
 from refit import BUCKET_BYTES, compared, consume, peers_adapter, todays_way
 

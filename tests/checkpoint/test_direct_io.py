@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from gemma4_moe.checkpoint import direct_io
-from gemma4_moe.checkpoint.direct_io import PAGE, SLACK, PageReader, PageWriter, allocate
-from gemma4_moe.checkpoint.read_back import OpenFile
+from gemma4_moe.checkpoint.hashing import OpenFile
+from gemma4_moe.checkpoint.readers import PAGE, SLACK, PageReader, allocate
 from gemma4_moe.errors import CheckpointFormatError, StorageError
-from gemma4_moe.target.writers import SafetensorsWriter
+from gemma4_moe.target.writers import PageWriter, SafetensorsWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ import pytest
 
 from gemma4_moe import convert
 from gemma4_moe.checkpoint import quicker
-from gemma4_moe.checkpoint.quicker import QuickerReader
+from gemma4_moe.checkpoint.readers import QuickerReader
 from support.checkpoints import contents, write_checkpoint
 from support.models import random_hf_state_dict
 

@@ -11,8 +11,7 @@ import pytest
 from blake3 import blake3
 
 from gemma4_moe.checkpoint import hashing, read_back
-from gemma4_moe.checkpoint.hashing import Chunk
-from gemma4_moe.checkpoint.read_back import Extent, OpenFile, hash_extents, sha256
+from gemma4_moe.checkpoint.hashing import Chunk, Extent, OpenFile, hash_extents, sha256
 from gemma4_moe.errors import CheckpointFormatError
 
 if TYPE_CHECKING:

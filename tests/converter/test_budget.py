@@ -13,7 +13,7 @@ import pytest
 from gemma4_moe import convert
 from gemma4_moe.checkpoint import direct_io, hashing
 from gemma4_moe.checkpoint.directory import open_checkpoint
-from gemma4_moe.checkpoint.read_back import OpenFile, sha256
+from gemma4_moe.checkpoint.hashing import OpenFile, sha256
 from gemma4_moe.converter.blocks import BLOCK_BYTES, MOST_BUFFERS, blocks, plan_memory
 from gemma4_moe.converter.plan import make_plan
 from gemma4_moe.converter.shares import share

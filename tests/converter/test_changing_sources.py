@@ -10,7 +10,7 @@ import pytest
 from gemma4_moe import convert
 from gemma4_moe.converter import finish
 from gemma4_moe.errors import SourceChangedError
-from gemma4_moe.target.beside import copy_side_files
+from gemma4_moe.target.transaction import copy_side_files
 from support.checkpoints import contents, write_checkpoint
 from support.models import random_hf_state_dict
 

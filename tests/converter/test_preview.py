@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from gemma4_moe import convert, plan
-from gemma4_moe.converter.plan import natural_key
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layout.dtypes import BFLOAT16
+from gemma4_moe.layout.names import natural_key
 from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
 from support.sparse import write_sparse_checkpoint

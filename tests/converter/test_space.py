@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
-from gemma4_moe.converter.space import Space, measure_space
+from gemma4_moe.converter.preview import Space, measure_space
 from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
 
@@ -49,7 +49,7 @@ def test_the_cache_s_disk_is_that_of_the_nearest_directory_there_is(
         )
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "not/made/yet"))
-    monkeypatch.setattr("gemma4_moe.converter.space.bytes_to_fetch", lambda checkpoint: checkpoint.total_bytes)
+    monkeypatch.setattr("gemma4_moe.converter.preview.bytes_to_fetch", lambda checkpoint: checkpoint.total_bytes)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2000 if path == cache else 3000))
     monkeypatch.setattr(Path, "stat", stat_on_disks)
     with open_checkpoint(source) as checkpoint:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from gemma4_moe import convert, verify
 from gemma4_moe.checkpoint import hashing
-from gemma4_moe.checkpoint.direct_io import PageReader
+from gemma4_moe.checkpoint.readers import PageReader
 from gemma4_moe.converter import unfold
 from gemma4_moe.errors import CheckpointFormatError, UsageError
 from gemma4_moe.target import ledger

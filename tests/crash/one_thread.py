@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from gemma4_moe import convert
 from gemma4_moe.checkpoint import hashing
-from gemma4_moe.checkpoint.direct_io import allocate
+from gemma4_moe.checkpoint.readers import allocate
 from gemma4_moe.converter import write
 from gemma4_moe.errors import Gemma4MoEError
 from gemma4_moe.target import ledger

@@ -11,7 +11,7 @@ from gemma4_moe import Gemma4MoEStateDictAdapter
 from gemma4_moe.demo.small_models import build_model, save_model
 from gemma4_moe.errors import UsageError
 from gemma4_moe.integrations import nemo_automodel
-from gemma4_moe.integrations.nemo_loading import refuse_two_roundings
+from gemma4_moe.integrations.nemo_automodel import refuse_two_roundings
 from support import peer
 from support.formulas import assert_same_tensors, nemo_from_hf
 from support.models import random_hf_state_dict, read_directory

@@ -6,7 +6,8 @@ import pytest
 
 from gemma4_moe.errors import UnknownTensorError
 from gemma4_moe.layout.foreign import FOREIGN_SPELLINGS, foreign_spelling
-from gemma4_moe.layout.table import RULES, Layout, parse
+from gemma4_moe.layout.names import parse
+from gemma4_moe.layout.table import RULES, Layout
 from support.names import KNOWN_PREFIXES
 
 EXPERT = "model.language_model.layers.3.experts.17"

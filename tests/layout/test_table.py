@@ -11,6 +11,7 @@ import pytest
 import gemma4_moe
 from gemma4_moe.errors import UnknownTensorError
 from gemma4_moe.layout import table
+from gemma4_moe.layout.names import MoEName, lookup, parse
 from gemma4_moe.layout.table import (
     DOWN,
     EXPERT_RULES,
@@ -20,12 +21,9 @@ from gemma4_moe.layout.table import (
     RULES,
     SCALE,
     Layout,
-    MoEName,
     Operation,
     Rule,
     Spelling,
-    lookup,
-    parse,
 )
 from support.formulas import legacy_name
 from support.names import PREFIXES

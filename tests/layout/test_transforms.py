@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from gemma4_moe.layout.dtypes import BFLOAT16, EXPERT_DTYPES, FLOAT8_E4M3, FLOAT16, FLOAT32, DType
-from gemma4_moe.layout.table import DOWN, GATE_UP, ROUTER_SCALE, ROUTER_WEIGHT, RULES, SCALE, Layout, Operation, Rule
-from gemma4_moe.layout.transforms import (
+from gemma4_moe.layout.table import (
+    DOWN,
+    GATE_UP,
+    ROUTER_SCALE,
+    ROUTER_WEIGHT,
+    RULES,
+    SCALE,
+    Layout,
+    Operation,
+    Rule,
     converted_axis,
     converted_shape,
     folds_in_place_exactly,

@@ -15,10 +15,9 @@ from gemma4_moe.cli import commands
 from gemma4_moe.converter import finish
 from gemma4_moe.errors import TargetBusyError
 from gemma4_moe.target import ledger
-from gemma4_moe.target.beside import copy_side_files
 from gemma4_moe.target.locking import STALE_AFTER
 from gemma4_moe.target.recovery import OLD, OUT, PUBLISHING, clean, remains
-from gemma4_moe.target.transaction import Transaction
+from gemma4_moe.target.transaction import Transaction, copy_side_files
 from support.checkpoints import contents
 from support.interrupted import interrupt, resume
 

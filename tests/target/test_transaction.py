@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from gemma4_moe.checkpoint.directory import control_directory
 from gemma4_moe.errors import SourceChangedError, StorageError, UsageError
 from gemma4_moe.target import recovery, renaming, transaction
 from gemma4_moe.target.journal import Journal, read_journals
-from gemma4_moe.target.recovery import clean, control_directory, heal, remains
+from gemma4_moe.target.recovery import clean, heal, remains
 from gemma4_moe.target.transaction import Transaction
 from support.order import Order
 

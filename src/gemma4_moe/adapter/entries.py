@@ -16,7 +16,8 @@ from gemma4_moe.adapter import destinations
 from gemma4_moe.distributed.placements import placed_on, whole_shape
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout import dtypes
-from gemma4_moe.layout.table import EXPERT_RULES, Layout, MoEName, Operation, lookup
+from gemma4_moe.layout.names import MoEName, lookup
+from gemma4_moe.layout.table import EXPERT_RULES, Layout, Operation
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

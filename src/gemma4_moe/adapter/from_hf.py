@@ -13,8 +13,7 @@ from gemma4_moe.distributed.placements import Placed, local_of, placed, placed_o
 from gemma4_moe.errors import IncompleteExpertsError, ParallelError, TensorShapeError, UsageError
 from gemma4_moe.kernels import scale_in_place, transpose_scale_cast
 from gemma4_moe.layout.dtypes import require_expert_dtype
-from gemma4_moe.layout.table import SCALE
-from gemma4_moe.layout.transforms import converted_shape
+from gemma4_moe.layout.table import SCALE, converted_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from gemma4_moe.adapter.entries import Entry
-    from gemma4_moe.layout.table import MoEName
+    from gemma4_moe.layout.names import MoEName
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,8 @@ from gemma4_moe.distributed.placements import expert_mesh, local_of, placed, pla
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES
 from gemma4_moe.layout.inventory import Inventory, Owner
-from gemma4_moe.layout.table import DOWN, GATE_UP, SCALE, Layout, Operation, Rule, lookup, parse
+from gemma4_moe.layout.names import lookup, parse
+from gemma4_moe.layout.table import DOWN, GATE_UP, SCALE, Layout, Operation, Rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -14,8 +14,7 @@ from gemma4_moe.distributed.collectives import STAGING_BYTES, gather
 from gemma4_moe.distributed.placements import convert_view, local_of, placed, placed_on
 from gemma4_moe.errors import UsageError
 from gemma4_moe.kernels import transpose_scale_cast
-from gemma4_moe.layout.table import DOWN, SCALE, MoEName, Operation
-from gemma4_moe.layout.transforms import converted_shape
+from gemma4_moe.layout.table import DOWN, SCALE, Operation, converted_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from gemma4_moe.adapter.entries import Entry
+    from gemma4_moe.layout.names import MoEName
 
     #: Says whether an entry is left out, by its hf name and its nemo name.
     Excluded = Callable[[str, str], bool]

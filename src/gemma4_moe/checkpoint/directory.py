@@ -15,11 +15,9 @@ from gemma4_moe.checkpoint.config import ConfigFile, read_config
 from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.checkpoint.foreign_formats import refuse_foreign_files, refuse_partial_tensors
 from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, parse_index
-from gemma4_moe.checkpoint.side_files import check_side_file, is_side_file
+from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, check_side_file, is_side_file
 from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, command_line
-from gemma4_moe.target.manifest import MANIFEST_NAME
-from gemma4_moe.target.recovery import control_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -270,3 +268,8 @@ def _some(names: set[str] | list[str]) -> str:
     """Name a few of `names`, and how many more there are."""
     shown = sorted(names)[:5]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+
+
+def control_directory(target: Path) -> Path:
+    """Return the directory that stands beside `target` while it is written."""
+    return target.parent / f".{target.name}.gemma4-moe"

@@ -11,9 +11,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from gemma4_moe.checkpoint.direct_io import PageReader
 from gemma4_moe.checkpoint.header import LENGTH, Header, header_size, parse_header
-from gemma4_moe.checkpoint.quicker import QuickerReader
+from gemma4_moe.checkpoint.readers import PageReader, QuickerReader
 from gemma4_moe.checkpoint.storage import open_regular, read_at, refusals
 from gemma4_moe.errors import SourceChangedError
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from gemma4_moe.checkpoint.direct_io import Reader
+    from gemma4_moe.checkpoint.readers import Reader
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from gemma4_moe.errors import CheckpointFormatError
 if TYPE_CHECKING:
     from pathlib import Path
 
+
 PATTERNS = (
     CONFIG_NAME,
     "generation_config.json",
@@ -75,3 +76,6 @@ def check_side_file(path: Path) -> None:
             found=f"{status.st_size} bytes",
             hint="remove it, or put the real file in its place",
         )
+
+
+MANIFEST_NAME = "gemma4_moe.json"

@@ -170,7 +170,7 @@ def verify(output: Output, *, source: str, target: Path | None, revision: str | 
     from gemma4_moe.cli import report
     from gemma4_moe.cli.progress import Talk
     from gemma4_moe.hub.source import locate
-    from gemma4_moe.target.recheck import check_manifest
+    from gemma4_moe.target.manifest import check_manifest
     from gemma4_moe.target.recovery import heal
     from gemma4_moe.verifier import verify
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gemma4_moe.checkpoint.checking import check_tensors
-from gemma4_moe.checkpoint.recognition import recognise
+from gemma4_moe.checkpoint.recognition import check_tensors, recognise
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.table import DOWN, SCALE, Layout

@@ -11,10 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gemma4_moe.checkpoint.direct_io import PAGE, SLACK, whole_pages
+from gemma4_moe.checkpoint.readers import PAGE, SLACK, whole_pages
 from gemma4_moe.errors import UsageError
-from gemma4_moe.layout.table import Operation
-from gemma4_moe.layout.transforms import transposes
+from gemma4_moe.layout.table import Operation, transposes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

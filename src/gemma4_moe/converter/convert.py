@@ -15,7 +15,7 @@ from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.converter.finish import finish
 from gemma4_moe.converter.job import Job
 from gemma4_moe.converter.notes import cast_notes, overflow_notes
-from gemma4_moe.converter.plan import DEFAULT_SHARD_SIZE, Plan, make_plan
+from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.converter.resume import is_made_already
 from gemma4_moe.converter.scales import read_scales, unfolded_experts, unusual_scales, written_scales
 from gemma4_moe.converter.write import write_weights
@@ -24,6 +24,7 @@ from gemma4_moe.errors import StorageError
 from gemma4_moe.hub.source import check_streamed, on_hub, open_source
 from gemma4_moe.kernels.choice import allowed_cores
 from gemma4_moe.sizes import parse_size
+from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
 from gemma4_moe.target.manifest import read_manifest
 from gemma4_moe.target.preconditions import check_existing, check_place
 from gemma4_moe.target.recovery import clean, heal

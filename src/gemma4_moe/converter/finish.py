@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.checkpoint.hashing import bytes_hash, chunk_bounds
-from gemma4_moe.checkpoint.read_back import OpenFile, hash_extents, sha256, tensor_chunks
+from gemma4_moe.checkpoint import hashing
+from gemma4_moe.checkpoint.hashing import (
+    Chunk,
+    OpenFile,
+    bytes_hash,
+    chunk_bounds,
+    hash_extents,
+    sha256,
+    tensor_chunks,
+)
+from gemma4_moe.checkpoint.side_files import MANIFEST_NAME
 from gemma4_moe.checkpoint.storage import refusals, sync_directory, write_file
 from gemma4_moe.converter.resume import plan_digest
 from gemma4_moe.errors import StorageError
-from gemma4_moe.target.beside import copy_side_files, write_index_file
 from gemma4_moe.target.journal import read_journals
-from gemma4_moe.target.manifest import MANIFEST_NAME, build_manifest, encode_manifest, read_manifest
-from gemma4_moe.target.recheck import wrong_files
+from gemma4_moe.target.manifest import FORMAT, _digests, encode_manifest, hashed_tensors, read_manifest, wrong_files
+from gemma4_moe.target.transaction import copy_side_files, write_index_file
 from gemma4_moe.version import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gemma4_moe.checkpoint.file import SafetensorsFile
     from gemma4_moe.checkpoint.hashing import Chunk
     from gemma4_moe.converter.job import Job
-    from gemma4_moe.target.journal import Journalled
+    from gemma4_moe.converter.plan import Plan
+    from gemma4_moe.converter.scales import Scales
+    from gemma4_moe.target.journal import Journalled, Overflows
 
 
 def finish(job: Job) -> None:
@@ -119,3 +134,65 @@ def _other_bytes(job: Job, found: str) -> StorageError:
         found=found,
         hint="check the disk and the memory; --resume writes again what is wrong",
     )
+
+
+def build_manifest(
+    plan: Plan,
+    sources: Mapping[str, SafetensorsFile],
+    scales: Scales,
+    hashes: Journalled,
+    beside: Mapping[str, Any],
+    *,
+    plan_digest: str,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Return the manifest of a conversion.
+
+    Args:
+        plan: What was done.
+        sources: The source's safetensors files by name.
+        scales: For each target tensor that a scale was folded into, the scale [E], fp32.
+        hashes: The hash of each chunk of the target's weight files and of the source's tensors, and what overflowed.
+        beside: What is said of each file of the target that holds no weights.
+        plan_digest: The plan's hash.
+        facts: What the caller has to say besides: versions, options.
+    """
+    used = [tensor for planned in plan.tensors.values() for tensor in (planned.source, planned.scale) if tensor]
+    return {
+        "format": FORMAT,
+        **facts,
+        "plan": plan_digest,
+        "hashes": {"algorithm": "blake3", "chunk_bytes": hashing.CHUNK_BYTES},
+        "layout": plan.target_layout,
+        "files": {
+            file.name: {"bytes": file.size, "blake3": _digests(hashes.target, file.name, file.size)}
+            for file in plan.files
+        }
+        | dict(beside),
+        "source": {
+            "layout": plan.source_layout,
+            "spelling": plan.spelling,
+            "files": {
+                name: {"bytes": file.size, "header_sha256": file.header.digest} for name, file in sources.items()
+            },
+            "tensors": hashed_tensors(sorted(used, key=lambda tensor: tensor.name), hashes.source),
+        },
+        "source_dtypes": {
+            tensor.name: tensor.source.dtype.name for tensor in plan.tensors.values() if tensor.source is not None
+        },
+        "overflowed": _overflowed(plan, hashes.overflows),
+        "folded_scales": {name: [_number(value) for value in scale.tolist()] for name, scale in scales.items()},
+    }
+
+
+def _overflowed(plan: Plan, overflows: Overflows) -> dict[str, int]:
+    """Return how many finite values of each target tensor have become infinite, in the order of the plan."""
+    counts: Counter[str] = Counter()
+    for chunk in overflows.values():
+        counts.update(chunk)
+    return {name: counts[name] for name in plan.tensors if counts[name]}
+
+
+def _number(value: float) -> float | str:
+    """Return a number that JSON can hold: it has no NaN and no infinities."""
+    return value if math.isfinite(value) else str(value)

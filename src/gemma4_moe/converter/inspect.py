@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma4_moe.checkpoint.checking import config_sizes, wrong_tensors
 from gemma4_moe.checkpoint.config import ConfigFile
-from gemma4_moe.checkpoint.recognition import recognise
-from gemma4_moe.converter.plan import natural_key
+from gemma4_moe.checkpoint.recognition import config_sizes, recognise, wrong_tensors
 from gemma4_moe.errors import ConfigError, InputError, UnsupportedCheckpointError
 from gemma4_moe.hub.source import open_headers
-from gemma4_moe.layout.folding import Fold, fold
-from gemma4_moe.layout.table import Layout, Operation, lookup
+from gemma4_moe.layout.names import fold_names, lookup, natural_key
+from gemma4_moe.layout.table import Layout, Operation
 
 if TYPE_CHECKING:
-    from gemma4_moe.checkpoint.directory import Checkpoint
+    from collections.abc import Iterable
+
+    from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,3 +118,37 @@ def _group(name: str, layout: Layout | None) -> str:
                 return part
         return "norms and scalars"
     return "router" if found.rule.operation is Operation.KEEP or not found.rule.in_nemo else "experts"
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Tensors whose names differ in numbers only.
+
+    Attributes:
+        name: Their name, each number as the set of its values.
+        shape: Their shape.
+        dtype: Their dtype's name.
+        tensors: How many there are.
+        bytes: Their size together.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    tensors: int
+    bytes: int
+
+
+def fold(tensors: Iterable[StoredTensor]) -> tuple[Fold, ...]:
+    """Fold tensors of one shape and dtype whose names differ in numbers only, in the order of their first."""
+    forms: dict[tuple[tuple[int, ...], str], dict[str, StoredTensor]] = {}
+    order: dict[str, int] = {}
+    for tensor in tensors:
+        order[tensor.name] = len(order)
+        forms.setdefault((tensor.shape, tensor.dtype.name), {})[tensor.name] = tensor
+    found = {
+        order[names[0]]: Fold(name, shape, dtype, len(names), sum(members[member].nbytes for member in names))
+        for (shape, dtype), members in forms.items()
+        for name, names in fold_names(members).items()
+    }
+    return tuple(found[place] for place in sorted(found))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gemma4_moe.layout.folding import fold_names
+from gemma4_moe.layout.names import fold_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from threading import Condition
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from gemma4_moe.checkpoint.direct_io import allocate
+from gemma4_moe.checkpoint.readers import allocate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -6,33 +6,29 @@ for what the bytes or the disk hold.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from gemma4_moe.checkpoint.checking import check_tensors
-from gemma4_moe.checkpoint.recognition import recognise
+from gemma4_moe.checkpoint.recognition import check_tensors, recognise
 from gemma4_moe.converter.base import find_base
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layout import dtypes
-from gemma4_moe.layout.table import DOWN, SCALE, Layout, MoEName, Operation, lookup
-from gemma4_moe.layout.transforms import converted_shape, scales
+from gemma4_moe.layout.dtypes import target_dtype
+from gemma4_moe.layout.names import MoEName, lookup, natural_key
+from gemma4_moe.layout.table import DOWN, SCALE, Layout, Operation, converted_shape, scales
 from gemma4_moe.sizes import parse_size
-from gemma4_moe.target.file_layout import layout_header
+from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE, PlannedFile, layout_files
 from gemma4_moe.target.manifest import read_folded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
-    from gemma4_moe.checkpoint.header import TensorEntry
     from gemma4_moe.converter.base import BaseExperts
     from gemma4_moe.layout.dtypes import DType
     from gemma4_moe.layout.inventory import Owner
     from gemma4_moe.target.manifest import Folded
-
-DEFAULT_SHARD_SIZE = 5 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +59,6 @@ class PlannedTensor:
     def comes_back(self) -> bool:
         """Whether its experts may get a scale back: a manifest or a base names one."""
         return self.folded is not None or self.base is not None
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedFile:
-    """One safetensors file of the target.
-
-    Attributes:
-        name: Its bare name.
-        header: Its first bytes.
-        entries: Its tensors in the order of their data.
-        size: Its size in bytes.
-    """
-
-    name: str
-    header: bytes
-    entries: tuple[TensorEntry, ...]
-    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,28 +133,10 @@ def make_plan(
         spelling=recognition.spelling,
         target_layout=layout.other,
         tensors=ordered,
-        files=layout_files(list(ordered.values()), parse_size(max_shard_size)),
+        files=layout_files([(t.name, t.dtype, t.shape) for t in ordered.values()], parse_size(max_shard_size)),
         cast=cast,
         inexact=_inexact(ordered.values()),
     )
-
-
-def natural_key(name: str) -> tuple[str | int, ...]:
-    """Return a key that sorts names as a person would: layers.2 before layers.10."""
-    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name))
-
-
-def target_dtype(name: str) -> DType:
-    """Return the dtype that `--dtype` names.
-
-    Raises:
-        UsageError: It is none that an expert tensor may have.
-    """
-    for dtype in dtypes.EXPERT_DTYPES:
-        if dtype.name == name:
-            return dtype
-    known = ", ".join(dtype.name for dtype in dtypes.EXPERT_DTYPES)
-    raise UsageError("no dtype to convert to", expected=f"keep, {known}", found=repr(name))
 
 
 def _targets(
@@ -233,33 +194,3 @@ def _check_used_once(sources: Mapping[str, StoredTensor], tensors: Mapping[str, 
 def _inexact(tensors: Iterable[PlannedTensor]) -> dict[tuple[DType, DType], int]:
     casts = ((tensor.source.dtype, tensor.dtype) for tensor in tensors if tensor.source is not None)
     return dict(Counter(cast for cast in casts if not dtypes.is_exact(*cast)))
-
-
-def layout_files(tensors: Sequence[PlannedTensor], max_shard_size: int) -> tuple[PlannedFile, ...]:
-    """Spread tensors over files in their order, each file as full as `max_shard_size` allows."""
-    groups: list[list[PlannedTensor]] = []
-    room = 0
-    for tensor in tensors:
-        nbytes = _nbytes(tensor)
-        if not groups or nbytes > room:
-            groups.append([])
-            room = max_shard_size
-        groups[-1].append(tensor)
-        room -= nbytes
-    names = (
-        ["model.safetensors"]
-        if len(groups) == 1
-        else [f"model-{number + 1:05}-of-{len(groups):05}.safetensors" for number in range(len(groups))]
-    )
-    files = []
-    for name, group in zip(names, groups, strict=True):
-        header, entries = layout_header([(t.name, t.dtype, t.shape) for t in group], {"format": "pt"})
-        files.append(PlannedFile(name, header, entries, max(len(header), entries[-1].end)))
-    return tuple(files)
-
-
-def _nbytes(tensor: PlannedTensor) -> int:
-    bits = tensor.dtype.bits
-    for size in tensor.shape:
-        bits *= size
-    return bits // 8

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from gemma4_moe.checkpoint import hashing
-from gemma4_moe.checkpoint.read_back import OpenFile, hash_extents, tensor_chunks
+from gemma4_moe.checkpoint.hashing import OpenFile, hash_extents, tensor_chunks
 from gemma4_moe.checkpoint.storage import refusals
 from gemma4_moe.errors import InputError, ParallelError, UsageError, command_line
 from gemma4_moe.target.manifest import hashed_tensors, read_manifest
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
-    from gemma4_moe.checkpoint.hashing import Chunk
-    from gemma4_moe.checkpoint.read_back import Extent
+    from gemma4_moe.checkpoint.hashing import Chunk, Extent
     from gemma4_moe.converter.job import Job
     from gemma4_moe.converter.plan import Plan
     from gemma4_moe.target.journal import Journalled

@@ -8,7 +8,8 @@ import numpy as np
 
 from gemma4_moe.checkpoint.directory import StoredTensor
 from gemma4_moe.checkpoint.file import SafetensorsFile
-from gemma4_moe.layout.table import SCALE, Layout, lookup
+from gemma4_moe.layout.names import lookup
+from gemma4_moe.layout.table import SCALE, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma4_moe import kernels
-from gemma4_moe.checkpoint.direct_io import PAGE
 from gemma4_moe.checkpoint.hashing import Chunk, ChunkHasher
+from gemma4_moe.checkpoint.readers import PAGE
 from gemma4_moe.converter.overflows import can_overflow, overflows_by_chunk
-from gemma4_moe.layout.table import Operation
-from gemma4_moe.layout.transforms import transposes
+from gemma4_moe.layout.table import Operation, transposes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gemma4_moe.checkpoint.direct_io import PageWriter, Reader
+    from gemma4_moe.checkpoint.readers import Reader
     from gemma4_moe.converter.blocks import Block
     from gemma4_moe.converter.job import Job
     from gemma4_moe.converter.plan import PlannedTensor
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from gemma4_moe.layout import dtypes
     from gemma4_moe.target.journal import Overflows
     from gemma4_moe.target.ledger import Ledger
+    from gemma4_moe.target.writers import PageWriter
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -20,17 +20,18 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from gemma4_moe import kernels
-from gemma4_moe.checkpoint.direct_io import allocate
+from gemma4_moe.checkpoint.readers import allocate
 from gemma4_moe.converter.scales import read_scale
-from gemma4_moe.layout.table import DOWN, Layout, lookup
+from gemma4_moe.layout.names import lookup
+from gemma4_moe.layout.table import DOWN, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
     from types import TracebackType
 
-    from gemma4_moe.checkpoint.direct_io import Reader
     from gemma4_moe.checkpoint.directory import StoredTensor
+    from gemma4_moe.checkpoint.readers import Reader
     from gemma4_moe.converter.plan import PlannedTensor
     from gemma4_moe.layout.dtypes import DType
 

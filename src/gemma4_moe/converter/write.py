@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING
 
-from gemma4_moe.checkpoint.direct_io import PageWriter
 from gemma4_moe.checkpoint.hashing import Chunk
 from gemma4_moe.checkpoint.storage import refusals, sync_directory
 from gemma4_moe.converter.blocks import blocks
@@ -17,7 +16,7 @@ from gemma4_moe.converter.unfold import Unfolding
 from gemma4_moe.errors import Gemma4MoEError
 from gemma4_moe.target.journal import Journal, read_journals
 from gemma4_moe.target.ledger import Ledger
-from gemma4_moe.target.writers import SafetensorsWriter
+from gemma4_moe.target.writers import PageWriter, SafetensorsWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

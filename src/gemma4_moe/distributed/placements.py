@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from gemma4_moe.distributed.sharding import NAMED_DIMENSIONS, Placement, Sharded, count, local_runs
 from gemma4_moe.errors import ParallelError
-from gemma4_moe.layout.transforms import converted_axis, converted_shape
+from gemma4_moe.layout.table import converted_axis, converted_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

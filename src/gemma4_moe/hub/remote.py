@@ -17,17 +17,17 @@ from gemma4_moe.checkpoint.config import CONFIG_NAME, LONGEST_CONFIG
 from gemma4_moe.checkpoint.directory import Checkpoint, open_checkpoint
 from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, is_bare_name
-from gemma4_moe.checkpoint.side_files import LARGEST_SIDE_FILE, PATTERNS, is_side_file
+from gemma4_moe.checkpoint.side_files import LARGEST_SIDE_FILE, MANIFEST_NAME, PATTERNS, is_side_file
 from gemma4_moe.checkpoint.storage import FULL, temporary_directory
 from gemma4_moe.checkpoint.storage import refusals as disk_refusals
 from gemma4_moe.errors import StorageError
 from gemma4_moe.hub.requests import read_range, read_small, refusals, too_large, unreadable
-from gemma4_moe.target.manifest import LONGEST_MANIFEST, MANIFEST_NAME
+from gemma4_moe.target.manifest import LONGEST_MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gemma4_moe.checkpoint.direct_io import Reader
+    from gemma4_moe.checkpoint.readers import Reader
 
 _WEIGHTS = ".safetensors"
 

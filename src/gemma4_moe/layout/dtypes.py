@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.errors import InputError, TensorShapeError
+from gemma4_moe.errors import InputError, TensorShapeError, UsageError
+from gemma4_moe.layout import dtypes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,8 +66,11 @@ class DType:
 
 
 BFLOAT16 = DType("bfloat16", "BF16", 16, FloatFormat(8, 127, -126))
+
 FLOAT16 = DType("float16", "F16", 16, FloatFormat(11, 15, -14))
+
 FLOAT32 = DType("float32", "F32", 32, FloatFormat(24, 127, -126))
+
 FLOAT8_E4M3 = DType("float8_e4m3fn", "F8_E4M3", 8, FloatFormat(4, 8, -6))
 
 #: The dtypes that an expert tensor of a checkpoint or a model may have.
@@ -97,6 +101,7 @@ ALL = (
 )
 
 BY_TAG = {dtype.tag: dtype for dtype in ALL}
+
 BY_NAME = {dtype.name: dtype for dtype in ALL}
 
 
@@ -153,3 +158,16 @@ def is_exact(source: DType, target: DType) -> bool:
     if source.float_format is None or target.float_format is None:
         return False
     return target.float_format.holds(source.float_format)
+
+
+def target_dtype(name: str) -> DType:
+    """Return the dtype that `--dtype` names.
+
+    Raises:
+        UsageError: It is none that an expert tensor may have.
+    """
+    for dtype in dtypes.EXPERT_DTYPES:
+        if dtype.name == name:
+            return dtype
+    known = ", ".join(dtype.name for dtype in dtypes.EXPERT_DTYPES)
+    raise UsageError("no dtype to convert to", expected=f"keep, {known}", found=repr(name))

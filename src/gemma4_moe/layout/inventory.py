@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gemma4_moe.errors import DuplicateTensorError, IncompleteExpertsError, TensorShapeError
-from gemma4_moe.layout.table import Layout, MoEName, Rule, parse
-from gemma4_moe.layout.transforms import shape_of
+from gemma4_moe.layout.names import MoEName, parse
+from gemma4_moe.layout.table import Layout, Rule, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

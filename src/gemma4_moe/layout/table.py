@@ -11,12 +11,10 @@ This is the only place that knows these names.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import StrEnum
 
-from gemma4_moe.errors import UnknownTensorError
-from gemma4_moe.layout.foreign import foreign_spelling
+from gemma4_moe.layout.dtypes import DType, is_exact
 
 
 class Layout(StrEnum):
@@ -91,11 +89,14 @@ class Rule:
 
 # fmt: off
 GATE_UP       = Rule("gate_up",       "experts.gate_up_proj",    "moe.experts.gate_and_up_projs", ("E", "2I", "H"), ("E", "H", "2I"), Operation.TRANSPOSE,       "moe.gate_up_proj")
+
 DOWN          = Rule("down",          "experts.down_proj",       "moe.experts.down_projs",        ("E", "H", "I"),  ("E", "I", "H"),  Operation.TRANSPOSE_SCALE, "moe.down_proj")
+
 SCALE         = Rule("scale",         "router.per_expert_scale", "moe.experts.down_projs",        ("E",),           (),               Operation.FOLD,            "moe.per_expert_scale")
+
 ROUTER_WEIGHT = Rule("router weight", "router.proj.weight",      "moe.gate.proj.weight",          ("E", "H"),       ("E", "H"),       Operation.KEEP)
+
 ROUTER_SCALE  = Rule("router scale",  "router.scale",            "moe.gate.scale",                ("H",),           ("H",),           Operation.KEEP)
-# fmt: on
 
 RULES = (GATE_UP, DOWN, SCALE, ROUTER_WEIGHT, ROUTER_SCALE)
 
@@ -117,14 +118,12 @@ class ExpertRow:
     hf_axes: tuple[str, str]
     part: int = 0
 
-
 # fmt: off
 #: The rows that can be written expert by expert, and what each expert's part of them is called.
 EXPERT_ROWS = {
     GATE_UP: (ExpertRow("experts.{}.gate_proj.weight", ("I", "H"), 0), ExpertRow("experts.{}.up_proj.weight", ("I", "H"), 1)),
     DOWN:    (ExpertRow("experts.{}.down_proj.weight", ("H", "I")),),
 }
-# fmt: on
 
 #: The rows that every layer of a checkpoint must have in each layout.
 CHECKPOINT_RULES = {layout: tuple(rule for rule in RULES if rule.axes(layout)) for layout in Layout}
@@ -132,126 +131,47 @@ CHECKPOINT_RULES = {layout: tuple(rule for rule in RULES if rule.axes(layout)) f
 #: Modules of a layer that hold nothing but rows of the table, whichever layout's name they carry.
 MOE_MODULES = frozenset(rest.split(".")[0] for rule in RULES for rest in (rule.hf, rule.nemo))
 
-
-def _lookup(layout: Layout) -> dict[str, tuple[Rule, Spelling]]:
-    table: dict[str, tuple[Rule, Spelling]] = {}
-    for rule in RULES:
-        for rest, spelling in rule.names(layout).items():
-            if rest in table:
-                raise AssertionError(f"two rows of the {layout} layout are spelled {rest}")
-            table[rest] = (rule, spelling)
-    return table
+#: The operations that exchange the last two axes; each is its own inverse as far as shapes go.
+_TRANSPOSING = frozenset({Operation.TRANSPOSE, Operation.TRANSPOSE_SCALE})
 
 
-_LOOKUP = {layout: _lookup(layout) for layout in Layout}
-_IN_LAYER = re.compile(r"(?P<prefix>(?:.+\.)?)layers\.(?P<layer>0|[1-9][0-9]{0,8})\.(?P<rest>.+)", re.ASCII | re.DOTALL)
+def transposes(operation: Operation) -> bool:
+    """Say whether `operation` exchanges the last two axes."""
+    return operation in _TRANSPOSING
 
 
-@dataclass(frozen=True, slots=True)
-class MoEName:
-    """A name that a row of the table explains.
+def scales(operation: Operation, source: Layout) -> bool:
+    """Say whether `operation`, starting from `source`, multiplies each expert by its scale."""
+    return operation is Operation.TRANSPOSE_SCALE and source is Layout.HF
 
-    Attributes:
-        prefix: Everything before `layers.`, its dot included.
-        layer: The layer's number L.
-        rule: The row.
-        spelling: Which spelling the name has.
+
+def converted_shape(operation: Operation, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape on the other side of `operation`. [..., R, C] becomes [..., C, R] where axes are exchanged."""
+    if not transposes(operation):
+        return shape
+    *leading, rows, columns = shape
+    return (*leading, columns, rows)
+
+
+def converted_axis(operation: Operation, axis: int, ndim: int) -> int:
+    """Return where axis `axis` of an `ndim`-dimensional tensor lies on the other side of `operation`.
+
+    A placement `Shard(axis)` becomes `Shard(converted_axis(...))`: no data crosses ranks.
     """
-
-    prefix: str
-    layer: int
-    rule: Rule
-    spelling: Spelling = Spelling.CURRENT
-
-    @property
-    def owner(self) -> tuple[str, int]:
-        """What tells this name's layer from all other layers: two towers may both have a layer 0."""
-        return self.prefix, self.layer
-
-    @property
-    def layer_path(self) -> str:
-        """The name of the layer, with its last dot."""
-        return f"{self.prefix}layers.{self.layer}."
-
-    @property
-    def hf(self) -> str:
-        """The whole name in the hf layout, current spelling."""
-        return self.layer_path + self.rule.hf
-
-    @property
-    def nemo(self) -> str:
-        """The whole name in the nemo layout; for the scale, that of the tensor that takes it in."""
-        return self.layer_path + self.rule.nemo
-
-    def name(self, layout: Layout) -> str:
-        """Return the whole name in `layout`, current spelling."""
-        return self.layer_path + self.rule.name(layout)
-
-    def of_expert(self, row: ExpertRow, expert: int) -> str:
-        """Return the whole hf name of one expert's part of this tensor."""
-        return self.layer_path + row.hf.format(expert)
-
-    def sibling(self, rule: Rule) -> MoEName:
-        """Return the name of another row in the same layer, current spelling."""
-        return MoEName(self.prefix, self.layer, rule)
+    if not transposes(operation) or axis < ndim - 2:
+        return axis
+    return 2 * ndim - 3 - axis
 
 
-def lookup(name: str, layout: Layout) -> MoEName | None:
-    """Return the row that explains `name` in `layout` and where it stands, None where no row does."""
-    match = _IN_LAYER.fullmatch(name)
-    row = _LOOKUP[layout].get(match["rest"]) if match else None
-    return MoEName(match["prefix"], int(match["layer"]), *row) if match and row else None
+def shape_of(rule: Rule, layout: Layout, sizes: dict[str, int]) -> tuple[int, ...]:
+    """Return the shape of `rule`'s tensor in `layout` for given sizes of the axes E, H and I."""
+    return tuple(sizes["I"] * 2 if axis == "2I" else sizes[axis] for axis in rule.axes(layout))
 
 
-def layer_of(name: str) -> tuple[str, int] | None:
-    """Return what stands before `layers.` in `name`, and the layer's number; None for a name outside all layers."""
-    match = _IN_LAYER.fullmatch(name)
-    return (match["prefix"], int(match["layer"])) if match else None
+def folds_in_place_exactly(file: DType, model: DType) -> bool:
+    """Say whether loading `file` values into `model` storage and scaling there rounds only once.
 
-
-def parse(name: str, layout: Layout) -> MoEName | None:
-    """Explain `name` as a name of `layout`.
-
-    Returns:
-        The row and where it stands, or None where the name is the same in both layouts.
-
-    Raises:
-        UnknownTensorError: The name stands in a module that belongs to the experts or the router and is not in the
-            table, or carries a name of the table outside a layer.
+    The load itself rounds each value to the model's dtype before the scale multiplies. That is harmless only where
+    every value of the file's dtype is a value of the model's.
     """
-    found = lookup(name, layout)
-    if found is not None:
-        return found
-    match = _IN_LAYER.fullmatch(name)
-    rest = match["rest"] if match else name
-    if match is not None and rest.split(".")[0] in MOE_MODULES:
-        raise _unknown(name, rest, layout)
-    for known in _LOOKUP[layout]:
-        if rest == known or rest.endswith("." + known):
-            raise UnknownTensorError(
-                f"a name of the {layout} layout that stands outside a layer",
-                tensor=name,
-                expected=f"<prefix>layers.<number>.{known}",
-                found=name,
-                hint="give the tensor its full name, with the layer's number",
-            )
-    return None
-
-
-def _unknown(name: str, rest: str, layout: Layout) -> UnknownTensorError:
-    if rest in _LOOKUP[layout.other]:
-        return UnknownTensorError(
-            f"a name of the {layout.other} layout where the {layout} layout is read",
-            tensor=name,
-            expected=f"one of {', '.join(_LOOKUP[layout])}",
-            found=rest,
-            hint=f"convert in the other direction, or give a state dict in the {layout} layout",
-        )
-    foreign = foreign_spelling(name)
-    return UnknownTensorError(
-        f"a tensor in the experts or the router that the {layout} layout does not have",
-        tensor=name,
-        expected=f"one of {', '.join(_LOOKUP[layout])}",
-        found=f"{rest} ({foreign.name})" if foreign else rest,
-        hint=foreign.reason if foreign else "remove the tensor, or exclude it if it isn't part of the model",
-    )
+    return is_exact(file, model)

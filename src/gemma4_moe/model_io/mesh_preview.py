@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from gemma4_moe.distributed.sharding import NAMED_DIMENSIONS, count, local_runs
 from gemma4_moe.errors import UsageError
-from gemma4_moe.layout.table import Layout
-from gemma4_moe.layout.transforms import transposes
-from gemma4_moe.model_io.staging import load_staging_bytes
+from gemma4_moe.layout.table import Layout, transposes
+from gemma4_moe.model_io.load import load_staging_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -21,30 +21,29 @@ from gemma4_moe.checkpoint.index import INDEX_NAME
 from gemma4_moe.checkpoint.side_files import check_side_file, is_side_file
 from gemma4_moe.checkpoint.storage import refusals
 from gemma4_moe.converter.blocks import BLOCK_BYTES
-from gemma4_moe.converter.plan import DEFAULT_SHARD_SIZE, layout_files
 from gemma4_moe.distributed.collectives import gather
 from gemma4_moe.distributed.placements import Placed, as_bytes, local_of, placed
 from gemma4_moe.distributed.ranks import current
 from gemma4_moe.distributed.sharding import part_of
 from gemma4_moe.errors import ParallelError
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
-from gemma4_moe.layout.transforms import transposes
-from gemma4_moe.model_io.load import state_of, storage_key
+from gemma4_moe.layout.table import transposes
+from gemma4_moe.model_io.load import rows_at_once, state_of, storage_key
 from gemma4_moe.model_io.saving_plan import describe, make_targets
-from gemma4_moe.model_io.staging import rows_at_once
 from gemma4_moe.sizes import parse_size
-from gemma4_moe.target.beside import copy_side_files, write_index_file
+from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE, layout_files
 from gemma4_moe.target.preconditions import check_target
 from gemma4_moe.target.read_back import Written
-from gemma4_moe.target.transaction import Transaction
+from gemma4_moe.target.transaction import Transaction, copy_side_files, write_index_file
 from gemma4_moe.target.writers import SafetensorsWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from gemma4_moe.checkpoint.header import TensorEntry
-    from gemma4_moe.converter.plan import PlannedFile, PlannedTensor
+    from gemma4_moe.converter.plan import PlannedTensor
     from gemma4_moe.model_io.saving_plan import Target
+    from gemma4_moe.target.file_layout import PlannedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,9 @@ def save_hf(
     tensors = describe(state, ranks, called)
     with ranks.together("plan the checkpoint"):
         targets = make_targets(tensors, config_from, dtype)
-        files = layout_files([target.planned for target in targets.values()], shard_bytes)
+        files = layout_files(
+            [(t.planned.name, t.planned.dtype, t.planned.shape) for t in targets.values()], shard_bytes
+        )
     transaction, kept = None, Written() if read_back else None
     with ExitStack() as stack:
         with ranks.together("make the target's files"):

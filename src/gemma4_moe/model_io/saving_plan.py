@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed.tensor import DTensor
 
-from gemma4_moe.checkpoint.checking import check_layer_count, config_sizes
 from gemma4_moe.checkpoint.config import read_config
-from gemma4_moe.converter.plan import PlannedTensor, natural_key, target_dtype
+from gemma4_moe.checkpoint.recognition import check_layer_count, config_sizes
+from gemma4_moe.converter.plan import PlannedTensor
 from gemma4_moe.errors import ParallelError, UnknownTensorError
 from gemma4_moe.layout import dtypes
+from gemma4_moe.layout.dtypes import target_dtype
 from gemma4_moe.layout.inventory import Inventory
-from gemma4_moe.layout.table import CHECKPOINT_RULES, DOWN, SCALE, Layout, Operation
-from gemma4_moe.layout.transforms import converted_shape
+from gemma4_moe.layout.names import natural_key
+from gemma4_moe.layout.table import CHECKPOINT_RULES, DOWN, SCALE, Layout, Operation, converted_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,8 +12,7 @@ from gemma4_moe.distributed.collectives import broadcast, gather
 from gemma4_moe.distributed.placements import Placed, local_of, placed
 from gemma4_moe.distributed.sharding import Sharded
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
-from gemma4_moe.layout.table import EXPERT_ROWS, Operation
-from gemma4_moe.layout.transforms import transposes
+from gemma4_moe.layout.table import EXPERT_ROWS, Operation, transposes
 from gemma4_moe.refit.buckets import unpack
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch.distributed.tensor import DTensor
 
-from gemma4_moe.converter.plan import natural_key
 from gemma4_moe.errors import InputError, UsageError
 from gemma4_moe.layout import dtypes
+from gemma4_moe.layout.names import MoEName, layer_of, natural_key
 from gemma4_moe.layout.table import (
     DOWN,
     EXPERT_ROWS,
@@ -18,11 +18,9 @@ from gemma4_moe.layout.table import (
     SCALE,
     ExpertRow,
     Layout,
-    MoEName,
     Operation,
-    layer_of,
+    converted_shape,
 )
-from gemma4_moe.layout.transforms import converted_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.errors import DifferenceError
-from gemma4_moe.layout.table import EXPERT_ROWS, Layout, lookup
+from gemma4_moe.layout.names import lookup
+from gemma4_moe.layout.table import EXPERT_ROWS, Layout
 from gemma4_moe.refit.items import expert_parts
 
 if TYPE_CHECKING:

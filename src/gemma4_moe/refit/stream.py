@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from gemma4_moe.adapter.configs import axis_sizes, conversion_of
 from gemma4_moe.adapter.to_hf import excluding
-from gemma4_moe.converter.plan import target_dtype
 from gemma4_moe.distributed.collectives import agree
 from gemma4_moe.distributed.placements import local_of
 from gemma4_moe.errors import UsageError
+from gemma4_moe.layout.dtypes import target_dtype
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.table import Layout
 from gemma4_moe.refit.buckets import Buffers, plan_buckets

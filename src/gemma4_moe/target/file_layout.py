@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.header import LENGTH, LONGEST_HEADER, METADATA_KEY, TensorEntry, tensor_nbytes
+from gemma4_moe.checkpoint.readers import PAGE
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError
+from gemma4_moe.layout.dtypes import DType
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from gemma4_moe.layout.dtypes import DType
 
-#: Where the data starts, and each large tensor in it: a multiple of this, which is what direct I/O asks for.
-DATA_ALIGNMENT = 4096
+#: The data starts at a multiple of this, and so does each large tensor in it: direct I/O asks for it.
+DATA_ALIGNMENT = PAGE
+
+
+#: Name, dtype and shape of a tensor.
+Form = tuple[str, DType, tuple[int, ...]]
 
 
 def layout_header(
-    tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+    tensors: Iterable[Form], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, tuple[TensorEntry, ...]]:
     """Lay out a file: where each tensor goes, and the header that says so.
 
@@ -87,3 +93,46 @@ def _encode(document: dict[str, object]) -> bytes:
             hint="spread them over more files",
         )
     return LENGTH.pack(len(text) + padding) + text + b" " * padding
+
+
+DEFAULT_SHARD_SIZE = 5 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """One safetensors file of the target.
+
+    Attributes:
+        name: Its bare name.
+        header: Its first bytes.
+        entries: Its tensors in the order of their data.
+        size: Its size in bytes.
+    """
+
+    name: str
+    header: bytes
+    entries: tuple[TensorEntry, ...]
+    size: int
+
+
+def layout_files(tensors: Iterable[Form], max_shard_size: int) -> tuple[PlannedFile, ...]:
+    """Spread tensors over files in their order, each file as full as `max_shard_size` allows."""
+    groups: list[list[Form]] = []
+    room = 0
+    for tensor in tensors:
+        nbytes = tensor_nbytes(*tensor)
+        if not groups or nbytes > room:
+            groups.append([])
+            room = max_shard_size
+        groups[-1].append(tensor)
+        room -= nbytes
+    names = (
+        ["model.safetensors"]
+        if len(groups) == 1
+        else [f"model-{number + 1:05}-of-{len(groups):05}.safetensors" for number in range(len(groups))]
+    )
+    files = []
+    for name, group in zip(names, groups, strict=True):
+        header, entries = layout_header(group, {"format": "pt"})
+        files.append(PlannedFile(name, header, entries, max(len(header), entries[-1].end)))
+    return tuple(files)

@@ -11,9 +11,9 @@ from gemma4_moe.target.journal import as_rows
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from gemma4_moe.checkpoint.direct_io import PageWriter
     from gemma4_moe.checkpoint.hashing import Chunk
     from gemma4_moe.target.journal import Journal, Journalled, Overflows
+    from gemma4_moe.target.writers import PageWriter
 
 #: Between two entries into the journal: at most so many bytes, and about so many seconds.
 FLUSH_BYTES = 2**30

@@ -6,29 +6,23 @@ It holds nothing that changes from run to run, no time and no path, so that equa
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint import hashing
-from gemma4_moe.checkpoint.hashing import Chunk, chunk_count
+from gemma4_moe.checkpoint.hashing import Chunk, Extent, OpenFile, chunk_count, hash_extents
 from gemma4_moe.checkpoint.index import is_bare_name
+from gemma4_moe.checkpoint.side_files import MANIFEST_NAME
 from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES, DType
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import StoredTensor
-    from gemma4_moe.checkpoint.file import SafetensorsFile
-    from gemma4_moe.converter.plan import Plan
-    from gemma4_moe.converter.scales import Scales
-    from gemma4_moe.target.journal import Journalled, Overflows
-
-MANIFEST_NAME = "gemma4_moe.json"
 
 #: Raised when a reader of the old form would misunderstand the new one.
 FORMAT = 1
@@ -48,55 +42,6 @@ class Folded:
 
     scale: tuple[float, ...]
     dtype: DType
-
-
-def build_manifest(
-    plan: Plan,
-    sources: Mapping[str, SafetensorsFile],
-    scales: Scales,
-    hashes: Journalled,
-    beside: Mapping[str, Any],
-    *,
-    plan_digest: str,
-    **facts: Any,
-) -> dict[str, Any]:
-    """Return the manifest of a conversion.
-
-    Args:
-        plan: What was done.
-        sources: The source's safetensors files by name.
-        scales: For each target tensor that a scale was folded into, the scale [E], fp32.
-        hashes: The hash of each chunk of the target's weight files and of the source's tensors, and what overflowed.
-        beside: What is said of each file of the target that holds no weights.
-        plan_digest: The plan's hash.
-        facts: What the caller has to say besides: versions, options.
-    """
-    used = [tensor for planned in plan.tensors.values() for tensor in (planned.source, planned.scale) if tensor]
-    return {
-        "format": FORMAT,
-        **facts,
-        "plan": plan_digest,
-        "hashes": {"algorithm": "blake3", "chunk_bytes": hashing.CHUNK_BYTES},
-        "layout": plan.target_layout,
-        "files": {
-            file.name: {"bytes": file.size, "blake3": _digests(hashes.target, file.name, file.size)}
-            for file in plan.files
-        }
-        | dict(beside),
-        "source": {
-            "layout": plan.source_layout,
-            "spelling": plan.spelling,
-            "files": {
-                name: {"bytes": file.size, "header_sha256": file.header.digest} for name, file in sources.items()
-            },
-            "tensors": hashed_tensors(sorted(used, key=lambda tensor: tensor.name), hashes.source),
-        },
-        "source_dtypes": {
-            tensor.name: tensor.source.dtype.name for tensor in plan.tensors.values() if tensor.source is not None
-        },
-        "overflowed": _overflowed(plan, hashes.overflows),
-        "folded_scales": {name: [_number(value) for value in scale.tolist()] for name, scale in scales.items()},
-    }
 
 
 def hashed_tensors(tensors: Iterable[StoredTensor], hashes: Mapping[Chunk, str]) -> dict[str, Any]:
@@ -208,21 +153,107 @@ def _digests(hashes: Mapping[Chunk, str], name: str, size: int) -> list[str]:
     return [hashes[Chunk(name, number)] for number in range(chunk_count(size))]
 
 
-def _overflowed(plan: Plan, overflows: Overflows) -> dict[str, int]:
-    """Return how many finite values of each target tensor have become infinite, in the order of the plan."""
-    counts: Counter[str] = Counter()
-    for chunk in overflows.values():
-        counts.update(chunk)
-    return {name: counts[name] for name in plan.tensors if counts[name]}
-
-
-def _number(value: float) -> float | str:
-    """Return a number that JSON can hold: it has no NaN and no infinities."""
-    return value if math.isfinite(value) else str(value)
-
-
 def _read_number(value: Any) -> float:
     """Return the number that `_number` has written."""
     if type(value) is not float and value not in ("nan", "inf", "-inf"):
         raise ValueError(f"{value!r} is not a number that a manifest holds")
     return float(value)
+
+
+#: The most bytes of buffers.
+DEFAULT_MEMORY = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Recheck:
+    """What a check against a manifest found.
+
+    Attributes:
+        directory: The directory.
+        files: How many files the manifest names.
+        nbytes: Their size in bytes.
+        wrong: One sentence for each way in which the directory is not what the manifest says.
+    """
+
+    directory: Path
+    files: int
+    nbytes: int
+    wrong: tuple[str, ...]
+
+
+def check_manifest(
+    directory: Path, *, max_memory: int = DEFAULT_MEMORY, progress: Callable[[int, int], object] | None = None
+) -> Recheck:
+    """Compare every file of a directory that we wrote with what its manifest says of it.
+
+    Args:
+        directory: The directory.
+        max_memory: The most bytes of buffers.
+        progress: Told of the bytes that were read so far, and of their total.
+
+    Raises:
+        CheckpointFormatError: There is no manifest, or it is none of ours.
+        StorageError: The disk or its permissions refused.
+    """
+    files = read_manifest(directory)["files"]
+    total = sum(file["bytes"] for file in files.values())
+    wrong = wrong_files(directory, files, max_memory, progress=progress)
+    with refusals("list the directory", directory):
+        unknown = {path.name for path in directory.iterdir()} - files.keys() - {MANIFEST_NAME}
+    wrong += [f"{name}: the manifest does not name it" for name in sorted(unknown)]
+    return Recheck(directory, len(files), total, tuple(wrong))
+
+
+def wrong_files(
+    directory: Path,
+    files: Mapping[str, Any],
+    max_memory: int,
+    *,
+    buffered: bool = False,
+    part: int = 0,
+    parts: int = 1,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[str]:
+    """Say which files are not what a manifest says, and where. Of the chunks, only every `parts`-th is looked at.
+
+    Raises:
+        StorageError: The disk or its permissions refused.
+    """
+    wrong: list[str] = []
+    extents: dict[Chunk, Extent] = {}
+    expected: dict[Chunk, str] = {}
+    with ExitStack() as stack:
+        for name, said in sorted(files.items()):
+            with refusals("look at the file", directory / name):
+                there = (directory / name).is_file()
+            if not there:
+                wrong.append(f"{name}: missing")
+                continue
+            file = stack.enter_context(OpenFile(directory / name))
+            if file.size != said["bytes"]:
+                wrong.append(f"{name}: {file.size} bytes, not {said['bytes']}")
+                continue
+            extents |= file.chunks()
+            expected |= {Chunk(name, number): digest for number, digest in enumerate(said["blake3"])}
+        mine = {chunk: extents[chunk] for chunk in list(extents)[part::parts]}
+        count = _Count(sum(extent.end - extent.start for extent in mine.values()), progress)
+        found = hash_extents(mine, max_memory, buffered=buffered, hashed=count)
+    for chunk, digest in found.items():
+        if digest != expected.get(chunk):
+            start, end = mine[chunk].start, mine[chunk].end
+            wrong.append(f"{chunk.name}: other bytes in [{start}, {end}): BLAKE3 {digest}, not {expected.get(chunk)}")
+    return wrong
+
+
+class _Count:
+    """Adds up what is done and tells a progress callback."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], object] | None) -> None:
+        self._done = 0
+        self._total = total
+        self._progress = progress
+
+    def __call__(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(self._done, self._total)

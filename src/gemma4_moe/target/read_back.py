@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from gemma4_moe.checkpoint.hashing import Chunk, chunk_bounds
-from gemma4_moe.checkpoint.read_back import Extent, OpenFile, hash_extents
+from gemma4_moe.checkpoint.hashing import Chunk, Extent, OpenFile, chunk_bounds, hash_extents
 from gemma4_moe.errors import StorageError
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gemma4_moe.checkpoint.directory import control_directory
 from gemma4_moe.checkpoint.storage import refusals, resolved, sync_directory
 from gemma4_moe.errors import TargetBusyError
 from gemma4_moe.target.journal import can_go_on, journals
@@ -30,11 +31,6 @@ OLD = "old"
 PUBLISHING = "publishing"
 
 _OWNER = "owner"
-
-
-def control_directory(target: Path) -> Path:
-    """Return the directory that stands beside `target` while it is written."""
-    return target.parent / f".{target.name}.gemma4-moe"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any, Self
 
+from gemma4_moe.checkpoint.readers import PAGE, _reopen, drop_cache
 from gemma4_moe.checkpoint.storage import refusal, refusals
 
 if TYPE_CHECKING:
@@ -166,3 +167,62 @@ def _fallocate() -> Any:
     function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     function.restype = ctypes.c_int
     return function
+
+
+class PageWriter:
+    """Writes one file's bytes in order, past the page cache where that works. Close it after use.
+
+    Jumps are allowed to the start of a page, and from the end of one.
+    """
+
+    def __init__(self, file: SafetensorsWriter, *, buffered: bool = False) -> None:
+        self._file = file
+        self._direct = None if buffered else _reopen(file.fileno(), os.O_WRONLY)
+        self._held = b""
+
+    def close(self) -> None:
+        """Close what this writer has opened itself."""
+        if self._direct is not None:
+            os.close(self._direct)
+            self._direct = None
+
+    def write(self, offset: int, buffer: memoryview, begin: int, end: int) -> None:
+        """Write buffer[begin:end] at `offset`.
+
+        `begin` lies as far behind a page as `offset` does; the bytes before it, back to the page, are overwritten.
+
+        Raises:
+            StorageError: The disk refused.
+        """
+        lead = offset % PAGE
+        assert lead == len(self._held), "the bytes before these were written before"
+        buffer[begin - lead : begin] = self._held
+        begin, offset = begin - lead, offset - lead
+        whole = begin + (end - begin) // PAGE * PAGE
+        self._write_pages(offset, buffer[begin:whole])
+        offset, rest = offset + whole - begin, buffer[whole:end]
+        self._held = b""
+        if offset + rest.nbytes == self._file.size:
+            self._file.write(offset, rest)
+        else:
+            self._held = bytes(rest)
+
+    def sync(self) -> None:
+        """Return when all whole pages that were written are on the device. Raises what the file's `sync` raises."""
+        self._file.sync()
+        if self._direct is None:
+            drop_cache(self._file.fileno(), 0, 0)
+
+    def _write_pages(self, offset: int, pages: memoryview) -> None:
+        while self._direct is not None and pages:
+            try:
+                count = os.pwrite(self._direct, pages, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise refusal("write the file", self._file.path, error) from error
+                count = -1
+            if count % PAGE:  # the filesystem asks for more than pages, or has stopped within one
+                self.close()
+                break
+            offset, pages = offset + count, pages[count:]
+        self._file.write(offset, pages)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemma4_moe.errors import DuplicateTensorError, UnsupportedCheckpointError, UsageError
-from gemma4_moe.layout.table import Layout, lookup
+from gemma4_moe.layout.names import lookup
+from gemma4_moe.layout.table import Layout
 from gemma4_moe.verifier.arithmetic import element_bits, reference
 from gemma4_moe.verifier.differences import Difference, Mismatches
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES, DType
-from gemma4_moe.layout.table import DOWN, SCALE, Layout, MoEName
+from gemma4_moe.layout.table import DOWN, SCALE, Layout
 from gemma4_moe.verifier.comparison import compare_form
 from gemma4_moe.verifier.differences import Difference
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+    from gemma4_moe.layout.names import MoEName
 
 #: What a `per_expert_scale` may be stored in.
 _FLOATS = ", ".join(dtype.tag for dtype in EXPERT_DTYPES)

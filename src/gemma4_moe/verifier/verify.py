@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma4_moe.checkpoint.checking import check_tensors
 from gemma4_moe.checkpoint.directory import open_checkpoint
-from gemma4_moe.checkpoint.recognition import recognise
+from gemma4_moe.checkpoint.recognition import check_tensors, recognise
 from gemma4_moe.checkpoint.storage import open_regular, refusals, regular_status
 from gemma4_moe.layout.dtypes import FLOAT32
 from gemma4_moe.verifier.arithmetic import reference, widen
@@ -40,7 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
-    from gemma4_moe.layout.table import Layout, MoEName
+    from gemma4_moe.layout.names import MoEName
+    from gemma4_moe.layout.table import Layout
     from gemma4_moe.verifier.arithmetic import Bits
     from gemma4_moe.verifier.comparison import Progress
     from gemma4_moe.verifier.expected import Expectation

@@ -1,0 +1,186 @@
+"""Names of tensors: which row of the table a name means, and in which layer; names in order, and folded over layers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gemma4_moe.errors import UnknownTensorError
+from gemma4_moe.layout.foreign import foreign_spelling
+from gemma4_moe.layout.table import (
+    MOE_MODULES,
+    RULES,
+    ExpertRow,
+    Layout,
+    Rule,
+    Spelling,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def _lookup(layout: Layout) -> dict[str, tuple[Rule, Spelling]]:
+    table: dict[str, tuple[Rule, Spelling]] = {}
+    for rule in RULES:
+        for rest, spelling in rule.names(layout).items():
+            if rest in table:
+                raise AssertionError(f"two rows of the {layout} layout are spelled {rest}")
+            table[rest] = (rule, spelling)
+    return table
+
+
+_LOOKUP = {layout: _lookup(layout) for layout in Layout}
+
+_IN_LAYER = re.compile(r"(?P<prefix>(?:.+\.)?)layers\.(?P<layer>0|[1-9][0-9]{0,8})\.(?P<rest>.+)", re.ASCII | re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class MoEName:
+    """A name that a row of the table explains.
+
+    Attributes:
+        prefix: Everything before `layers.`, its dot included.
+        layer: The layer's number L.
+        rule: The row.
+        spelling: Which spelling the name has.
+    """
+
+    prefix: str
+    layer: int
+    rule: Rule
+    spelling: Spelling = Spelling.CURRENT
+
+    @property
+    def owner(self) -> tuple[str, int]:
+        """What tells this name's layer from all other layers: two towers may both have a layer 0."""
+        return self.prefix, self.layer
+
+    @property
+    def layer_path(self) -> str:
+        """The name of the layer, with its last dot."""
+        return f"{self.prefix}layers.{self.layer}."
+
+    @property
+    def hf(self) -> str:
+        """The whole name in the hf layout, current spelling."""
+        return self.layer_path + self.rule.hf
+
+    @property
+    def nemo(self) -> str:
+        """The whole name in the nemo layout; for the scale, that of the tensor that takes it in."""
+        return self.layer_path + self.rule.nemo
+
+    def name(self, layout: Layout) -> str:
+        """Return the whole name in `layout`, current spelling."""
+        return self.layer_path + self.rule.name(layout)
+
+    def of_expert(self, row: ExpertRow, expert: int) -> str:
+        """Return the whole hf name of one expert's part of this tensor."""
+        return self.layer_path + row.hf.format(expert)
+
+    def sibling(self, rule: Rule) -> MoEName:
+        """Return the name of another row in the same layer, current spelling."""
+        return MoEName(self.prefix, self.layer, rule)
+
+
+def lookup(name: str, layout: Layout) -> MoEName | None:
+    """Return the row that explains `name` in `layout` and where it stands, None where no row does."""
+    match = _IN_LAYER.fullmatch(name)
+    row = _LOOKUP[layout].get(match["rest"]) if match else None
+    return MoEName(match["prefix"], int(match["layer"]), *row) if match and row else None
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """Return what stands before `layers.` in `name`, and the layer's number; None for a name outside all layers."""
+    match = _IN_LAYER.fullmatch(name)
+    return (match["prefix"], int(match["layer"])) if match else None
+
+
+def parse(name: str, layout: Layout) -> MoEName | None:
+    """Explain `name` as a name of `layout`.
+
+    Returns:
+        The row and where it stands, or None where the name is the same in both layouts.
+
+    Raises:
+        UnknownTensorError: The name stands in a module that belongs to the experts or the router and is not in the
+            table, or carries a name of the table outside a layer.
+    """
+    found = lookup(name, layout)
+    if found is not None:
+        return found
+    match = _IN_LAYER.fullmatch(name)
+    rest = match["rest"] if match else name
+    if match is not None and rest.split(".")[0] in MOE_MODULES:
+        raise _unknown(name, rest, layout)
+    for known in _LOOKUP[layout]:
+        if rest == known or rest.endswith("." + known):
+            raise UnknownTensorError(
+                f"a name of the {layout} layout that stands outside a layer",
+                tensor=name,
+                expected=f"<prefix>layers.<number>.{known}",
+                found=name,
+                hint="give the tensor its full name, with the layer's number",
+            )
+    return None
+
+
+def _unknown(name: str, rest: str, layout: Layout) -> UnknownTensorError:
+    if rest in _LOOKUP[layout.other]:
+        return UnknownTensorError(
+            f"a name of the {layout.other} layout where the {layout} layout is read",
+            tensor=name,
+            expected=f"one of {', '.join(_LOOKUP[layout])}",
+            found=rest,
+            hint=f"convert in the other direction, or give a state dict in the {layout} layout",
+        )
+    foreign = foreign_spelling(name)
+    return UnknownTensorError(
+        f"a tensor in the experts or the router that the {layout} layout does not have",
+        tensor=name,
+        expected=f"one of {', '.join(_LOOKUP[layout])}",
+        found=f"{rest} ({foreign.name})" if foreign else rest,
+        hint=foreign.reason if foreign else "remove the tensor, or exclude it if it isn't part of the model",
+    )
+
+
+_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
+
+
+def fold_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Fold names that differ in numbers only, in the order of their first; return each with the names it stands for."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_pattern(name), []).append(name)
+    return {_name(pattern, members): tuple(members) for pattern, members in groups.items()}
+
+
+def _pattern(name: str) -> str:
+    return _NUMBER.sub("{}", name)
+
+
+def _name(pattern: str, members: list[str]) -> str:
+    numbers = [[int(number) for number in _NUMBER.findall(member)] for member in members]
+    parts = pattern.split("{}")
+    sets = [_numbers(sorted(set(column))) for column in zip(*numbers, strict=True)]
+    return parts[0] + "".join(shown + part for shown, part in zip(sets, parts[1:], strict=True))
+
+
+def _numbers(values: list[int]) -> str:
+    """Return "5" for one value, "{0...29}" for a run, "{0...4,6...10}" for several."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    if len(values) == 1:
+        return str(values[0])
+    return "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}...{run[-1]}" for run in runs) + "}"
+
+
+def natural_key(name: str) -> tuple[str | int, ...]:
+    """Return a key that sorts names as a person would: layers.2 before layers.10."""
+    return tuple(int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name))
