@@ -48,7 +48,7 @@ NAIVE = """
     from pathlib import Path
     from types import SimpleNamespace
     import torch
-    from nemo_automodel.components.models.gemma4_moe.adapter.state_dict_adapter import Gemma4MoEStateDictAdapter
+    from nemo_automodel.components.models.gemma4_moe.state_dict_adapter import Gemma4MoEStateDictAdapter
     from safetensors.torch import load_file, save_file
     state = {}
     for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):

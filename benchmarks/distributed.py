@@ -95,7 +95,7 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
         "ours, gather=False": lambda: ours.to_hf(state),
     }
     if options.peer:
-        from nemo_automodel.components.models.gemma4_moe.adapter.state_dict_adapter import (
+        from nemo_automodel.components.models.gemma4_moe.state_dict_adapter import (
             Gemma4MoEStateDictAdapter as PeerAdapter,
         )
 

@@ -95,7 +95,7 @@ def peers_adapter(experts: int, dtype: torch.dtype) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from nemo_automodel.components.models.gemma4_moe.adapter.state_dict_adapter import (
+            from nemo_automodel.components.models.gemma4_moe.state_dict_adapter import (
                 Gemma4MoEStateDictAdapter as Peer,
             )
     except ImportError:

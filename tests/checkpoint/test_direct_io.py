@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gemma4_moe.checkpoint import direct_io
+from gemma4_moe.checkpoint import readers
 from gemma4_moe.checkpoint.hashing import OpenFile
 from gemma4_moe.checkpoint.readers import PAGE, SLACK, PageReader, allocate
 from gemma4_moe.errors import CheckpointFormatError, StorageError
@@ -152,7 +152,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_without_proc_there_is_no_direct_io(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct_io.sys, "platform", "darwin")
+    monkeypatch.setattr(readers.sys, "platform", "darwin")
     with OpenFile(file) as opened, closing(PageReader(opened)) as reader:
         assert bytes(reader.read(5, 10, allocate(10 + SLACK))) == CONTENT[5:15]
         assert reader._direct is None

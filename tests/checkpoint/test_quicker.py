@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gemma4_moe import convert
-from gemma4_moe.checkpoint import quicker
+from gemma4_moe.checkpoint import readers
 from gemma4_moe.checkpoint.readers import QuickerReader
 from support.checkpoints import contents, write_checkpoint
 from support.models import random_hf_state_dict
@@ -49,7 +49,7 @@ class Way:
 def test_each_way_is_tried_twice_and_the_quicker_one_kept(
     direct: float, buffered: float, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quicker, "TRIAL_BYTES", 30)
+    monkeypatch.setattr(readers, "TRIAL_BYTES", 30)
     clock = Clock()
     ways = Way(b"d", direct, clock), Way(b"b", buffered, clock)
     reader = QuickerReader(*ways, clock)
@@ -63,7 +63,7 @@ def test_each_way_is_tried_twice_and_the_quicker_one_kept(
 
 
 def test_it_does_not_matter_that_one_way_has_read_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quicker, "TRIAL_BYTES", 30)
+    monkeypatch.setattr(readers, "TRIAL_BYTES", 30)
     clock = Clock()
     reader = QuickerReader(Way(b"d", 1.0, clock), Way(b"b", 1.5, clock), clock)
     buffer = memoryview(bytearray(100))
@@ -78,6 +78,6 @@ def test_the_target_is_the_same_whichever_way_the_source_was_read(
 ) -> None:
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24))
     convert(source, tmp_path / "buffered", buffered=True)
-    monkeypatch.setattr(quicker, "TRIAL_BYTES", trial)
+    monkeypatch.setattr(readers, "TRIAL_BYTES", trial)
     convert(source, tmp_path / "nemo", max_memory=60_000)
     assert contents(tmp_path / "nemo") == contents(tmp_path / "buffered")

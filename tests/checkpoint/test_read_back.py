@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from blake3 import blake3
 
-from gemma4_moe.checkpoint import hashing, read_back
+from gemma4_moe.checkpoint import hashing
 from gemma4_moe.checkpoint.hashing import Chunk, Extent, OpenFile, hash_extents, sha256
 from gemma4_moe.errors import CheckpointFormatError
 
@@ -31,8 +31,8 @@ def file(tmp_path: Path) -> Path:
 def test_extents_of_any_place_and_size(
     memory: int, buffered: bool, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    allocated, whole = [], read_back.allocate
-    monkeypatch.setattr(read_back, "allocate", lambda nbytes: allocated.append(nbytes) or whole(nbytes))
+    allocated, whole = [], hashing.allocate
+    monkeypatch.setattr(hashing, "allocate", lambda nbytes: allocated.append(nbytes) or whole(nbytes))
     bounds = [(0, 100_001), (4096, 8192), (5, 6), (99_999, 100_001), (7, 7)]
     told: list[int] = []
     with OpenFile(file) as opened:

@@ -146,7 +146,8 @@ def test_a_closed_pipe_ends_quietly(source: Path) -> None:
 
 
 INTERRUPTED = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
 from gemma4_moe.cli import commands
 from gemma4_moe.target import ledger
 from gemma4_moe.checkpoint import hashing

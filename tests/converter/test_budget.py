@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import pytest
 
 from gemma4_moe import convert
-from gemma4_moe.checkpoint import direct_io, hashing
+from gemma4_moe.checkpoint import hashing, readers
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.checkpoint.hashing import OpenFile, sha256
 from gemma4_moe.converter.blocks import BLOCK_BYTES, MOST_BUFFERS, blocks, plan_memory
@@ -58,7 +58,7 @@ class Taken:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
     taken = Taken()
-    monkeypatch.setattr(direct_io, "mmap", SimpleNamespace(mmap=taken.mmap))
+    monkeypatch.setattr(readers, "mmap", SimpleNamespace(mmap=taken.mmap))
     return taken
 
 
@@ -118,7 +118,7 @@ def test_a_budget_is_used_and_not_exceeded(budget: int, large: Plan) -> None:
     (file,) = large.files
     work = list(blocks(large, memory.block_bytes, share(large, (), 0, 1)))
     most = max(max(block.source_span[1], block.target_span[1]) for block in work)
-    assert most + direct_io.SLACK <= memory.buffer_bytes <= BLOCK_BYTES + 2 * direct_io.SLACK
+    assert most + readers.SLACK <= memory.buffer_bytes <= BLOCK_BYTES + 2 * readers.SLACK
     assert sum(end - start for start, end in (block.written_range for block in work)) == file.size - len(file.header)
     if budget >= 2**23:
         assert memory.buffers == MOST_BUFFERS >= 4, "reader, kernel and writer each want one, and one is on its way"

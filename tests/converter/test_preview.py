@@ -17,7 +17,7 @@ from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
 from support.sparse import write_sparse_checkpoint
 
-REAL = Path(__file__).parent / "data/gemma-4-26B-A4B"
+REAL = Path(__file__).parents[1] / "data/gemma-4-26B-A4B"
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NAMES = [
     ("models.gemma4_moe.model", None, "Gemma4MoEStateDictAdapter"),
-    ("models.gemma4_moe.adapter.state_dict_adapter", None, "Gemma4MoEStateDictAdapter"),
+    ("models.gemma4_moe.state_dict_adapter", None, "Gemma4MoEStateDictAdapter"),
     ("checkpoint.checkpointing", "Checkpointer", "_do_load"),
 ]
 

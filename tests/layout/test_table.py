@@ -10,7 +10,7 @@ import pytest
 
 import gemma4_moe
 from gemma4_moe.errors import UnknownTensorError
-from gemma4_moe.layout import table
+from gemma4_moe.layout import names
 from gemma4_moe.layout.names import MoEName, lookup, parse
 from gemma4_moe.layout.table import (
     DOWN,
@@ -193,19 +193,19 @@ def test_no_two_rows_share_a_name() -> None:
 
 def test_a_table_in_which_two_rows_share_a_name_is_refused_when_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     twin = Rule("twin", "experts.down_proj", "moe.twin", ("E",), ("E",), Operation.KEEP)
-    monkeypatch.setattr(table, "RULES", (*RULES, twin))
+    monkeypatch.setattr(names, "RULES", (*RULES, twin))
     with pytest.raises(AssertionError, match=r"spelled experts\.down_proj"):
-        table._lookup(Layout.HF)
+        names._lookup(Layout.HF)
 
 
 def test_no_other_module_knows_these_names() -> None:
-    names = {name for rule in RULES for layout in Layout for name in rule.names(layout)}
+    known = {name for rule in RULES for layout in Layout for name in rule.names(layout)}
     found = [
         f"{path.name}:{line}: {text}"
         for path in Path(gemma4_moe.__file__).parent.rglob("*.py")
         if path.name != "table.py"
         for line, text in strings_of_code(ast.parse(path.read_text()))
-        if any(name in text for name in names)
+        if any(name in text for name in known)
     ]
     assert found == []
 

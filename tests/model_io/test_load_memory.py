@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemma4_moe import load_hf, plan
-from gemma4_moe.model_io import staging
+from gemma4_moe.model_io import load
 from gemma4_moe.model_io.mesh_preview import predict
 from support.checkpoints import write_checkpoint
 from support.formulas import nemo_from_hf
@@ -48,7 +48,7 @@ def test_the_prediction_is_what_a_load_takes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(staging, "BLOCK_BYTES", block)
+    monkeypatch.setattr(load, "BLOCK_BYTES", block)
     state = {name: tensor.to(stored) for name, tensor in random_hf_state_dict(E=E, H=H, I=I).items()}
     if beside is not None:
         state["model.vision_tower.position_embedding_table"] = torch.rand(beside).to(stored)
@@ -61,5 +61,5 @@ def test_the_prediction_is_what_a_load_takes(
 
 
 def test_rows_at_once_fill_a_block_and_are_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "BLOCK_BYTES", 100)
-    assert [staging.rows_at_once(row) for row in (0, 1, 33, 50, 100, 101, 10**9)] == [100, 100, 3, 2, 1, 1, 1]
+    monkeypatch.setattr(load, "BLOCK_BYTES", 100)
+    assert [load.rows_at_once(row) for row in (0, 1, 33, 50, 100, 101, 10**9)] == [100, 100, 3, 2, 1, 1, 1]

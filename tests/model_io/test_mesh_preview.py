@@ -20,7 +20,7 @@ from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
 from support.sparse import write_sparse_checkpoint
 
-REAL = Path(__file__).parent / "data/gemma-4-26B-A4B"
+REAL = Path(__file__).parents[1] / "data/gemma-4-26B-A4B"
 NATIVE = {"ep": Shard(0), "ep_shard": Shard(1), "dp_shard": Shard(0), "dp_replicate": Replicate()}
 MESHES = [
     {"ep": 8},

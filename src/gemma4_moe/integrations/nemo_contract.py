@@ -64,7 +64,7 @@ def find() -> Nemo:
     return Nemo(
         version=str(_part(_module("nemo_automodel"), "__version__")).partition("+")[0],
         model=_module(f"{_COMPONENTS}.models.gemma4_moe.model"),
-        beside=_module(f"{_COMPONENTS}.models.gemma4_moe.adapter.state_dict_adapter"),
+        beside=_module(f"{_COMPONENTS}.models.gemma4_moe.state_dict_adapter"),
         checkpointing=checkpointing,
         checkpointer=_part(checkpointing, "Checkpointer"),
         interface=_part(_module(f"{_COMPONENTS}.checkpoint.state_dict_adapter"), "StateDictAdapter"),
