@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from gemma4_moe.converter.convert import Conversion
     from gemma4_moe.converter.inspect import Inspection
+    from gemma4_moe.converter.mesh_preview import Prediction
     from gemma4_moe.converter.preview import Preview
-    from gemma4_moe.model_io.mesh_preview import Prediction
     from gemma4_moe.target.manifest import Recheck
     from gemma4_moe.target.recovery import Remains
     from gemma4_moe.verifier.verify import Verification

@@ -13,9 +13,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gemma4_moe import plan
+from gemma4_moe.converter.mesh_preview import parse_mesh, predict
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layout.dtypes import BFLOAT16
-from gemma4_moe.model_io.mesh_preview import parse_mesh, predict
 from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
 from support.sparse import write_sparse_checkpoint

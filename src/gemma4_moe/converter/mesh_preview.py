@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
+from gemma4_moe.converter.blocks import BLOCK_BYTES
 from gemma4_moe.distributed.sharding import NAMED_DIMENSIONS, count, local_runs
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layout.table import Layout, transposes
-from gemma4_moe.model_io.load import load_staging_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from gemma4_moe.converter.plan import Plan, PlannedTensor
     from gemma4_moe.distributed.sharding import Placement
@@ -152,3 +152,14 @@ def _held(
 
 def _nbytes(tensor: PlannedTensor, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * tensor.dtype.itemsize
+
+
+def source_row_bytes(tensor: PlannedTensor) -> int:
+    """Return what the file has for one index of a native tensor's first axis, in bytes; of a scalar, all of it."""
+    assert tensor.source is not None, "every nemo tensor comes from an hf tensor"
+    return tensor.source.nbytes // max(1, tensor.source.shape[0] if tensor.source.shape else 1)
+
+
+def load_staging_bytes(tensors: Iterable[PlannedTensor]) -> int:
+    """Return what a load needs beside the model, in bytes; the file's dtypes decide, not the model's."""
+    return max([BLOCK_BYTES, *map(source_row_bytes, tensors)])
