@@ -231,8 +231,7 @@ def _preview(output: Output, source: str, target: Path | None, options: dict[str
 
 def _predict(output: Output, source: str, mesh: str, options: dict[str, Any]) -> None:
     from gemma4_moe.cli import report
-    from gemma4_moe.converter import preview
-    from gemma4_moe.converter import mesh_preview
+    from gemma4_moe.converter import mesh_preview, preview
 
     ranks = mesh_preview.parse_mesh(mesh)
     prediction = mesh_preview.predict(preview.plan(source, **options).plan, ranks)
