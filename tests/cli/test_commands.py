@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,8 +46,8 @@ def test_convert_then_verify_then_diff(source: Path, tmp_path: Path) -> None:
     assert ask("convert", nemo, back)["layout"] == "hf"
     assert ask("verify", nemo, back)["different"] == 0
     differing = run("diff", source, back, "--format", "json")
-    assert differing.returncode == 4, "scales come back, but not all weights do: bf16 has rounded their products"
-    assert json.loads(differing.stdout)["different"] == 2
+    assert differing.returncode == 4, "without --base the fold stays in the weights"
+    assert json.loads(differing.stdout)["different"] >= 2
     assert run("diff", back, back).returncode == 0
 
 
@@ -202,7 +203,7 @@ commands.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_sigterm_around_the_rename_leaves_all_or_nothing_and_the_next_command_heals(
+def test_sigterm_around_the_rename_leaves_all_or_nothing_and_clean_or_resume_ends_it(
     when: str, source: Path, tmp_path: Path
 ) -> None:
     target, left = tmp_path / "nemo", tmp_path / ".nemo.gemma4-moe"
@@ -217,8 +218,12 @@ def test_sigterm_around_the_rename_leaves_all_or_nothing_and_the_next_command_he
         assert (left / "out/model.safetensors").exists()
         resumed = run("convert", source, target, "--resume")
         assert resumed.returncode == 0, resumed.stderr
-    healed = ask("verify", target)
-    assert healed["wrong"] == []
+    else:
+        refused = run("verify", target)
+        assert refused.returncode == 3
+        (command_to_type,) = re.findall(r"next: (gemma4-moe clean [^,]+),", refused.stderr)
+        assert run(*shlex.split(command_to_type)[1:]).returncode == 0
+    assert ask("verify", target)["wrong"] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "nemo"]
     again = run("convert", source, target, "--resume")
     assert again.returncode == 0, again.stderr

@@ -81,6 +81,14 @@ def test_a_rank_without_experts_reads_none(tmp_path: Path) -> None:
     assert prediction.balance == pytest.approx(2 / 1.25)
 
 
+def test_plan_previews_a_mesh_given_as_text_or_as_a_mapping(real: Path) -> None:
+    assert plan(real).mesh is None
+    mesh = {"ep_shard": 2, "ep": 8}
+    assert plan(real, mesh="ep_shard=2,ep=8").mesh == plan(real, mesh=mesh).mesh == predict(plan(real).plan, mesh)
+    with pytest.raises(UsageError, match="not a mesh"):
+        plan(real, mesh={"ep": 0})
+
+
 @pytest.mark.parametrize("text", ["", "ep", "ep=", "ep=0", "ep=-2", "tp=2", "ep=2,ep=2", "ep=99999999", "ep=²"])
 def test_what_is_no_mesh_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match="not a mesh"):
