@@ -174,7 +174,7 @@ def test_signals_end_a_conversion_without_a_trace_and_it_can_be_resumed(
     assert done.returncode == status, done.stderr
     assert not (tmp_path / "nemo").exists()
     left = tmp_path / ".nemo.gemma4-moe"
-    assert re.search(rf"stays on disk: {re.escape(str(left))}, [1-9][0-9,]* bytes", done.stderr)
+    assert re.search(rf"kept on disk: {re.escape(str(left))}, [1-9][0-9,]* bytes", done.stderr)
     assert f"resume with: gemma4-moe convert {source} {tmp_path / 'nemo'} --resume" in done.stderr
     assert f"remove with: gemma4-moe clean {tmp_path / 'nemo'}" in done.stderr
     refused = run("convert", source, tmp_path / "nemo")
@@ -322,6 +322,19 @@ def test_the_next_command_can_be_pasted(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "a b", random_hf_state_dict())
     done = run("convert", source, tmp_path / "c d")
     assert f"gemma4-moe verify '{source}' '{tmp_path / 'c d'}'" in done.stderr
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(source: Path, tmp_path: Path) -> None:
+    for arguments in (
+        ["convert", "~/hf", "~/nemo", "--dry-run"],
+        ["convert", "~/hf", "~/nemo"],
+        ["convert", "~/nemo", "~/back", "--base=~/hf"],
+        ["diff", "~/hf", "~/back"],
+        ["clean", "~/back"],
+    ):
+        done = run(*arguments, HOME=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "nemo"]
 
 
 def test_a_full_disk_under_stdout_is_5(source: Path) -> None:

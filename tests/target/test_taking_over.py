@@ -77,7 +77,7 @@ def test_a_command_that_finds_the_target_busy_does_not_offer_to_remove_the_other
     assert caught.value.code == TargetBusyError.exit_status
     talk = capsys.readouterr().err
     assert "process 77 on far-away" in talk
-    assert "stays on disk" not in talk
+    assert "kept on disk" not in talk
     assert "clean" not in talk
 
 

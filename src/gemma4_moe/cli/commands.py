@@ -131,7 +131,7 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
     """
     from gemma4_moe.checkpoint.paths import expanded
     from gemma4_moe.cli import report
-    from gemma4_moe.cli.progress import Talk, saying_what_stays
+    from gemma4_moe.cli.progress import ProgressLine, telling_what_is_kept
     from gemma4_moe.converter import convert
     from gemma4_moe.distributed.ranks import under_torchrun
     from gemma4_moe.target.preconditions import check_target
@@ -140,7 +140,11 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
         check_target(target, expanded(source), overwrite=arguments["overwrite"])
         _preview(output, source, target, {name: arguments[name] for name in _PLANNED})
         return
-    with under_torchrun(), saying_what_stays(output.say, target), Talk(output.talk, "converting") as progress:
+    with (
+        under_torchrun(),
+        telling_what_is_kept(output.say, target),
+        ProgressLine(output.talk, "converting") as progress,
+    ):
         done = convert.convert(source, target, read_back=not no_read_back, progress=progress, **arguments)
     output.say(*(f"note: {note}" for note in done.notes))
     if done.left_behind:
@@ -169,10 +173,10 @@ def verify(output: Output, *, first: str, second: str | None, revision: str | No
     gemma4_moe.json.
     """
     from gemma4_moe.cli import report
-    from gemma4_moe.cli.progress import Talk
+    from gemma4_moe.cli.progress import ProgressLine
     from gemma4_moe.verifier import verify
 
-    with Talk(output.talk, "verifying") as progress:
+    with ProgressLine(output.talk, "verifying") as progress:
         if second is None:
             alone = verify.verify(first, revision=revision, progress=progress)
         else:
@@ -197,10 +201,10 @@ def diff(output: Output, *, first: str, second: str) -> None:
 
     Spellings of names and the cut into files may differ. Files other than weights are not compared.
     """
-    from gemma4_moe.cli.progress import Talk
+    from gemma4_moe.cli.progress import ProgressLine
     from gemma4_moe.verifier import diff
 
-    with Talk(output.talk, "comparing") as progress:
+    with ProgressLine(output.talk, "comparing") as progress:
         found = diff.diff(first, second, progress=progress)
     _compared(output, found)
 
