@@ -63,11 +63,11 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself.
+    """A header.
 
     Attributes:
         entries: The tensors in the order of their data.
-        metadata: The free text that the file carries.
+        metadata: The strings under `__metadata__`, by key.
         data_start: Offset of the first byte of data.
         digest: SHA-256 of the file's first `data_start` bytes, in hexadecimal.
     """
@@ -82,7 +82,7 @@ def header_size(prefix: bytes, file_size: int, *, file: object) -> int:
     """Return the size in bytes of length and JSON together, from the first eight bytes of a file.
 
     Raises:
-        CheckpointFormatError: There are no eight bytes, or the length can't be that of a header of this file.
+        CheckpointFormatError: There are fewer than eight bytes, or this file can't have a header of that length.
     """
     if len(prefix) < LENGTH.size:
         raise CheckpointFormatError(
@@ -106,17 +106,17 @@ def header_size(prefix: bytes, file_size: int, *, file: object) -> int:
 
 
 def parse_header(raw: bytes, file_size: int, *, file: object) -> Header:
-    """Read a header.
+    """Return the header of a file.
 
     Args:
         raw: The first bytes of the file, at least to the end of the header.
         file_size: Size of the whole file in bytes.
-        file: What errors call the file.
+        file: The file's name in errors.
 
     Raises:
         CheckpointFormatError: The header breaks a rule of the format.
-        DuplicateTensorError: Two entries have one name.
-        TensorShapeError: An entry's shape and dtype don't make the bytes that it claims.
+        DuplicateTensorError: Two entries have the same name.
+        TensorShapeError: An entry has another number of bytes than its shape and dtype.
     """
     data_start = header_size(raw, file_size, file=file)
     raw = raw[:data_start]
@@ -195,7 +195,7 @@ def tensor_nbytes(name: str, dtype: DType, shape: tuple[int, ...], *, file: obje
     """Return the size of a tensor in bytes.
 
     Raises:
-        TensorShapeError: It does not fill whole bytes, or a step of the product leaves 64 bits, as the format counts.
+        TensorShapeError: The tensor does not fill whole bytes, or a step of the product exceeds 64 bits.
     """
     bits = 1
     for size in shape:

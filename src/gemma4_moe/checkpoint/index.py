@@ -62,7 +62,7 @@ def _check_place(tensor: str, name: object, file: object) -> None:
             "the index names a place outside of its directory, or no safetensors file",
             tensor=tensor,
             file=file,
-            expected="the bare name of a .safetensors file beside the index",
+            expected="the bare name of a .safetensors file in the index's directory",
             found=name if isinstance(name, str) else reprlib.repr(name),
             hint="don't use this checkpoint unless you know who wrote it",
         )
@@ -74,7 +74,7 @@ def is_bare_name(name: str) -> bool:
 
 
 def write_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
-    """Return an index: the same bytes for the same tensors, whatever order they are given in.
+    """Return an index: the same bytes for the same tensors, in any order.
 
     Args:
         weight_map: The file name of each tensor.

@@ -39,8 +39,8 @@ def load_object(raw: bytes, *, file: object, what: str) -> tuple[tuple[str, Any]
 
     Args:
         raw: The document in UTF-8, from its first brace.
-        file: What errors call its file.
-        what: What errors call the document, e.g. "header".
+        file: The name of its file in errors.
+        what: The name of the document in errors, e.g. "header".
 
     Raises:
         CheckpointFormatError: It is not such a document.

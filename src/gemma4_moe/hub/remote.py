@@ -48,7 +48,7 @@ _OS_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 
 
 class RemoteFile(SafetensorsFile):
-    """A safetensors file on the Hub, at one commit. Its bytes can't change, but the connection can fail."""
+    """A safetensors file on the Hub, at one commit: its bytes never change, but its connection can fail."""
 
     def __init__(self, repository: str, commit: str, name: str, size: int | None) -> None:
         """Read the file's header.
@@ -160,7 +160,7 @@ def open_on_hub(
             if name.endswith(_WEIGHTS):
                 weights[name] = partial(RemoteFile, repository, commit, name, size)
             else:
-                content = _beside(repository, commit, name, size, headers_only=headers_only)
+                content = _small_content(repository, commit, name, size, headers_only=headers_only)
                 with disk_refusals("write", directory / name):
                     (directory / name).write_bytes(content)
         with open_checkpoint(directory, weights) as checkpoint:
@@ -194,8 +194,8 @@ def _list(repository: str, revision: str | None) -> _Listing:
     return _Listing(commit, sizes, {name for name in directories if is_bare_name(name)})
 
 
-def _beside(repository: str, commit: str, name: str, size: int | None, *, headers_only: bool) -> bytes:
-    """Return the content of a file that is no file of weights, or nothing if it is of no use."""
+def _small_content(repository: str, commit: str, name: str, size: int | None, *, headers_only: bool) -> bytes:
+    """Return the content of a file without weights, or nothing if a conversion has no use for it."""
     from huggingface_hub import hf_hub_url
 
     most = _READ.get(name)
@@ -220,7 +220,7 @@ def fetch(repository: str, revision: str | None = None, *, cached_only: bool = F
     Args:
         repository: The model's id.
         revision: Branch, tag or commit.
-        cached_only: Ask for nothing over the network.
+        cached_only: Make no request: return the directory only if the cache has the model.
 
     Raises:
         InputError: There is no such model or revision, or not for this token.

@@ -69,7 +69,7 @@ def read_small(url: str, most: int, *, file: object, attempts: int = _ATTEMPTS) 
     Args:
         url: Its address.
         most: Its largest size in bytes.
-        file: What errors call it.
+        file: Its name in errors.
         attempts: How many times the request is made if its connection fails.
 
     Raises:
@@ -90,14 +90,14 @@ def read_small(url: str, most: int, *, file: object, attempts: int = _ATTEMPTS) 
 
 
 def too_large(file: object, most: int, found: str) -> CheckpointFormatError:
-    """Return the error for a file that is no file of weights and has more than `most` bytes."""
+    """Return the error for a file without weights that has more than `most` bytes."""
     return CheckpointFormatError(
         "a file that is far larger than such a file can be", file=file, expected=f"at most {most} bytes", found=found
     )
 
 
 def _receive(url: str, take: Callable[[Any], _T], *, file: object, attempts: int = _ATTEMPTS, **headers: str) -> _T:
-    """Return what `take` makes of the answer to a request. It gets each answer from the beginning."""
+    """Return the result of `take` on the answer to a request; after a failure, on the whole of the next answer."""
     with refusals(file):
         from huggingface_hub import constants, utils
 
