@@ -173,7 +173,7 @@ def test_a_destination_beside_an_ordinary_tensor_of_its_layer_is_refused(
     fill(views, hf)
     before = model[NATIVE_DOWN].detach().clone()
     mixed = views | {name: lose(views[name])}
-    with pytest.raises(UsageError, match="beside an ordinary tensor"):
+    with pytest.raises(UsageError, match="both destinations and ordinary tensors"):
         adapter.from_hf(iter(mixed.items()) if as_iterator else mixed)
     if not as_iterator or name != GATE_UP:
         assert torch.equal(model[NATIVE_DOWN], before)

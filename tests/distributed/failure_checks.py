@@ -110,7 +110,7 @@ def refuse_unknown_mesh(world: int) -> None:
             adapter().from_hf(hf, init_device_mesh("cpu", (world,), mesh_dim_names=names))
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
     nothing_known = Gemma4MoEStateDictAdapter(None, None, None)
-    with pytest.raises(ParallelError, match="whole or a part"):
+    with pytest.raises(ParallelError, match="whole or a shard"):
         nothing_known.from_hf(hf, mesh)
     with pytest.raises(ValueError, match="wrong shape"):
         adapter().from_hf({name: t[:2] if t.shape[:1] == (6,) else t for name, t in hf.items()}, mesh)

@@ -1,6 +1,6 @@
-"""Buckets to another process of the same machine: CUDA IPC handles, or shared memory on the CPU, and no copies.
+"""Send buckets to another process of this machine without copies: by CUDA IPC handles, or by shared memory on the CPU.
 
-Handles are made and opened by `torch.multiprocessing`'s reductions, which a `multiprocessing` connection uses for every
+`torch.multiprocessing`'s reductions make and open the handles; a `multiprocessing` connection uses them for every
 tensor. As with any such connection, both ends must trust each other.
 """
 
@@ -25,11 +25,11 @@ _DONE = "done"
 def send(stream: WeightStream, connection: Connection) -> None:
     """Send one pass of a stream; return when the receiver has read all of it.
 
-    The receiver reads one bucket while the next one is filled. Ranks that the stream gives nothing only take part.
+    The receiver reads one bucket while the next one is filled. A rank that gets no tensors only takes part in gathers.
     """
     unread = 0
     for bucket in stream.buckets():
-        _wait_for(bucket.buffer)  # the other process knows nothing of this one's streams
+        _wait_for(bucket.buffer)  # the other process doesn't see this process' CUDA streams
         connection.send((bucket.buffer, bucket.entries))
         unread += 1
         if unread == 2:
