@@ -190,7 +190,7 @@ CHANGES: dict[str, Callable[[nemo_contract.Nemo], dict[str, Any]]] = {
     "has the adapter's class": lambda nemo: {"model": without(nemo.model, nemo_contract.ADAPTER)},
     "is made from config": lambda nemo: {
         "model": without(nemo.model, Gemma4MoEStateDictAdapter=Elsewhere),
-        "beside": without(nemo.beside, Gemma4MoEStateDictAdapter=Elsewhere),
+        "adapter_module": without(nemo.adapter_module, Gemma4MoEStateDictAdapter=Elsewhere),
     },
     "looks Gemma4MoEStateDictAdapter up": lambda nemo: {
         "model": without(nemo.model, Gemma4ForConditionalGeneration=Elsewhere)

@@ -108,14 +108,12 @@ def gather(
     Raises:
         ParallelError: A collective failed.
     """
-    dims = [dim for dim, placement in enumerate(where.placements) if placement is not None and where.mesh.size(dim) > 1]
-    if not dims:
+    if not where.is_cut:
         return local if out is None else out.copy_(local)
-    dims.sort(key=lambda dim: (_axis(where, dim) == 0, -dim))
     whole = torch.empty(tuple(shape), dtype=local.dtype, device=local.device) if out is None else out
     _place(local, where.runs(shape), whole)
     gathered: set[int] = set()
-    for dim in dims:
+    for dim in (*reversed(where.inner_dims), *reversed(where.expert_dims)):
         parts = [_holding(where, shape, dim, place, gathered) for place in range(where.mesh.size(dim))]
         own = where.mesh.get_local_rank(dim)
         _exchange(whole, parts, own, where.mesh.get_group(dim), staging_bytes)
@@ -134,11 +132,9 @@ def broadcast(tensor: torch.Tensor, where: Placed, owner: Sequence[int]) -> None
     Raises:
         ParallelError: A collective failed.
     """
-    for dim, placement in enumerate(where.placements):
-        if placement is not None and placement.axis == 0 and where.mesh.size(dim) > 1:
-            with _failing_in_words("broadcast a tensor"):
-                raw = tensor.view(-1).view(torch.uint8)
-                dist.broadcast(raw, group=where.mesh.get_group(dim), group_src=owner[dim])
+    for dim in where.expert_dims:
+        with _failing_in_words("broadcast a tensor"):
+            dist.broadcast(tensor.view(-1).view(torch.uint8), group=where.mesh.get_group(dim), group_src=owner[dim])
 
 
 def _holding(where: Placed, shape: Sequence[int], dim: int, place: int, gathered: Collection[int]) -> tuple[Runs, ...]:
@@ -181,19 +177,12 @@ def _all_gather(whole: torch.Tensor, part: torch.Tensor, group: Any) -> None:
 
 def _place(part: torch.Tensor, runs: Sequence[Runs], whole: torch.Tensor) -> None:
     """Copy a part to its place in the whole tensor."""
-    starts = [[count(own[:i]) for i in range(len(own))] for own in runs]
-    for choice in product(*(range(len(own)) for own in runs)):
-        target = tuple(slice(own[i].start, own[i].stop) for own, i in zip(runs, choice, strict=True))
-        source = tuple(
-            slice(begin[i], begin[i] + len(own[i])) for own, begin, i in zip(runs, starts, choice, strict=True)
-        )
-        whole[target].copy_(part[source])
-
-
-def _axis(where: Placed, dim: int) -> int:
-    placement = where.placements[dim]
-    assert placement is not None
-    return placement.axis
+    for axis, own in enumerate(runs):
+        if len(own) != 1:
+            for run, piece in zip(own, torch.split(part, [len(run) for run in own], axis), strict=True):
+                _place(piece, [*runs[:axis], (run,), *runs[axis + 1 :]], whole)
+            return
+    whole[tuple(slice(own[0].start, own[0].stop) for own in runs)].copy_(part)
 
 
 @contextmanager

@@ -40,9 +40,19 @@ class Placed:
     placements: tuple[Placement, ...]
 
     @property
+    def expert_dims(self) -> list[int]:
+        """The mesh dimensions of several ranks that cut axis 0."""
+        return [dim for dim, p in enumerate(self.placements) if p and p.axis == 0 and self.mesh.size(dim) > 1]
+
+    @property
+    def inner_dims(self) -> list[int]:
+        """The mesh dimensions of several ranks that cut an axis other than 0."""
+        return [dim for dim, p in enumerate(self.placements) if p and p.axis != 0 and self.mesh.size(dim) > 1]
+
+    @property
     def is_cut(self) -> bool:
-        """Whether several ranks hold different shards: if not, each rank holds the whole tensor."""
-        return any(p is not None and self.mesh.size(dim) > 1 for dim, p in enumerate(self.placements))
+        """Whether the ranks hold different shards. If not, each rank holds the whole tensor."""
+        return bool(self.expert_dims or self.inner_dims)
 
     def converted(self, operation: Operation, ndim: int) -> Placed:
         """Return the placements on the other side of `operation`, of a tensor of `ndim` axes; no shard moves."""
@@ -56,7 +66,7 @@ class Placed:
 
     def of_experts(self) -> Placed:
         """Return the placement of a per-expert vector [E] that belongs to this tensor."""
-        return Placed(self.mesh, tuple(p if p is not None and p.axis == 0 else None for p in self.placements))
+        return Placed(self.mesh, tuple(p if p and p.axis == 0 else None for p in self.placements))
 
     def runs(self, shape: Sequence[int], coordinate: Sequence[int] | None = None) -> tuple[tuple[range, ...], ...]:
         """Return the indices that a rank, by default this one, holds of each axis of a tensor of `shape`.

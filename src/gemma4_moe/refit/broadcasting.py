@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from gemma4_moe.refit.buckets import ALIGNMENT, unpack
+from gemma4_moe.refit.buckets import aligned, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +43,7 @@ def receive(
     buffer = torch.empty(0, dtype=torch.uint8, device=device)
     while (entries := _broadcast_entries(None, src, group, torch.device(device))) is not None:
         last = entries[-1]
-        size = last.offset + -(-last.nbytes // ALIGNMENT) * ALIGNMENT
+        size = last.offset + aligned(last.nbytes)
         if buffer.numel() < size:
             buffer = torch.empty(size, dtype=torch.uint8, device=device)
         dist.broadcast(buffer[:size], src=src, group=group)

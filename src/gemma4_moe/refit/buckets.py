@@ -219,7 +219,7 @@ def plan_buckets(items: Iterable[Item], bucket_bytes: int, oversize: Oversize) -
             groups.append([])
             used = 0
         groups[-1].append(item)
-        used += _aligned(item.nbytes)
+        used += aligned(item.nbytes)
     return [_planned(group, bucket_bytes) for group in groups]
 
 
@@ -248,7 +248,7 @@ def _planned(group: Sequence[Item], bucket_bytes: int) -> PlannedBucket:
     entries, offset = [], 0
     for item in group:
         entries.append(BucketEntry(*item.planned[:3], offset, item.nbytes))
-        offset += _aligned(item.nbytes)
+        offset += aligned(item.nbytes)
     batches: dict[object, list[tuple[Item, BucketEntry]]] = {}
     for item, entry in zip(group, entries, strict=True):
         batches.setdefault(item.name if item.row is None else (item.native, item.row), []).append((item, entry))
@@ -260,5 +260,6 @@ def _planned(group: Sequence[Item], bucket_bytes: int) -> PlannedBucket:
     )
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """Return a size in bytes rounded up to a multiple of `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -94,10 +94,9 @@ class Filler:
         """Write one expert's part on the owner ranks, and broadcast it to the others."""
         assert item.expert is not None, "an item of one expert"
         owner, position = self._owners_of(where, shape[0])[item.expert]
-        outer = [dim for dim, placement in enumerate(where.placements) if placement is not None and placement.axis == 0]
         coordinate = where.mesh.get_coordinate()
         assert coordinate is not None, "a rank that holds a DTensor is in its mesh"
-        if all(coordinate[dim] == owner[dim] for dim in outer):
+        if all(coordinate[dim] == owner[dim] for dim in where.expert_dims):
             self._fill_owned(item, shape, local[position], where, out)
         broadcast(out, where, owner)
 
@@ -105,13 +104,11 @@ class Filler:
         self, item: Item, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
     ) -> None:
         """Write one expert's part, of which each owner rank has `local` [rows, columns] in native layout."""
-        inner = tuple(
-            None if p is None or p.axis == 0 else Sharded(2 - p.axis, p.split_factor) for p in where.placements
-        )
+        inner = tuple(Sharded(2 - p.axis, p.split_factor) if p and p.axis != 0 else None for p in where.placements)
         along = Placed(where.mesh, inner)
         if not along.is_cut:
             self._convert(item, _part(local, item), out)
-        elif any(p is not None and p.axis == 0 for p in inner) and _parts(item) > 1:
+        elif 0 in (p.axis for p in inner if p) and _parts(item) > 1:
             # Gate and up are on different ranks: the expert is gathered whole.
             shard = self._convert(item, local, out.new_empty(local.shape[1], local.shape[0]))
             rows = shape[2] // _parts(item)
@@ -124,9 +121,9 @@ class Filler:
     def _owners_of(self, where: Placed, experts: int) -> list[tuple[tuple[int, ...], int]]:
         """Return, for each expert, its owner's coordinate in the mesh and its position on that rank."""
         if where not in self._owners:
-            outer = {dim for dim, p in enumerate(where.placements) if p is not None and p.axis == 0}
             found: dict[int, tuple[tuple[int, ...], int]] = {}
-            for owner in product(*(range(where.mesh.size(d)) if d in outer else (0,) for d in range(where.mesh.ndim))):
+            cut = where.expert_dims
+            for owner in product(*(range(where.mesh.size(d)) if d in cut else (0,) for d in range(where.mesh.ndim))):
                 held = [expert for run in where.runs((experts,), owner)[0] for expert in run]
                 found |= {expert: (owner, position) for position, expert in enumerate(held)}
             self._owners[where] = [found[expert] for expert in range(experts)]

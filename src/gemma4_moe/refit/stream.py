@@ -7,12 +7,12 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from gemma4_moe.adapter.configs import axis_sizes, conversion_of
 from gemma4_moe.adapter.to_hf import excluding
 from gemma4_moe.distributed.collectives import agree_by_mesh
 from gemma4_moe.distributed.placements import local_of
+from gemma4_moe.distributed.ranks import current
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layout.dtypes import target_dtype
 from gemma4_moe.layout.inventory import Inventory
@@ -78,12 +78,15 @@ class WeightStream:
         _check_choice("oversize", oversize, ("error", "own"))
         if bucket_bytes < 1:
             raise UsageError("a bucket without room", expected="bucket_bytes of 1 or more", found=bucket_bytes)
+        ranks = current()
+        if dst is not None and not 0 <= dst < ranks.world:
+            raise UsageError("no such rank", expected=f"dst from 0 to {ranks.world - 1}", found=dst)
         check_readable_again(state)
         self.experts = experts
         self.bucket_bytes = bucket_bytes
         self.oversize = oversize
         self.dst = dst
-        self.keeps = _keeps(dst)
+        self.keeps = dst is None or dst == ranks.rank
         self._kernel = conversion_of(adapter.backend)
         self._state = state
         self._sources: list[dict[str, Source]] = []
@@ -158,7 +161,14 @@ class WeightStream:
             for batch in planned.batches:
                 item = batch.items[0]
                 value = state.tensor(item.mapping, item.native)
-                _check_device(value, item.native, device)
+                if value.device != device:
+                    raise UsageError(
+                        "tensors on several devices in one stream of buckets",
+                        tensor=item.native,
+                        expected=str(device),
+                        found=str(value.device),
+                        hint="iterate over the stream itself, or move the model to one device",
+                    )
                 filler.fill_batch(batch, value, bucket)
                 del value
             filler.flush()
@@ -188,27 +198,6 @@ def _fresh(item: Item, state: StatePass, filler: Filler) -> torch.Tensor:
     return out
 
 
-def _check_device(value: torch.Tensor, name: str, device: torch.device) -> None:
-    found = value.device
-    if found != device:
-        raise UsageError(
-            "tensors on several devices in one stream of buckets",
-            tensor=name,
-            expected=str(device),
-            found=str(found),
-            hint="iterate over the stream itself, or move the model to one device",
-        )
-
-
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UsageError(f"no such value of {name}", expected=" or ".join(known), found=repr(value))
-
-
-def _keeps(dst: int | None) -> bool:
-    """Return whether this rank gets tensors."""
-    initialised = dist.is_available() and dist.is_initialized()
-    world, rank = (dist.get_world_size(), dist.get_rank()) if initialised else (1, 0)
-    if dst is not None and not 0 <= dst < world:
-        raise UsageError("no such rank", expected=f"dst from 0 to {world - 1}", found=dst)
-    return dst is None or dst == rank
