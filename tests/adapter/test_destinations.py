@@ -47,7 +47,7 @@ def adapter() -> Gemma4MoEStateDictAdapter:
 
 
 def fill(views: State, hf: State, skip: tuple[str, ...] = ()) -> None:
-    """What a checkpoint reader does: copy into each destination, outside of any graph."""
+    """Copy into each destination, outside of any graph, as a checkpoint reader does."""
     with torch.no_grad():
         for name in views.keys() - set(skip):
             views[name].copy_(hf[name])

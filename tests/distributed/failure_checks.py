@@ -1,4 +1,4 @@
-"""Ranks that disagree, stay away or die: the others end soon, with an error that says where to look."""
+"""Checks on ranks that disagree, stay away or die: the others end soon, with an error that names the logs to read."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def disagree(world: int) -> None:
 
 
 def disagree_on_arguments(world: int) -> None:
-    """What is left out and how much is staged decide which collectives run, so ranks must agree on them too."""
+    """Excluded names and the size of the staging decide which collectives run, so ranks must agree on them too."""
     state, mine = model(world), str(dist.get_rank())
     with pytest.raises(ParallelError, match="ranks disagree"):
         adapter().to_hf(state, rf".*layers\.{mine}\..*", gather=True)

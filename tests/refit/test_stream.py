@@ -145,7 +145,7 @@ def test_some_layers_only() -> None:
         WeightStream(ADAPTER, nemo, layers=[1, 3])
 
 
-def test_what_a_regex_matches_is_left_out() -> None:
+def test_names_that_a_regex_matches_are_left_out() -> None:
     nemo = nemo_state()
     expected = [(n, t) for n, t in in_order(nemo, layers=3).items() if "router." not in n or "per_expert" in n]
     assert_same_stream(WeightStream(ADAPTER, nemo, exclude_key_regex=r".*moe\.gate\."), expected)

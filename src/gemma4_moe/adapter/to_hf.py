@@ -18,7 +18,7 @@ from gemma4_moe.distributed.collectives import STAGING_BYTES, agree_by_mesh, gat
 from gemma4_moe.distributed.placements import local_of, placed, placed_on, transposed_view
 from gemma4_moe.errors import UsageError
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
-from gemma4_moe.layout.table import DOWN, SCALE, Operation, converted_shape, transposes
+from gemma4_moe.layout.table import DOWN, SCALE, Operation, converted_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -91,8 +91,9 @@ class ToHf:
             return self._gathered(operation, value, entry)
         if operation is Operation.KEEP:
             return value
+        local = local_of(value)
         if operation is Operation.FOLD:
-            scale = destinations.unfilled_scale(local_of(value)) if loading else convert_block(operation, value)
+            scale = destinations.unfilled_scale(local) if loading else convert_block(operation, local)
             if isinstance(value, DTensor):
                 scale = placed(value, entry.name).of_experts().wrap(scale, value.shape[:1])
             return destinations.mark(scale, entry.value) if loading else scale
@@ -100,7 +101,7 @@ class ToHf:
             return destinations.mark(transposed_view(value, entry.name), entry.value)
         if isinstance(value, DTensor):
             return transposed_view(value, entry.name)
-        return convert_block(operation, value, kernel=self.kernel)
+        return convert_block(operation, local, kernel=self.kernel)
 
     def _gathered(self, operation: Operation, value: DTensor, entry: Entry) -> torch.Tensor:
         """Return the whole tensor; each rank puts its own shard into hf layout before it is gathered."""
@@ -110,7 +111,7 @@ class ToHf:
             return torch.ones(value.shape[:1], dtype=value.dtype, device=local_of(value).device)
         where = placed(value, entry.name).converted(operation, value.ndim)
         shape = converted_shape(operation, entry.shape)
-        shard = convert_block(operation, value, kernel=self.kernel)
+        shard = convert_block(operation, local_of(value), kernel=self.kernel)
         return shard.new_empty(shape) if shard.is_meta else gather(shard, where, shape, self.staging_bytes)
 
 
@@ -130,32 +131,26 @@ def convert_block(
     out: torch.Tensor | None = None,
     kernel: str = "auto",
 ) -> torch.Tensor:
-    """Return a block of a native tensor in hf layout, of a DTensor this rank's shard.
+    """Return a block of a native tensor in hf layout.
 
     Args:
         operation: The operation between the native and the hf tensor. FOLD gives the scale [E] of `native` [E, I, H],
             which is ones.
-        native: The native values: [E, R, C] for an operation that exchanges axes, any shape for KEEP.
+        native: The native values, a plain tensor: [E, R, C] or [R, C] if the operation exchanges axes, else any shape.
         dtype: Dtype of the result; by default that of `out`, or else that of `native`.
         out: Where to write the result. By default new memory; for KEEP in its own dtype `native` itself.
         kernel: The kernel that converts.
     """
-    local = local_of(native)
+    into = dtype or (native if out is None else out).dtype
     if operation is Operation.FOLD:
-        return (
-            torch.ones(local.shape[:1], dtype=dtype or local.dtype, device=local.device)
-            if out is None
-            else out.fill_(1)
-        )
-    converted: torch.Tensor
-    if transposes(operation):
-        converted = transpose_scale_cast(local, dtype=dtype, out=out, kernel=kernel)
-    elif local.dtype == (dtype or (local if out is None else out).dtype):
-        converted = local if out is None else out.copy_(local)
-    else:
-        at_least_one_axis = local.reshape(local.shape or 1), None if out is None else out.view(out.shape or 1)
-        converted = scale_cast(at_least_one_axis[0], dtype=dtype, out=at_least_one_axis[1], kernel=kernel)
-        converted = converted.view(local.shape)
+        return torch.ones(native.shape[:1], dtype=into, device=native.device) if out is None else out.fill_(1)
+    if operation is Operation.KEEP and native.dtype == into:
+        return native if out is None else out.copy_(native)
+    if operation is Operation.KEEP and native.ndim == 0:  # the kernels take at least one axis
+        out = None if out is None else out.view(1)
+        return convert_block(operation, native.view(1), dtype=dtype, out=out, kernel=kernel).view(())
+    convert = scale_cast if operation is Operation.KEEP else transpose_scale_cast
+    converted: torch.Tensor = convert(native, dtype=dtype, out=out, kernel=kernel)
     return converted
 
 

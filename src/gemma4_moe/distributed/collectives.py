@@ -72,7 +72,7 @@ def agree(action: str, mesh: DeviceMesh | None, plan: Any) -> None:
         raise ParallelError(
             f"ranks disagree on what to {action}",
             expected="the same arguments, names, shapes, placements and dtypes on all ranks",
-            found=f"on rank {dist.get_rank()}: {json.dumps(plan, default=str)[:1000]}",
+            found=f"on rank {dist.get_rank()}: {text[:1000]}",
             hint="compare this message on all ranks, and call with the state of one model and the same arguments",
         )
 
@@ -162,17 +162,12 @@ def _exchange(whole: torch.Tensor, parts: Sequence[tuple[Runs, ...]], own: int, 
         blocks = [(part_of(part[0], first, first + step), *part[1:]) for part in parts]
         mine = take(whole, blocks[own])
         send[: mine.numel()].view(mine.shape).copy_(mine)
-        _all_gather(staging, send, group)
+        with _failing_in_words("gather a tensor"):  # as bytes, which every backend can move, whatever the dtype
+            _ALL_GATHER(as_bytes(staging), as_bytes(send), group)
         for place, block in enumerate(blocks):
             if place != own:
                 sizes = [count(runs) for runs in block]
                 _place(staging[place, : prod(sizes)].view(sizes), block, whole)
-
-
-def _all_gather(whole: torch.Tensor, part: torch.Tensor, group: Any) -> None:
-    """Gather equally long parts into rows of `whole`, as bytes: every backend can move those, whatever the dtype."""
-    with _failing_in_words("gather a tensor"):
-        _ALL_GATHER(whole.view(torch.uint8).view(-1), as_bytes(part), group)
 
 
 def _place(part: torch.Tensor, runs: Sequence[Runs], whole: torch.Tensor) -> None:

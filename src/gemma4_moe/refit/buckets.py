@@ -79,13 +79,11 @@ class PlannedBucket:
         batches: Its items, grouped by the kernel call that writes them.
         entries: The places of all items, in order.
         size: Its size in bytes, a multiple of `ALIGNMENT`.
-        ordinary: Whether it is no larger than `bucket_bytes`.
     """
 
     batches: tuple[Batch, ...]
     entries: tuple[BucketEntry, ...]
     size: int
-    ordinary: bool
 
 
 class Bucket:
@@ -154,7 +152,7 @@ class Buffers:
 
     Args:
         device: The buffers' device.
-        size: Size in bytes of a buffer for ordinary buckets.
+        size: Size in bytes of a buffer; a larger bucket gets a buffer of its own.
     """
 
     def __init__(self, device: torch.device, size: int) -> None:
@@ -220,7 +218,7 @@ def plan_buckets(items: Iterable[Item], bucket_bytes: int, oversize: Oversize) -
             used = 0
         groups[-1].append(item)
         used += aligned(item.nbytes)
-    return [_planned(group, bucket_bytes) for group in groups]
+    return [_planned(group) for group in groups]
 
 
 def unpack(buffer: torch.Tensor, entries: Iterable[Sequence[Any]]) -> list[tuple[str, torch.Tensor]]:
@@ -244,7 +242,7 @@ def _still_held(bucket: Bucket) -> UsageError:
     )
 
 
-def _planned(group: Sequence[Item], bucket_bytes: int) -> PlannedBucket:
+def _planned(group: Sequence[Item]) -> PlannedBucket:
     entries, offset = [], 0
     for item in group:
         entries.append(BucketEntry(*item.planned[:3], offset, item.nbytes))
@@ -256,7 +254,6 @@ def _planned(group: Sequence[Item], bucket_bytes: int) -> PlannedBucket:
         tuple(Batch.of(*zip(*batch, strict=True)) for batch in batches.values()),
         tuple(entries),
         offset,
-        ordinary=group[0].nbytes <= bucket_bytes,
     )
 
 

@@ -17,7 +17,7 @@ from gemma4_moe.errors import UsageError
 from gemma4_moe.layout.dtypes import target_dtype
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.table import Layout
-from gemma4_moe.refit.buckets import Buffers, plan_buckets
+from gemma4_moe.refit.buckets import Buffers, aligned, plan_buckets
 from gemma4_moe.refit.filling import Filler, holds_all
 from gemma4_moe.refit.items import items_of, only_layers, require_complete
 from gemma4_moe.refit.preflight import check_against
@@ -156,7 +156,8 @@ class WeightStream:
             if buffers is None:
                 first = planned.batches[0].items[0]
                 device = local_of(state.tensor(first.mapping, first.native)).device
-                buffers = Buffers(device, max((p.size for p in self._buckets if p.ordinary), default=0))
+                most = aligned(self.bucket_bytes)
+                buffers = Buffers(device, max((p.size for p in self._buckets if p.size <= most), default=0))
             bucket = buffers.take(planned)
             for batch in planned.batches:
                 item = batch.items[0]
