@@ -114,9 +114,8 @@ def gather(
     _place(local, where.runs(shape), whole)
     gathered: set[int] = set()
     for dim in (*reversed(where.inner_dims), *reversed(where.expert_dims)):
-        parts = [_holding(where, shape, dim, place, gathered) for place in range(where.mesh.size(dim))]
-        own = where.mesh.get_local_rank(dim)
-        _exchange(whole, parts, own, where.mesh.get_group(dim), staging_bytes)
+        held = [_held(where, shape, dim, rank, gathered) for rank in range(where.mesh.size(dim))]
+        _exchange(whole, held, where.mesh.get_local_rank(dim), where.mesh.get_group(dim), staging_bytes)
         gathered.add(dim)
     return whole
 
@@ -137,12 +136,12 @@ def broadcast(tensor: torch.Tensor, where: Placed, owner: Sequence[int]) -> None
             dist.broadcast(tensor.view(-1).view(torch.uint8), group=where.mesh.get_group(dim), group_src=owner[dim])
 
 
-def _holding(where: Placed, shape: Sequence[int], dim: int, place: int, gathered: Collection[int]) -> tuple[Runs, ...]:
-    """Return the runs of each axis that rank `place` of `dim` holds once the dimensions in `gathered` are gathered."""
+def _held(where: Placed, shape: Sequence[int], dim: int, rank: int, gathered: Collection[int]) -> tuple[Runs, ...]:
+    """Return the runs of each axis that a rank of `dim` holds once the dimensions in `gathered` are gathered."""
     coordinate = where.mesh.get_coordinate()
     assert coordinate is not None, "a rank of the mesh gathers"
     ranges = [range(where.mesh.size(d)) if d in gathered else [own] for d, own in enumerate(coordinate)]
-    ranges[dim] = [place]
+    ranges[dim] = [rank]
     held: list[set[range]] = [set() for _ in shape]
     for ranks in product(*ranges):
         for axis, runs in enumerate(where.runs(shape, ranks)):
@@ -150,34 +149,34 @@ def _holding(where: Placed, shape: Sequence[int], dim: int, place: int, gathered
     return tuple(joined(sorted(runs, key=lambda run: run.start)) for runs in held)
 
 
-def _exchange(whole: torch.Tensor, parts: Sequence[tuple[Runs, ...]], own: int, group: Any, staging_bytes: int) -> None:
-    """Exchange the parts that all ranks of a group hold of `whole`, a block of rows at a time."""
-    most_rows = max(count(part[0]) for part in parts)
-    row_elements = max(prod(count(runs) for runs in part[1:]) for part in parts)
-    row_bytes = max(1, row_elements * whole.element_size() * (len(parts) + 1))
+def _exchange(whole: torch.Tensor, held: Sequence[tuple[Runs, ...]], own: int, group: Any, staging_bytes: int) -> None:
+    """Exchange all that the ranks of a group hold of `whole`, a block of rows at a time; `own` is this rank."""
+    most_rows = max(count(runs[0]) for runs in held)
+    row_elements = max(prod(map(count, runs[1:])) for runs in held)
+    row_bytes = max(1, row_elements * whole.element_size() * (len(held) + 1))
     step = max(1, min(most_rows, staging_bytes // row_bytes))
-    staging = whole.new_empty((len(parts), step * row_elements))
+    staging = whole.new_empty((len(held), step * row_elements))
     send = whole.new_empty(step * row_elements)
     for first in range(0, most_rows, step):
-        blocks = [(part_of(part[0], first, first + step), *part[1:]) for part in parts]
+        blocks = [(part_of(runs[0], first, first + step), *runs[1:]) for runs in held]
         mine = take(whole, blocks[own])
         send[: mine.numel()].view(mine.shape).copy_(mine)
         with _failing_in_words("gather a tensor"):  # as bytes, which every backend can move, whatever the dtype
             _ALL_GATHER(as_bytes(staging), as_bytes(send), group)
-        for place, block in enumerate(blocks):
-            if place != own:
+        for rank, block in enumerate(blocks):
+            if rank != own:
                 sizes = [count(runs) for runs in block]
-                _place(staging[place, : prod(sizes)].view(sizes), block, whole)
+                _place(staging[rank, : prod(sizes)].view(sizes), block, whole)
 
 
-def _place(part: torch.Tensor, runs: Sequence[Runs], whole: torch.Tensor) -> None:
-    """Copy a part to its place in the whole tensor."""
+def _place(values: torch.Tensor, runs: Sequence[Runs], whole: torch.Tensor) -> None:
+    """Copy values to the places in `whole` that `runs` of each axis select: the inverse of `take`."""
     for axis, own in enumerate(runs):
         if len(own) != 1:
-            for run, piece in zip(own, torch.split(part, [len(run) for run in own], axis), strict=True):
+            for run, piece in zip(own, torch.split(values, [len(run) for run in own], axis), strict=True):
                 _place(piece, [*runs[:axis], (run,), *runs[axis + 1 :]], whole)
             return
-    whole[tuple(slice(own[0].start, own[0].stop) for own in runs)].copy_(part)
+    whole[tuple(slice(own[0].start, own[0].stop) for own in runs)].copy_(values)
 
 
 @contextmanager

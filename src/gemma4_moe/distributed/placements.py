@@ -205,7 +205,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def take(value: Any, runs: Sequence[Sequence[range]]) -> torch.Tensor:
-    """Return the part of a tensor, or of a lazy slice, at `runs` of each axis: a view if each axis has one run."""
+    """Return the values of a tensor, or of a lazy slice, at `runs` of each axis: a view if each axis has one run."""
     for axis in range(len(runs)):
         if len(runs[axis]) > 1:
             return torch.cat([take(value, [*runs[:axis], [run], *runs[axis + 1 :]]) for run in runs[axis]], axis)
