@@ -39,5 +39,8 @@ def native_of(value: object) -> torch.Tensor | None:
 
 
 def unfilled_scale(native: torch.Tensor) -> torch.Tensor:
-    """Return a scale [E] of NaN for `native` [E, I, H], in fp32 so that no loaded scale is rounded."""
+    """Return a scale [E] of NaN for `native` [E, I, H].
+
+    It is fp32, so that no loaded scale is rounded.
+    """
     return torch.full(native.shape[:1], float("nan"), dtype=torch.float32, device=native.device)

@@ -1,4 +1,4 @@
-"""The entries of a state dict that is to be converted: each checked, and read only when its values are needed.
+"""The entries of a state dict: each is checked, and read only when its values are needed.
 
 A value is a tensor, or lazy in the protocol of safetensors' slices: `get_shape`, `get_dtype` and `__getitem__`. An
 entry whose name is the same in both layouts may hold any other object, such as the `_extra_state` of some modules.
@@ -128,7 +128,7 @@ def check(name: str, value: Any, inventory: Inventory, mesh: DeviceMesh | None =
 
 
 def _whole_shape(name: str, shape: tuple[int, ...], inventory: Inventory, mesh: DeviceMesh) -> tuple[int, ...]:
-    """Return the shape of the whole tensor, given the shape of a plain value that may be a rank's shard of it."""
+    """Return the whole tensor's shape, given that of a plain value, maybe a shard."""
     found = lookup(name, inventory.layout)
     if found is None or found.rule.operation is Operation.KEEP:
         return shape

@@ -1,4 +1,4 @@
-"""From the hf layout to the nemo layout: entries paired with their scales, and each expert tensor's conversion.
+"""From the hf layout to the nemo layout: entries are paired with their scales, then converted.
 
 Read it from the top: `FromHf.convert` goes through the entries, `FromHf._expert` makes one native expert tensor, in
 new memory, in `out`, or in the model's own storage that a reader has filled.
@@ -47,7 +47,7 @@ class FromHf:
     out: Mapping[str, torch.Tensor] | None
 
     def convert(self, entries: Iterable[Entry]) -> Iterator[tuple[str, Any]]:
-        """Yield (nemo name, value), a layer's down_projs as soon as both down_proj and its scale were given."""
+        """Yield (nemo name, value); down_projs follow once both down_proj and its scale were given."""
         waiting: dict[Owner, dict[Rule, Entry]] = {}
         for entry in entries:
             parsed = entry.parsed
@@ -64,7 +64,7 @@ class FromHf:
             del entry  # or its value would stay alive while the next one is made
 
     def _kept(self, nemo: str, value: Any) -> Any:
-        """Return a value that is the same in both layouts: the same object, or copied into `out`."""
+        """Return a value that both layouts share: the same object, or copied into `out`."""
         if self.out is None or not isinstance(value, torch.Tensor):
             return value
         target = _out_tensor(self.out, nemo, tuple(value.shape))
@@ -75,7 +75,7 @@ class FromHf:
         return target
 
     def _expert(self, name: MoEName, expert: Entry, scale: Entry | None) -> torch.Tensor:
-        """Return the native tensor made from gate_up_proj [E, 2I, H], or from down_proj [E, H, I] and its scale [E]."""
+        """Return the native tensor of gate_up_proj [E, 2I, H] or of down_proj [E, H, I]."""
         loaded = destinations.native_of(expert.value)
         if loaded is not None and self.out is not None:
             raise UsageError(
@@ -100,7 +100,7 @@ class FromHf:
         return made if where is None else where.converted(operation, len(shape)).wrap(made, shape)
 
     def _placed(self, name: MoEName, expert: Entry, target: torch.Tensor | None) -> Placed | None:
-        """Return where an hf tensor's shards belong: by its own placements, the target's, or the mesh's."""
+        """Return an hf tensor's placements: its own, the target's, or the mesh's."""
         operation, ndim = name.rule.operation, len(expert.shape)
         wanted = placed(target, name.nemo).converted(operation, ndim) if isinstance(target, DTensor) else None
         if isinstance(expert.value, DTensor):
@@ -120,7 +120,7 @@ class FromHf:
 
 
 def _out_tensor(out: Mapping[str, torch.Tensor], nemo: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return the tensor of `out` for a nemo name, or raise if there is none of this shape."""
+    """Return the tensor of `out` for a nemo name and a shape."""
     if nemo not in out:
         raise UsageError(
             "no tensor to write into",
@@ -140,7 +140,7 @@ def _out_tensor(out: Mapping[str, torch.Tensor], nemo: str, shape: tuple[int, ..
 
 
 def _shard(entry: Entry, where: Placed | None) -> torch.Tensor:
-    """Return this rank's shard of an entry, on the mesh's device; the whole tensor if `where` is None.
+    """Return this rank's shard of an entry on the mesh's device; without `where` all of it.
 
     The entry's value may be whole, lazy, a shard already, or a DTensor of the same placements or of replicas.
     """
@@ -167,7 +167,7 @@ def _shard(entry: Entry, where: Placed | None) -> torch.Tensor:
 
 
 def _folded_in_place(name: MoEName, native: torch.Tensor, scale: torch.Tensor, kernel: str) -> torch.Tensor:
-    """Multiply a loaded `down_projs` by its loaded scale, and set the scale to one: a second call changes nothing."""
+    """Multiply a loaded `down_projs` by its scale, and set the scale to one."""
     factor = local_of(scale)
     missing = int(torch.isnan(factor).sum())
     if missing:
@@ -179,5 +179,5 @@ def _folded_in_place(name: MoEName, native: torch.Tensor, scale: torch.Tensor, k
             hint="load the checkpoint into all destinations before from_hf, and check that it holds the scale",
         )
     scale_in_place(local_of(native), factor, kernel=kernel)
-    factor.fill_(1)
+    factor.fill_(1)  # so that a second call changes nothing
     return native

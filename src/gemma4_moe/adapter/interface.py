@@ -1,4 +1,4 @@
-"""The interface that a training framework expects of a state-dict adapter; the names are NeMo AutoModel's."""
+"""The interface that NeMo AutoModel expects of a state-dict adapter."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         return list(ToHf(conversion_of(self.backend), mesh, excluded, "gathered").convert([entry]))
 
     def get_hf_state_dict_keys(self, state_dict: StateDict) -> list[str]:
-        """Return the hf names that `to_hf` gives for this state dict, in its order, without reading a value."""
+        """Return the names that `to_hf` gives, in its order, without reading a value."""
         names = state_dict if isinstance(state_dict, Mapping) else (name for name, _ in state_dict)
         return [hf for name in names for hf, _ in hf_tensors(parse(name, Layout.NEMO), name)]
 

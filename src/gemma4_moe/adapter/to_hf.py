@@ -1,4 +1,4 @@
-"""From the nemo layout to the hf layout: which tensors an entry becomes, and each tensor's conversion.
+"""From the nemo layout to the hf layout: each entry's hf tensors and their conversion.
 
 Read it from the top: `ToHf.convert` goes through the entries, `ToHf._converted` has each operation's conversion for
 results that are sharded, gathered, or destinations of a load.
@@ -54,7 +54,7 @@ class ToHf:
     staging_bytes: int = STAGING_BYTES
 
     def convert(self, entries: Iterable[Entry]) -> Iterator[tuple[str, Any]]:
-        """Yield (hf name, value) in the order of the entries. Ranks that gather agree on all of it first."""
+        """Yield (hf name, value) in the order of the entries; ranks that gather agree first."""
         if self.form == "gathered":
             entries = list(entries)
             agree_by_mesh("convert", self.staging_bytes, self._collectives(entries))
@@ -69,7 +69,7 @@ class ToHf:
         return [pair for pair in hf_tensors(entry.parsed, entry.name) if not self.excluded(pair[0], entry.name)]
 
     def _collectives(self, entries: Iterable[Entry]) -> Iterator[tuple[DeviceMesh, Any]]:
-        """Yield, for each value that is gathered, its mesh and all that decides which collectives run."""
+        """Yield the mesh of each gathered value, and all that decides its collectives."""
         for entry in entries:
             value, wanted = entry.value, [hf for hf, _ in self._wanted(entry)]
             if isinstance(value, DTensor) and not value.is_meta:
@@ -79,7 +79,7 @@ class ToHf:
                 yield self.mesh, [entry.name, wanted, list(entry.shape), "a shard", str(value.dtype)]
 
     def _on_mesh(self, entry: Entry) -> Any:
-        """Return a lazy value read, a plain shard as a DTensor, and any other value as it is."""
+        """Return an entry's value; a plain shard is returned as a DTensor."""
         value = entry.read()
         if self.mesh is None or not _is_shard(value, entry):
             return value
@@ -104,7 +104,7 @@ class ToHf:
         return convert_block(operation, local, kernel=self.kernel)
 
     def _gathered(self, operation: Operation, value: DTensor, entry: Entry) -> torch.Tensor:
-        """Return the whole tensor; each rank puts its own shard into hf layout before it is gathered."""
+        """Return the whole tensor, gathered from shards that are in hf layout already."""
         if operation is Operation.KEEP:
             return value.full_tensor()
         if operation is Operation.FOLD:
@@ -155,7 +155,9 @@ def convert_block(
 
 
 def excluding(regex: str | None) -> Excluded:
-    """Return a function that tells whether `regex` matches an hf or a nemo name at its start.
+    """Return a function that tells whether `regex` matches an hf or a nemo name.
+
+    Names are matched at their start, by `re.match`.
 
     Raises:
         UsageError: It is not a regular expression.
@@ -170,5 +172,5 @@ def excluding(regex: str | None) -> Excluded:
 
 
 def _is_shard(value: Any, entry: Entry) -> bool:
-    """Return whether a value is a plain tensor that is only a shard of its entry's tensor."""
+    """Return whether a value is a plain tensor and only a shard."""
     return isinstance(value, torch.Tensor) and tuple(value.shape) != entry.shape

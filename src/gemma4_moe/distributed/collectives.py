@@ -78,7 +78,7 @@ def agree(action: str, mesh: DeviceMesh | None, plan: Any) -> None:
 
 
 def agree_by_mesh(action: str, common: Any, lines: Iterable[tuple[DeviceMesh, Any]]) -> None:
-    """Check that the ranks of each mesh have equal lines for it, in equal order, and an equal `common`.
+    """Check that the ranks of each mesh have an equal `common` and equal lines.
 
     Arguments and errors are those of `agree`; a mesh without a line does not communicate.
     """
@@ -137,7 +137,7 @@ def broadcast(tensor: torch.Tensor, where: Placed, owner: Sequence[int]) -> None
 
 
 def _held(where: Placed, shape: Sequence[int], dim: int, rank: int, gathered: Collection[int]) -> tuple[Runs, ...]:
-    """Return the runs of each axis that a rank of `dim` holds once the dimensions in `gathered` are gathered."""
+    """Return the runs that a rank of `dim` holds once `gathered` dimensions are gathered."""
     coordinate = where.mesh.get_coordinate()
     assert coordinate is not None, "a rank of the mesh gathers"
     ranges = [range(where.mesh.size(d)) if d in gathered else [own] for d, own in enumerate(coordinate)]
@@ -150,7 +150,7 @@ def _held(where: Placed, shape: Sequence[int], dim: int, rank: int, gathered: Co
 
 
 def _exchange(whole: torch.Tensor, held: Sequence[tuple[Runs, ...]], own: int, group: Any, staging_bytes: int) -> None:
-    """Exchange all that the ranks of a group hold of `whole`, a block of rows at a time; `own` is this rank."""
+    """Exchange the values that each rank of a group holds, block by block."""
     most_rows = max(count(runs[0]) for runs in held)
     row_elements = max(prod(map(count, runs[1:])) for runs in held)
     row_bytes = max(1, row_elements * whole.element_size() * (len(held) + 1))
@@ -170,7 +170,7 @@ def _exchange(whole: torch.Tensor, held: Sequence[tuple[Runs, ...]], own: int, g
 
 
 def _place(values: torch.Tensor, runs: Sequence[Runs], whole: torch.Tensor) -> None:
-    """Copy values to the places in `whole` that `runs` of each axis select: the inverse of `take`."""
+    """Copy values into `whole` at `runs` of each axis: the inverse of `take`."""
     for axis, own in enumerate(runs):
         if len(own) != 1:
             for run, piece in zip(own, torch.split(values, [len(run) for run in own], axis), strict=True):

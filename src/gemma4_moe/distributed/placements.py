@@ -55,7 +55,7 @@ class Placed:
         return bool(self.expert_dims or self.inner_dims)
 
     def converted(self, operation: Operation, ndim: int) -> Placed:
-        """Return the placements on the other side of `operation`, of a tensor of `ndim` axes; no shard moves."""
+        """Return the placements after `operation` on a tensor of `ndim` axes; no shard moves."""
         return Placed(
             self.mesh,
             tuple(
@@ -69,7 +69,7 @@ class Placed:
         return Placed(self.mesh, tuple(p if p and p.axis == 0 else None for p in self.placements))
 
     def runs(self, shape: Sequence[int], coordinate: Sequence[int] | None = None) -> tuple[tuple[range, ...], ...]:
-        """Return the indices that a rank, by default this one, holds of each axis of a tensor of `shape`.
+        """Return the indices of each axis that a rank, by default this one, holds.
 
         Raises:
             ParallelError: This rank is not in the mesh.
@@ -139,7 +139,7 @@ def expert_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
 
 
 def placed_on(mesh: DeviceMesh, name: str) -> Placed:
-    """Return the placements of a native expert tensor on a mesh, by the names of its dimensions.
+    """Return a native expert tensor's placements by the names of a mesh's dimensions.
 
     Raises:
         ParallelError: A dimension has no name, or one that is not in `NAMED_DIMENSIONS`.
@@ -157,14 +157,14 @@ def placed_on(mesh: DeviceMesh, name: str) -> Placed:
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's shard of a DTensor, or a plain tensor, detached; the storage is shared."""
+    """Return this rank's shard of a DTensor, or a plain tensor, as a detached view."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def whole_shape(
     shape: tuple[int, ...], axes: Sequence[str], sizes: Mapping[str, int], where: Placed, name: str
 ) -> tuple[int, ...]:
-    """Return the whole tensor's shape, given that of a plain tensor that may be this rank's shard of it.
+    """Return the whole tensor's shape, given that of a plain tensor, maybe a shard.
 
     Args:
         shape: The plain tensor's own shape.
@@ -205,7 +205,10 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def take(value: Any, runs: Sequence[Sequence[range]]) -> torch.Tensor:
-    """Return the values of a tensor, or of a lazy slice, at `runs` of each axis: a view if each axis has one run."""
+    """Return a tensor's, or a lazy slice's, values at `runs` of each axis.
+
+    The result is a view if each axis has one run.
+    """
     for axis in range(len(runs)):
         if len(runs[axis]) > 1:
             return torch.cat([take(value, [*runs[:axis], [run], *runs[axis + 1 :]]) for run in runs[axis]], axis)
@@ -214,7 +217,7 @@ def take(value: Any, runs: Sequence[Sequence[range]]) -> torch.Tensor:
 
 
 def transposed_view(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Return a view with the last two axes exchanged, a DTensor for a DTensor; no data moves."""
+    """Return a view with the last two axes exchanged; for a DTensor a DTensor."""
     view = local_of(tensor).transpose(-1, -2)
     if not isinstance(tensor, DTensor):
         return view

@@ -1,4 +1,4 @@
-"""Ranks that write one target together: their number, and steps in which a failure of one rank stops all.
+"""Ranks that write one target together; if one rank fails, all stop.
 
 Without a process group there is one rank, which waits for nobody. torch is imported only if a group exists, so that the
 converter runs alone without it.
@@ -59,7 +59,7 @@ class Ranks:
 
     @contextmanager
     def together(self, action: str) -> Iterator[None]:
-        """Run the block on every rank and wait for all at its end; if one rank fails, all fail.
+        """Run a `with` block on every rank; if one rank fails, all fail.
 
         Args:
             action: A verb with its object for the error on the other ranks: "write its tensors".
@@ -94,7 +94,7 @@ def ranks_on_this_host() -> int:
 
 @contextmanager
 def under_torchrun() -> Iterator[Ranks]:
-    """Join the other ranks that torchrun started, for the length of a `with` block; alone there is one rank."""
+    """Join the other ranks that torchrun started, if any, for a `with` block."""
     if not launched_as_one_of_several():
         yield current()
         return

@@ -1,4 +1,4 @@
-"""Which indices of an axis a rank holds: DTensor's own rules as a formula, for any rank, without torch.
+"""The indices of an axis that a rank holds: DTensor's rules as a formula, without torch.
 
 The dimensions of a mesh are applied from left to right. `Shard` cuts the remaining indices as `torch.chunk` does: the
 first chunks have ceil(size / ranks) of them, the last may be short or empty. `StridedShard` (FSDP over an axis that is
@@ -48,7 +48,7 @@ NAMED_DIMENSIONS: dict[str, Placement] = {
 def local_runs(
     size: int, axis: int, mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
 ) -> tuple[range, ...]:
-    """Return the indices of `axis` that the rank at `coordinate` holds, in its order, as non-empty runs.
+    """Return the indices of `axis` that the rank at `coordinate` holds, as non-empty runs.
 
     Args:
         size: The axis' whole size.

@@ -35,7 +35,7 @@ _replaced: list[tuple[Any, str, Any]] = []
 
 
 def install() -> None:
-    """Make NeMo AutoModel use our adapter for every Gemma 4 MoE model that is built from now on.
+    """Make NeMo AutoModel use our adapter for Gemma 4 MoE models built from now on.
 
     A second call changes nothing. A model that exists already keeps its adapter: assign
     `adapter_class()(text_config, moe_config, backend, dtype=...)` to its `state_dict_adapter`.
@@ -57,7 +57,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Restore every name that `install` replaced, if any. Models that were built since then keep their adapter."""
+    """Restore every name that `install` replaced; models that exist keep their adapter."""
     while _replaced:
         holder, name, original = _replaced.pop()
         setattr(holder, name, original)
@@ -65,7 +65,10 @@ def uninstall() -> None:
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """Install for the length of a `with` block; an installation from before the block stays. Errors: `install`."""
+    """Install for a `with` block; an installation from before the block stays.
+
+    Errors and warnings are those of `install`.
+    """
     was_installed = bool(_replaced)
     install()
     try:

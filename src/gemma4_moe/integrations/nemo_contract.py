@@ -1,4 +1,4 @@
-"""The parts of NeMo AutoModel that the integration depends on: where each is, and a check of each.
+"""The parts of NeMo AutoModel that the integration depends on, and a check of each.
 
 Some of them are private. So a version passes only if it has every name, and if its code still uses it: replacing a name
 that no code looks up would silently change nothing.
@@ -176,7 +176,7 @@ def _names(function: Any) -> set[str]:
 
 
 def _constants(function: Any) -> set[str]:
-    """Return the strings among a function's constants, and the names of the keyword arguments that it passes on."""
+    """Return a function's constant strings and the names of keyword arguments that it passes."""
     constants = getattr(_code(function), "co_consts", ())
     inside = [item for constant in constants if isinstance(constant, tuple) for item in constant]
     return {item for item in (*constants, *inside) if isinstance(item, str)}

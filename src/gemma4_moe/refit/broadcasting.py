@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def send(stream: WeightStream, group: dist.ProcessGroup | None = None) -> None:
-    """Broadcast one pass of a stream to the other ranks of a group, all of which must call `receive`.
+    """Broadcast one pass of a stream to ranks of a group that call `receive`.
 
     Args:
         stream: The weights. A trainer rank that gets no tensors only takes part in the gathers, and need not be in the
@@ -33,7 +33,7 @@ def send(stream: WeightStream, group: dist.ProcessGroup | None = None) -> None:
 def receive(
     src: int, *, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (hf name, tensor) of one pass: views of one buffer, good until the next one is asked for.
+    """Yield (hf name, tensor) of one pass, each valid until the next is asked for.
 
     Args:
         src: The sender's rank.
@@ -51,7 +51,7 @@ def receive(
 
 
 def _broadcast_entries(entries: Any, src: int, group: dist.ProcessGroup | None, device: torch.device | None) -> Any:
-    """Return the entries of the next bucket of `src` on all ranks of a group, None at the end."""
+    """Return the entries of the next bucket of `src`, None at the end."""
     message = [entries]
     dist.broadcast_object_list(message, src=src, group=group, device=device)
     return message[0]

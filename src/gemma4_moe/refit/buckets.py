@@ -1,4 +1,4 @@
-"""Buckets: many tensors in one buffer. Two buffers take turns, one filled while the consumer reads the other."""
+"""Buckets: many tensors in one buffer. Two buffers take turns, so that one is read while the other is filled."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class BucketEntry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Items that one kernel call writes: a single item, or one part (gate, up or down) of consecutive experts.
+    """Items that one kernel call writes: one item, or one part of consecutive experts.
 
     Attributes:
         items: The items. Those of several experts are at equal distances in a bucket.
@@ -87,7 +87,7 @@ class PlannedBucket:
 
 
 class Bucket:
-    """Tensors in one buffer, lent to the consumer until it asks for the bucket after the next.
+    """Tensors in one buffer, valid until the bucket after the next is asked for.
 
     On a GPU the buffer is filled on the stream that is current when the consumer asks for the bucket. It is filled
     again only after all work that was on the consumer's current stream when it asked for the next bucket. A consumer
@@ -124,7 +124,7 @@ class Bucket:
         return unpack(self.buffer, self.entries)
 
     def view_of(self, batch: Batch) -> torch.Tensor:
-        """Return a batch's place in the buffer as one tensor; one view operation, as a bucket has dozens."""
+        """Return a batch's place in the buffer as one tensor."""
         typed = self._typed.get(batch.dtype)
         if typed is None:
             typed = self._typed[batch.dtype] = self.buffer.view(batch.dtype)

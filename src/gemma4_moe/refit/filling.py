@@ -1,4 +1,4 @@
-"""Write one tensor of a stream into given memory: converted, cast and, if it is sharded, gathered."""
+"""Write one tensor of a stream into given memory: converted, cast and gathered."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ class Filler:
         self._sources: list[torch.Tensor] = []
 
     def fill(self, item: Item, value: torch.Tensor, out: torch.Tensor) -> None:
-        """Write one item, made from `value`, into `out`, a contiguous tensor of its shape and dtype.
+        """Write one item, made from `value`, into `out`.
 
-        A small copy without conversion waits for `flush`. All ranks of a DTensor's mesh must call.
+        `out` is contiguous, of the item's shape and dtype. A small copy without conversion waits for `flush`. All ranks
+        of a DTensor's mesh must call.
 
         Raises:
             ParallelError: A collective failed, or a placement is not known.
@@ -67,7 +68,10 @@ class Filler:
             self._fill_expert(item, tuple(value.shape), local, where, out)
 
     def fill_batch(self, batch: Batch, value: torch.Tensor, bucket: Bucket) -> None:
-        """Write a batch of items, all made from `value`, to their places in a bucket. Errors are those of `fill`."""
+        """Write a batch of items, made from `value`, to their places in a bucket.
+
+        Errors are those of `fill`.
+        """
         items = batch.items
         if items[0].row is None:
             self.fill(items[0], value, bucket.view_of(batch))

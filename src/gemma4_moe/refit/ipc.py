@@ -1,4 +1,6 @@
-"""Send buckets to another process of this machine without copies: by CUDA IPC handles, or by shared memory on the CPU.
+"""Send buckets to another process of this machine without copies.
+
+The memory is shared by CUDA IPC handles, or on the CPU as shared memory.
 
 `torch.multiprocessing`'s reductions make and open the handles; a `multiprocessing` connection uses them for every
 tensor. As with any such connection, both ends must trust each other.
@@ -42,7 +44,10 @@ def send(stream: WeightStream, connection: Connection) -> None:
 
 
 def receive(connection: Connection) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (hf name, tensor) of one pass: views of the sender's memory, good until the next one is asked for."""
+    """Yield (hf name, tensor) of one pass, each valid until the next is asked for.
+
+    The tensors are views of the sender's memory.
+    """
     while (received := connection.recv()) is not None:
         buffer, entries = received
         yield from unpack(buffer, entries)

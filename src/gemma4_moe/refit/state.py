@@ -1,4 +1,4 @@
-"""The native state that a stream sends: a module, a mapping, or one mapping per layer, read again on every pass."""
+"""The native state that a stream sends, read again on every pass."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def mappings_of(state: State) -> Iterator[Tensors]:
 
 
 def sources_of(tensors: Tensors) -> tuple[dict[str, Source], dict[str, str]]:
-    """Return each tensor's source, a tied one's under its first name only, and that name by alias."""
+    """Return each tensor's source, and for each alias of one its first name."""
     sources: dict[str, Source] = {}
     aliases: dict[str, str] = {}
     first: dict[object, str] = {}
@@ -60,7 +60,7 @@ def sources_of(tensors: Tensors) -> tuple[dict[str, Source], dict[str, str]]:
 
 
 class StatePass:
-    """One pass over a state, whose tensors must have the shapes, dtypes and placements of the plan.
+    """One pass over a state, whose tensors must still be as planned.
 
     Args:
         state: The state.
@@ -75,7 +75,9 @@ class StatePass:
         self._checked: dict[str, torch.Tensor] = {}
 
     def tensor(self, mapping: int, name: str) -> torch.Tensor:
-        """Return a tensor of a mapping. Mappings must be asked for in order; each is dropped at the next.
+        """Return a tensor of a mapping.
+
+        Mappings must be asked for in order; each is dropped at the next.
 
         Raises:
             InputError: The tensor is missing, or has another shape, dtype, mesh or placement than planned.
@@ -125,6 +127,6 @@ def _text(source: Source) -> str:
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return a key that is equal for two names of one tensor, also for meta tensors, which have no memory."""
+    """Return a key that is equal for two names of one tensor, meta tensors included."""
     local = local_of(tensor)
     return (*storage_key(tensor), local.untyped_storage()._cdata if local.is_meta else None)

@@ -1,4 +1,4 @@
-"""The weight stream: training weights converted, tensor by tensor or in buckets, for an inference engine to load."""
+"""The weight stream: training weights converted for an inference engine, singly or in buckets."""
 
 from __future__ import annotations
 
@@ -108,7 +108,10 @@ class WeightStream:
         self._call = [digest, str(into), experts, bucket_bytes, oversize, exclude_key_regex, sorted(layers or ())]
 
     def plan(self) -> list[Planned]:
-        """Return the name, shape, dtype and size of each tensor of a pass, in order; nothing is converted."""
+        """Return name, shape, dtype and size of each tensor of a pass, in order.
+
+        Nothing is converted, and nothing communicates.
+        """
         return [item.planned for item in self._items]
 
     def preflight(self, reference: str | Path | Iterable[Any]) -> None:
@@ -124,7 +127,7 @@ class WeightStream:
         check_against(self.plan(), self._aliases, reference)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Start a pass over (hf name, tensor) pairs, each tensor in new memory that the stream does not keep.
+        """Start a pass over (hf name, tensor) pairs, each tensor in new memory.
 
         Raises:
             InputError: The state has changed since the stream was made.
@@ -139,7 +142,7 @@ class WeightStream:
         state.finish()
 
     def buckets(self) -> Iterator[Bucket]:
-        """Start a pass over the same tensors in buckets, which are filled from the native tensors directly.
+        """Start a pass over the same tensors in buckets.
 
         A bucket is good until the one after the next is asked for; see `Bucket`. Buffers are on the tensors' device.
 
@@ -180,7 +183,7 @@ class WeightStream:
         state.finish()
 
     def _begin(self) -> tuple[Filler, StatePass]:
-        """Start a pass once the ranks of every mesh agree on the call, the plan and all placements."""
+        """Start a pass once all ranks agree on the call, the plan and placements."""
         placements = [
             (source.mesh, [name, source.placements])
             for mapping in self._sources

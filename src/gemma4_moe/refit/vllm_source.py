@@ -1,4 +1,4 @@
-"""A weight stream as a `WeightSource`, the input of the trainer's side of vLLM's weight transfer."""
+"""A weight stream as a `WeightSource`, the input of vLLM's weight transfer."""
 
 from __future__ import annotations
 
