@@ -31,8 +31,8 @@ std::vector<std::string> instruction_sets() {
 void scale_cast(const std::vector<int64_t>& shape, uintptr_t src, int in, const std::vector<int64_t>& src_strides,
                 uintptr_t dst, int out, const std::vector<int64_t>& dst_strides, uintptr_t scale, int threads,
                 const std::string& instruction_set) {
-  if (src_strides.size() != shape.size() || dst_strides.size() != shape.size() || in < 0 || in >= input_dtypes ||
-      out < 0 || out >= output_dtypes) {
+  if (src_strides.size() != shape.size() || dst_strides.size() != shape.size() || in < 0 || in >= dtypes || out < 0 ||
+      out >= dtypes) {
     throw std::invalid_argument("strides don't fit the shape, or unknown dtype");
   }
   const auto* factors = reinterpret_cast<const float*>(scale);
