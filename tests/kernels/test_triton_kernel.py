@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from gemma4_moe import kernels
 from support.raw_kernels import tensor
 from support.rounding import BF16, FACTORS, FORMATS, FP32, assert_same_bits, expected, random_codes
+from support.synchronisation import no_synchronisation
 
 pytest.importorskip("triton")
 ON_DEVICE = torch.cuda.is_available()
@@ -149,16 +149,9 @@ def test_no_synchronisation():
     factors = torch.randn(4, device="cuda")
     kernels.transpose_scale_cast(x, scale=factors)
     kernels.scale_in_place(x, factors)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says that the mode is a prototype
-            torch.cuda.set_sync_debug_mode("error")
+    with no_synchronisation():
         kernels.transpose_scale_cast(x, scale=factors)
         kernels.scale_in_place(x, factors)
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_device
