@@ -46,7 +46,7 @@ class Transaction:
         Args:
             target: The directory to make.
             resume: Go on with what an earlier run has journalled. Otherwise that is an error.
-            break_lock: Take the lock from an owner that can't be shown to live.
+            break_lock: Take the lock from another host's process. Its user knows that it is gone.
 
         Raises:
             StorageError: Links lead in a circle, or the working directory is gone.
@@ -83,7 +83,7 @@ class Transaction:
             self._leave(error)
 
     def confirm(self) -> None:
-        """Give others a sign of life, and check that the lock was not broken. Raises what `Lock.confirm` raises."""
+        """Check that the lock was not broken. Raises what `Lock.confirm` raises."""
         self._lock.confirm()
 
     def publish(self, *, overwrite: bool) -> None:
