@@ -35,7 +35,7 @@ inline F32 value_of(U32 word) {
 #include "formats.inc"
 #undef INLINE
 
-// Where a code lies in its 32-bit word.
+// How far above the lowest bit of its 32-bit word a code begins.
 template <class Format>
 constexpr int shift = sizeof(typename Format::Code) == 4 ? 0 : 16;
 

@@ -1,4 +1,4 @@
-// What one instruction set offers: a tile transposed, a row converted. Everything larger is built from these.
+// The kernels of one instruction set: a tile transposed, a row converted. Everything larger is built from these.
 #pragma once
 
 #include <array>

@@ -1,7 +1,7 @@
 // Cuts the work into pieces that suit the caches, hands them to threads, and fetches the next piece while one is done.
 //
 // Tiles are visited so that every line of both tensors is touched once: an input block of `block_rows` rows and about
-// `block_row_bytes` of each is asked into the second-level cache, line after line as it lies in memory, while the block
+// `block_row_bytes` of each is asked into the second-level cache, line after line by address, while the block
 // before it is transposed. From there each tile's lines are asked into the first-level cache one tile ahead. The tiles'
 // kernels do the asking, between their other steps. Within a block, the tiles of one column strip follow each other,
 // which writes `block_rows` consecutive elements of each output row.
@@ -28,7 +28,7 @@ constexpr int64_t piece_bytes = 64 << 10;  // of contiguous rows
 constexpr int64_t thread_bytes = 256 << 10;  // less is not worth waking a thread for
 constexpr int64_t stream_bytes = 4 << 20;    // smaller results are left in the caches
 
-// What all pieces of one call share.
+// All that the pieces of one call share.
 struct Call {
   const Move& move;
   Layout layout;

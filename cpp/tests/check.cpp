@@ -27,7 +27,7 @@ std::vector<size_t> random_order(size_t axes) {
   return order;
 }
 
-// Strides for axes that lie in this order, the innermost first, with gaps; returns the bytes that they span.
+// Strides for axes in this order, the innermost first, with gaps; returns the bytes that they span.
 int64_t random_strides(const std::vector<int64_t>& sizes, const std::vector<size_t>& order, int64_t element,
                        std::vector<ptrdiff_t>& strides) {
   int64_t stride = element * draw({1, 1, 1, 2});

@@ -25,9 +25,9 @@ def test_wrong_shapes_and_dtypes_are_refused(make):
         kernels.transpose_scale_cast(x[0], scale=x[0, 0])
     with pytest.raises(TensorShapeError, match="one scale an expert"):
         kernels.transpose_scale_cast(x, scale=x[0, :, 0])
-    with pytest.raises(TensorShapeError, match="out is not"):
+    with pytest.raises(TensorShapeError, match="out does not fit"):
         kernels.transpose_scale_cast(x, out=x)
-    with pytest.raises(TensorShapeError, match="out is not"):
+    with pytest.raises(TensorShapeError, match="out does not fit"):
         kernels.scale_cast(x, dtype=np.float16 if isinstance(x, np.ndarray) else torch.float16, out=x)
 
 

@@ -58,7 +58,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 def _checked(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     if out.shape != shape or out.dtype != dtype:
         raise TensorShapeError(
-            "out is not what the result needs", expected=f"{dtype} {shape}", found=f"{out.dtype} {out.shape}"
+            "out does not fit the result", expected=f"{dtype} {shape}", found=f"{out.dtype} {out.shape}"
         )
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(out.strides, shape, strict=True))
     if overlaps or not out.flags.writeable:

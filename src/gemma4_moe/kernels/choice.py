@@ -23,7 +23,7 @@ class Availability(NamedTuple):
 
     Attributes:
         usable: Whether it can.
-        detail: What it would use, or why it can't run.
+        detail: The instruction set or device that it would use, or the reason why it can't run.
     """
 
     usable: bool

@@ -1,4 +1,4 @@
-"""The kernel in NumPy: what every other one must equal, and what works where neither torch nor a compiler is."""
+"""The kernel in NumPy. Every other one must give its bits; this one needs neither torch nor a compiler."""
 
 from __future__ import annotations
 

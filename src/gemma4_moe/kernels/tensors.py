@@ -71,7 +71,7 @@ def _supported(x: torch.Tensor, out: torch.Tensor) -> bool:
 def _checked(out: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     if out.shape != shape or out.dtype != dtype:
         raise TensorShapeError(
-            "out is not what the result needs",
+            "out does not fit the result",
             expected=f"{dtype} {tuple(shape)}",
             found=f"{out.dtype} {tuple(out.shape)}",
         )

@@ -155,7 +155,7 @@ def _move(  # type: ignore[no-untyped-def]
     batch = (matrix % B).to(tl.int64)
     row = ((tile // tiles_across) % tiles_down).to(tl.int64) * ROWS
     column = (tile % tiles_across).to(tl.int64) * COLUMNS
-    # The tile's origin in 64 bits, what lies within it in 32 wherever that is enough.
+    # The tile's origin in 64 bits, offsets within it in 32 wherever that is enough.
     x_ptr += expert * x_stride_e + batch * x_stride_b + row * x_stride_r + column * x_stride_c
     out_ptr += expert * out_stride_e + batch * out_stride_b + row * out_stride_r + column * out_stride_c
     r = tl.arange(0, ROWS)[:, None]
