@@ -53,6 +53,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/lint/sources.py src
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(FALLBACK) build

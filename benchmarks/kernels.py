@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 H, I = 2816, 704  # noqa: E741  the real model's
-SHAPES = {  # what each tensor of a layer looks like, in the layout that it comes from
+SHAPES = {  # each tensor of a layer in the layout of the source
     "gate_up hf→nemo": (2 * I, H),
     "gate_up nemo→hf": (H, 2 * I),
     "down hf→nemo": (H, I),

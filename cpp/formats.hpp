@@ -9,11 +9,10 @@
 namespace gemma4_moe {
 
 // The values are part of the Python binding.
-enum class DType : int { bf16 = 0, fp16 = 1, fp32 = 2, fp8 = 3 };
-constexpr int input_dtypes = 3;   // fp8 is written, never read
-constexpr int output_dtypes = 4;
+enum class DType : int { bf16 = 0, fp16 = 1, fp32 = 2 };
+constexpr int dtypes = 3;
 
-constexpr int64_t size_of(DType dtype) { return dtype == DType::fp32 ? 4 : dtype == DType::fp8 ? 1 : 2; }
+constexpr int64_t size_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
 
 namespace scalar {
 
@@ -36,7 +35,7 @@ inline F32 value_of(U32 word) {
 #include "formats.inc"
 #undef INLINE
 
-// Where a code lies in its 32-bit word.
+// How far above the lowest bit of its 32-bit word a code begins.
 template <class Format>
 constexpr int shift = sizeof(typename Format::Code) == 4 ? 0 : 16;
 
@@ -82,8 +81,6 @@ template <>
 struct FormatOf<DType::fp16> : Fp16 {};
 template <>
 struct FormatOf<DType::fp32> : Fp32 {};
-template <>
-struct FormatOf<DType::fp8> : Fp8 {};
 
 }  // namespace scalar
 }  // namespace gemma4_moe

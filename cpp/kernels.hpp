@@ -1,4 +1,4 @@
-// What one instruction set offers: a tile transposed, a row converted. Everything larger is built from these.
+// The kernels of one instruction set: a tile transposed, a row converted. Everything larger is built from these.
 #pragma once
 
 #include <array>
@@ -14,7 +14,7 @@ namespace gemma4_moe {
 // A tile is whole 64-byte lines on both sides: `tile_columns` elements along the input's contiguous axis, `tile_rows`
 // along the output's. These are the only tile sizes; every instruction set fills the same tiles.
 constexpr int64_t tile_columns(DType in) { return line_bytes / size_of(in); }
-constexpr int64_t tile_rows(DType out) { return out == DType::fp8 ? 64 : 32; }
+constexpr int64_t tile_rows = 32;
 
 // dst[c][r] = convert(src[r][c]); the strides are in bytes. Meanwhile it asks for `tile_rows` lines `src_stride` apart,
 // from `next_tile` on, in the first-level cache, and for as many of `next_block` in the second-level one. Returns false
@@ -40,7 +40,7 @@ struct PairKernels {
 struct Kernels {
   std::string_view name;
   int64_t alignment;  // bytes; 0 where no streaming store is to be had
-  std::array<std::array<PairKernels, output_dtypes>, input_dtypes> pairs;
+  std::array<std::array<PairKernels, dtypes>, dtypes> pairs;
 };
 
 // nullptr where the program or the processor lacks the instruction set.

@@ -33,7 +33,6 @@ INLINE static U16 zip32_high(U16 a, U16 b) { return (U16)_mm256_unpackhi_epi32(r
 INLINE static U16 zip64_low(U16 a, U16 b) { return (U16)_mm256_unpacklo_epi64(raw(a), raw(b)); }
 INLINE static U16 zip64_high(U16 a, U16 b) { return (U16)_mm256_unpackhi_epi64(raw(a), raw(b)); }
 INLINE static U16 narrow(U32 a, U32 b) { return (U16)_mm256_packus_epi32((__m256i)a, (__m256i)b); }
-INLINE static U16 pack(U16 a, U16 b) { return (U16)_mm256_packus_epi16(raw(a), raw(b)); }
 INLINE static U32 join(U32 low, U32 high) { return (U32)_mm256_blend_epi16((__m256i)low, (__m256i)high, 0xAA); }
 INLINE static U16 larger(U16 a, U16 b) { return (U16)_mm256_max_epu16(raw(a), raw(b)); }
 INLINE static bool any_sign(U16 v) { return _mm256_movemask_epi8(_mm256_srai_epi16(raw(v), 15)) != 0; }

@@ -35,7 +35,6 @@ INLINE static U16 zip32_high(U16 a, U16 b) { return (U16)_mm512_unpackhi_epi32(r
 INLINE static U16 zip64_low(U16 a, U16 b) { return (U16)_mm512_unpacklo_epi64(raw(a), raw(b)); }
 INLINE static U16 zip64_high(U16 a, U16 b) { return (U16)_mm512_unpackhi_epi64(raw(a), raw(b)); }
 INLINE static U16 narrow(U32 a, U32 b) { return (U16)_mm512_packus_epi32((__m512i)a, (__m512i)b); }
-INLINE static U16 pack(U16 a, U16 b) { return (U16)_mm512_packus_epi16(raw(a), raw(b)); }
 INLINE static U32 join(U32 low, U32 high) { return (U32)_mm512_mask_blend_epi16(0xAAAAAAAA, (__m512i)low, (__m512i)high); }
 INLINE static U16 larger(U16 a, U16 b) { return (U16)_mm512_max_epu16(raw(a), raw(b)); }
 INLINE static bool any_sign(U16 v) { return _mm512_movepi16_mask(raw(v)) != 0; }

@@ -29,7 +29,6 @@ INLINE static U16 zip32_high(U16 a, U16 b) { return (U16)vzip2q_u32((uint32x4_t)
 INLINE static U16 zip64_low(U16 a, U16 b) { return (U16)vzip1q_u64((uint64x2_t)a, (uint64x2_t)b); }
 INLINE static U16 zip64_high(U16 a, U16 b) { return (U16)vzip2q_u64((uint64x2_t)a, (uint64x2_t)b); }
 INLINE static U16 narrow(U32 a, U32 b) { return (U16)vuzp1q_u16((uint16x8_t)a, (uint16x8_t)b); }
-INLINE static U16 pack(U16 a, U16 b) { return (U16)vuzp1q_u8((uint8x16_t)a, (uint8x16_t)b); }
 INLINE static U32 join(U32 low, U32 high) { return (low & 0xFFFFu) | (high & 0xFFFF0000u); }
 INLINE static U16 larger(U16 a, U16 b) { return (U16)vmaxq_u16((uint16x8_t)a, (uint16x8_t)b); }
 INLINE static bool any_sign(U16 v) { return vmaxvq_u16((uint16x8_t)v) >= 0x8000; }

@@ -26,10 +26,10 @@ template <class In, class Out, bool scaled>
 bool tile(const char* src, ptrdiff_t src_stride, char* dst, ptrdiff_t dst_stride, float scale, const char* next_tile,
           Lines& next_block) {
   constexpr int64_t in = size_of(In::dtype), out = size_of(Out::dtype);
-  for (int64_t r = 0; r < tile_rows(Out::dtype); ++r) __builtin_prefetch(next_tile + r * src_stride, 0, 3);
-  next_block.fetch(tile_rows(Out::dtype));
+  for (int64_t r = 0; r < tile_rows; ++r) __builtin_prefetch(next_tile + r * src_stride, 0, 3);
+  next_block.fetch(tile_rows);
   for (int64_t c = 0; c < tile_columns(In::dtype); ++c) {
-    for (int64_t r = 0; r < tile_rows(Out::dtype); ++r) {
+    for (int64_t r = 0; r < tile_rows; ++r) {
       if constexpr (scaled) {
         convert<In, Out>(src + r * src_stride + c * in, dst + c * dst_stride + r * out, scale);
       } else {
@@ -54,16 +54,16 @@ constexpr PairKernels pair() {
 }
 
 template <class In>
-constexpr std::array<PairKernels, output_dtypes> pairs() {
-  return {pair<In, Bf16>(), pair<In, Fp16>(), pair<In, Fp32>(), pair<In, Fp8>()};
+constexpr std::array<PairKernels, dtypes> pairs() {
+  return {pair<In, Bf16>(), pair<In, Fp16>(), pair<In, Fp32>()};
 }
 
 constexpr Kernels kernels{"plain", 0, {pairs<Bf16>(), pairs<Fp16>(), pairs<Fp32>()}};
 
-constexpr StridedKernel strided_kernels[input_dtypes][output_dtypes] = {
-    {strided<Bf16, Bf16>, strided<Bf16, Fp16>, strided<Bf16, Fp32>, strided<Bf16, Fp8>},
-    {strided<Fp16, Bf16>, strided<Fp16, Fp16>, strided<Fp16, Fp32>, strided<Fp16, Fp8>},
-    {strided<Fp32, Bf16>, strided<Fp32, Fp16>, strided<Fp32, Fp32>, strided<Fp32, Fp8>},
+constexpr StridedKernel strided_kernels[dtypes][dtypes] = {
+    {strided<Bf16, Bf16>, strided<Bf16, Fp16>, strided<Bf16, Fp32>},
+    {strided<Fp16, Bf16>, strided<Fp16, Fp16>, strided<Fp16, Fp32>},
+    {strided<Fp32, Bf16>, strided<Fp32, Fp16>, strided<Fp32, Fp32>},
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Lines of input that are needed soon, asked for one by one as they lie in memory.
+// Lines of input that are needed soon, asked for one by one in the order of their addresses.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@ namespace gemma4_moe {
 
 constexpr int64_t line_bytes = 64;
 
-// Goes through the lines of a block, row after row, without an end: whoever asks for them counts.
+// Goes through the lines of a block, row after row, without an end: the caller counts them.
 struct Lines {
   const char* at;
   const char* row_end;  // of the row that `at` is in

@@ -31,8 +31,8 @@ std::vector<std::string> instruction_sets() {
 void scale_cast(const std::vector<int64_t>& shape, uintptr_t src, int in, const std::vector<int64_t>& src_strides,
                 uintptr_t dst, int out, const std::vector<int64_t>& dst_strides, uintptr_t scale, int threads,
                 const std::string& instruction_set) {
-  if (src_strides.size() != shape.size() || dst_strides.size() != shape.size() || in < 0 || in >= input_dtypes ||
-      out < 0 || out >= output_dtypes) {
+  if (src_strides.size() != shape.size() || dst_strides.size() != shape.size() || in < 0 || in >= dtypes || out < 0 ||
+      out >= dtypes) {
     throw std::invalid_argument("strides don't fit the shape, or unknown dtype");
   }
   const auto* factors = reinterpret_cast<const float*>(scale);
@@ -48,8 +48,8 @@ void scale_cast(const std::vector<int64_t>& shape, uintptr_t src, int in, const 
 }  // namespace
 
 NB_MODULE(_cpu, m) {
-  m.doc() = "Transposes, scales and casts raw buffers. Use gemma4_moe.kernels, which checks what it passes on.";
-  m.def("instruction_sets", &instruction_sets, "Names of what this processor can run, best first.");
+  m.doc() = "Transposes, scales and casts raw buffers. Use gemma4_moe.kernels, which checks its arguments.";
+  m.def("instruction_sets", &instruction_sets, "Names of the instruction sets that this processor can run, best first.");
   m.def("advise_large_pages", &advise_large_pages, nb::arg("address"), nb::arg("nbytes"),
         "Let memory that nothing was written to yet come in large pages, where the system has them.");
   m.def("scale_cast", &scale_cast, nb::arg("shape"), nb::arg("src"), nb::arg("src_dtype"), nb::arg("src_strides"),

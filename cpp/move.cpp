@@ -1,7 +1,7 @@
 // Cuts the work into pieces that suit the caches, hands them to threads, and fetches the next piece while one is done.
 //
 // Tiles are visited so that every line of both tensors is touched once: an input block of `block_rows` rows and about
-// `block_row_bytes` of each is asked into the second-level cache, line after line as it lies in memory, while the block
+// `block_row_bytes` of each is asked into the second-level cache, line after line by address, while the block
 // before it is transposed. From there each tile's lines are asked into the first-level cache one tile ahead. The tiles'
 // kernels do the asking, between their other steps. Within a block, the tiles of one column strip follow each other,
 // which writes `block_rows` consecutive elements of each output row.
@@ -28,7 +28,7 @@ constexpr int64_t piece_bytes = 64 << 10;  // of contiguous rows
 constexpr int64_t thread_bytes = 256 << 10;  // less is not worth waking a thread for
 constexpr int64_t stream_bytes = 4 << 20;    // smaller results are left in the caches
 
-// What all pieces of one call share.
+// All that the pieces of one call share.
 struct Call {
   const Move& move;
   Layout layout;
@@ -78,7 +78,7 @@ struct Block {
 class TileWork {
  public:
   explicit TileWork(const Call& call)
-      : call_(call), tile_rows_(tile_rows(call.move.out)), tile_columns_(tile_columns(call.move.in)) {
+      : call_(call), tile_columns_(tile_columns(call.move.in)) {
     int64_t strips = ceil_div(call.layout.column.size * call.in, block_row_bytes);
     block_columns_ = ceil_div(ceil_div(call.layout.column.size, strips), tile_columns_) * tile_columns_;
     down_ = ceil_div(call.layout.row.size, block_rows);
@@ -113,13 +113,13 @@ class TileWork {
     Lines lines = Lines::only(block.src);
     int64_t row_lines = ceil_div(next.columns * call_.in, line_bytes), left = next.rows * row_lines;
     if (left > 0) lines = {next.src, next.src + row_lines * line_bytes, call_.layout.row.src, row_lines * line_bytes};
-    int64_t tiles = ceil_div(block.rows, tile_rows_) * ceil_div(block.columns, tile_columns_);
-    int64_t surplus = std::max<int64_t>(0, ceil_div(left, tiles) - tile_rows_);  // where this block is the smaller one
+    int64_t tiles = ceil_div(block.rows, tile_rows) * ceil_div(block.columns, tile_columns_);
+    int64_t surplus = std::max<int64_t>(0, ceil_div(left, tiles) - tile_rows);  // where this block is the smaller one
     for (int64_t c = 0; c < block.columns; c += tile_columns_) {
-      for (int64_t r = 0; r < block.rows; r += tile_rows_) {
+      for (int64_t r = 0; r < block.rows; r += tile_rows) {
         lines.fetch(surplus);
         tile(block, r, c, how, lines);
-        left -= tile_rows_ + surplus;
+        left -= tile_rows + surplus;
         if (left <= 0) lines = Lines::only(block.src);
       }
     }
@@ -129,8 +129,8 @@ class TileWork {
     ptrdiff_t src_stride = call_.layout.row.src, dst_stride = call_.layout.column.dst;
     const char* src = block.src + r * src_stride + c * call_.in;
     char* dst = block.dst + r * call_.out + c * dst_stride;
-    int64_t rows = std::min(tile_rows_, block.rows - r), columns = std::min(tile_columns_, block.columns - c);
-    bool whole = rows == tile_rows_ && columns == tile_columns_;
+    int64_t rows = std::min(tile_rows, block.rows - r), columns = std::min(tile_columns_, block.columns - c);
+    bool whole = rows == tile_rows && columns == tile_columns_;
     bool done = false;
     if (how != Treatment::strided && whole) {
       done = choose(how, call_.stream)(src, src_stride, dst, dst_stride, block.scale, after(block, r, c), lines);
@@ -144,7 +144,7 @@ class TileWork {
 
   // Where the next tile's input begins; this one's if it is the block's last.
   const char* after(const Block& block, int64_t r, int64_t c) const {
-    if (r + tile_rows_ < block.rows) return block.src + (r + tile_rows_) * call_.layout.row.src + c * call_.in;
+    if (r + tile_rows < block.rows) return block.src + (r + tile_rows) * call_.layout.row.src + c * call_.in;
     return block.src + (c + tile_columns_ < block.columns ? c + tile_columns_ : c) * call_.in;
   }
 
@@ -156,9 +156,9 @@ class TileWork {
   // A tile at the edge: through a whole one on the stack.
   bool partial(TileKernel kernel, const char* src, char* dst, int64_t rows, int64_t columns, float scale,
                Lines& lines) const {
-    alignas(line_bytes) char whole_in[64 * line_bytes] = {};
-    alignas(line_bytes) char whole_out[32 * 2 * line_bytes];
-    int64_t line = tile_rows_ * call_.out;
+    alignas(line_bytes) char whole_in[tile_rows * line_bytes] = {};
+    alignas(line_bytes) char whole_out[tile_columns(DType::bf16) * tile_rows * size_of(DType::fp32)];  // the largest
+    int64_t line = tile_rows * call_.out;
     for (int64_t i = 0; i < rows; ++i) {
       std::memcpy(whole_in + i * line_bytes, src + i * call_.layout.row.src, columns * call_.in);
     }
@@ -170,7 +170,7 @@ class TileWork {
   }
 
   const Call& call_;
-  int64_t tile_rows_, tile_columns_;
+  int64_t tile_columns_;
   int64_t block_columns_, down_, across_;
 };
 

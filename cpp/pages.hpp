@@ -1,4 +1,4 @@
-// What the system is told about memory that is about to be written.
+// Advice to the system on memory that is about to be written.
 #pragma once
 
 #include <cstdint>

@@ -58,7 +58,7 @@ class Pool {
       lock.unlock();
       (*job->body)();
       lock.lock();
-      // What has no work left for this thread has none for any other.
+      // A job that has no work left for this thread has none for any other.
       jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), job), jobs_.end());
       if (--job->running == 0) done_.notify_all();
     }

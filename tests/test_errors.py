@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import pickle
 import subprocess
@@ -49,37 +48,6 @@ WITH_A_USUAL_HINT = {
     "CheckpointFormatError",
     "StorageError",
 }
-
-
-def raised_without_a_hint(module: Path) -> list[str]:
-    """Return each error that a module makes with no `hint=`, and whose class has none either."""
-    found = []
-    for node in ast.walk(ast.parse(module.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in EXIT_STATUS:
-            given = {keyword.arg for keyword in node.keywords}
-            if not given & {"hint", None} and (
-                node.func.id not in WITH_A_USUAL_HINT or not given & {"tensor", "file", "expected", "found"}
-            ):
-                found.append(f"{module.name}:{node.lineno} {node.func.id}")
-    return found
-
-
-MODULES = sorted(Path(errors.__file__).parent.rglob("*.py"))
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
-def test_every_error_names_the_next_step(module: Path) -> None:
-    assert not raised_without_a_hint(module)
-
-
-def test_a_missing_next_step_is_found(tmp_path: Path) -> None:
-    (tmp_path / "module.py").write_text(
-        "raise ParallelError('it is wrong', found=1)\n"
-        "raise UsageError('it is wrong')\n"
-        "raise UsageError('it is wrong', expected=1)\n"
-        "raise ConfigError('it is wrong', hint='do this')\n"
-    )
-    assert raised_without_a_hint(tmp_path / "module.py") == ["module.py:1 ParallelError", "module.py:2 UsageError"]
 
 
 @pytest.mark.parametrize("name", EXIT_STATUS)

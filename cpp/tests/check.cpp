@@ -27,7 +27,7 @@ std::vector<size_t> random_order(size_t axes) {
   return order;
 }
 
-// Strides for axes that lie in this order, the innermost first, with gaps; returns the bytes that they span.
+// Strides for axes in this order, the innermost first, with gaps; returns the bytes that they span.
 int64_t random_strides(const std::vector<int64_t>& sizes, const std::vector<size_t>& order, int64_t element,
                        std::vector<ptrdiff_t>& strides) {
   int64_t stride = element * draw({1, 1, 1, 2});
@@ -50,7 +50,7 @@ bool same(const Move& move, const std::vector<char>& wanted, const char* found) 
 }
 
 bool once(bool large) {
-  auto in = static_cast<DType>(random_bits() % input_dtypes), out = static_cast<DType>(random_bits() % output_dtypes);
+  auto in = static_cast<DType>(random_bits() % dtypes), out = static_cast<DType>(random_bits() % dtypes);
   std::vector<int64_t> sizes{draw({1, 2, 3}), draw({1, 7, 32, 64, 65, 130}), draw({1, 5, 31, 33, 64, 96, 100})};
   if (large) sizes = {3, draw({700, 1024}), draw({1024, 1056, 1111})};
   std::vector<ptrdiff_t> src(sizes.size()), dst(sizes.size());

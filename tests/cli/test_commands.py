@@ -191,13 +191,13 @@ PUBLISHING = """
 import os, signal, sys
 from gemma4_moe.cli import commands
 from gemma4_moe.target import transaction
-whole = transaction.rename_new
+whole = transaction._rename_new
 def rename_new(old, new):
     if os.environ["WHEN"] == "before":
         os.kill(os.getpid(), signal.SIGTERM)
     whole(old, new)
     os.kill(os.getpid(), signal.SIGTERM)
-transaction.rename_new = rename_new
+transaction._rename_new = rename_new
 commands.main(sys.argv[1:])
 """
 

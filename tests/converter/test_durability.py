@@ -50,7 +50,7 @@ def test_a_conversion_syncs_what_it_is_about_to_name(
         before = number
     assert sum(len(names) for _, names in named) > 5
 
-    publishing = order.calls.index(("new", OUT, "nemo"))
+    publishing = order.calls.index(("rename", OUT, "nemo"))
     assert order.synced_holding(OUT, files) < publishing
     for name in files:
         assert ("fsync", f"{OUT}/{name}") in order.calls[:publishing], name

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from crash.sizes import shrink
 from gemma4_moe.converter import convert
-from gemma4_moe.target import renaming
+from gemma4_moe.target import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,8 +48,7 @@ class Points:
     def install(self) -> None:
         for name in CALLS:
             setattr(os, name, self.watched(name, getattr(os, name)))
-        system_call = renaming._system_call()
-        renaming._system_call = lambda: self.watched("renameat2", system_call)
+        transaction.exchange = self.watched("exchange", transaction.exchange)
 
     def watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watch(*arguments: Any, **more: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
 from gemma4_moe import kernels
-from gemma4_moe.errors import TensorShapeError
+from gemma4_moe.errors import TensorShapeError, UsageError
 
 
 def ones(*shape, dtype=torch.bfloat16):
@@ -24,10 +25,26 @@ def test_wrong_shapes_and_dtypes_are_refused(make):
         kernels.transpose_scale_cast(x[0], scale=x[0, 0])
     with pytest.raises(TensorShapeError, match="one scale an expert"):
         kernels.transpose_scale_cast(x, scale=x[0, :, 0])
-    with pytest.raises(TensorShapeError, match="out is not"):
+    with pytest.raises(TensorShapeError, match="out does not fit"):
         kernels.transpose_scale_cast(x, out=x)
-    with pytest.raises(TensorShapeError, match="out is not"):
+    with pytest.raises(TensorShapeError, match="out does not fit"):
         kernels.scale_cast(x, dtype=np.float16 if isinstance(x, np.ndarray) else torch.float16, out=x)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "numpy", "torch"])
+def test_other_dtypes_are_copied_and_never_the_result_of_arithmetic(kernel):
+    for x, other in (
+        (np.arange(24.0).reshape(2, 3, 4), (ml_dtypes.float8_e4m3fn, np.float64)),
+        (torch.arange(24.0, dtype=torch.float64).reshape(2, 3, 4), (torch.float8_e4m3fn, torch.float64)),
+    ):
+        copied = kernels.transpose_scale_cast(x, kernel=kernel)
+        assert copied.dtype == x.dtype
+        assert (copied == x.swapaxes(1, 2)).all()
+        with pytest.raises(UsageError, match="no kernel rounds to this dtype") as raised:
+            kernels.scale_cast(x, dtype=other[0], kernel=kernel)
+        assert raised.value.facts["found"].endswith("float8_e4m3fn")
+        with pytest.raises(UsageError, match="no kernel rounds to this dtype"):
+            kernels.scale_cast(x, scale=x[:, 0, 0], dtype=other[1], kernel=kernel)
 
 
 def test_results_that_share_memory_with_themselves_are_refused():

@@ -7,7 +7,7 @@ import pytest
 
 from gemma4_moe import kernels
 from support.raw_kernels import KERNELS
-from support.rounding import BF16, FACTORS, FORMATS, FP8, FP16, FP32, INPUTS, assert_same_bits, expected
+from support.rounding import BF16, FACTORS, FORMATS, FP16, FP32, assert_same_bits, expected
 
 
 def every_value(dtype):
@@ -15,7 +15,7 @@ def every_value(dtype):
     if dtype != FP32:
         return np.arange(1 << 16, dtype=np.uint16).view(dtype).reshape(1, 128, 512)
     exponents = np.arange(512, dtype=np.uint32) << 23  # sign and exponent
-    ties = [base + delta for shift in (12, 15, 19) for base in (1 << shift, 3 << shift) for delta in (-1, 0, 1)]
+    ties = [base + delta for shift in (12, 15) for base in (1 << shift, 3 << shift) for delta in (-1, 0, 1)]
     mantissas = np.array([0, 1, 0x7FFFFF, 0x7FF000, 0x7FC000, *ties], np.int64).astype(np.uint32)
     grid = exponents[:, None] | mantissas[None, :]
     subnormals = np.arange(1 << 14, dtype=np.uint32)
@@ -25,7 +25,7 @@ def every_value(dtype):
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("target", FORMATS, ids=str)
-@pytest.mark.parametrize("source", INPUTS, ids=str)
+@pytest.mark.parametrize("source", FORMATS, ids=str)
 def test_every_value_is_rounded_once(source, target, name):
     values = every_value(source)
     x = np.broadcast_to(values, (len(FACTORS), *values.shape[1:])).swapaxes(1, 2)
@@ -36,7 +36,7 @@ def test_every_value_is_rounded_once(source, target, name):
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("target", FORMATS, ids=str)
-@pytest.mark.parametrize("source", INPUTS, ids=str)
+@pytest.mark.parametrize("source", FORMATS, ids=str)
 def test_every_value_is_cast_without_a_factor(source, target, name):
     x = every_value(source)
     for view in (x, x.swapaxes(1, 2)):
@@ -52,10 +52,6 @@ def test_the_formula_agrees_with_ml_dtypes_where_that_rounds_too():
         with np.errstate(over="ignore", invalid="ignore"):
             cast = x.astype(target)
         assert_same_bits(expected(x, None, target)[finite], cast[finite])
-    with np.errstate(invalid="ignore"):
-        narrow = x.astype(FP8)
-    small = finite & (np.abs(np.where(finite, x, 0)) < 440)
-    assert_same_bits(expected(x, None, FP8)[small], narrow[small])
 
 
 def test_arithmetic_does_not_depend_on_the_thread_that_calls():

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
-from pathlib import Path
 
 import pytest
 
-import gemma4_moe
 from gemma4_moe.errors import UnknownTensorError
 from gemma4_moe.layout import names
 from gemma4_moe.layout.names import MoEName, lookup, parse
@@ -196,25 +193,3 @@ def test_a_table_in_which_two_rows_share_a_name_is_refused_when_it_is_built(monk
     monkeypatch.setattr(names, "RULES", (*RULES, twin))
     with pytest.raises(AssertionError, match=r"spelled experts\.down_proj"):
         names._lookup(Layout.HF)
-
-
-def test_no_other_module_knows_these_names() -> None:
-    known = {name for rule in RULES for layout in Layout for name in rule.names(layout)}
-    found = [
-        f"{path.name}:{line}: {text}"
-        for path in Path(gemma4_moe.__file__).parent.rglob("*.py")
-        if path.name != "table.py"
-        for line, text in strings_of_code(ast.parse(path.read_text()))
-        if any(name in text for name in known)
-    ]
-    assert found == []
-
-
-def strings_of_code(tree: ast.AST) -> list[tuple[int, str]]:
-    """Line and text of every string constant that is no docstring."""
-    statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    return [
-        (node.lineno, node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in statements
-    ]

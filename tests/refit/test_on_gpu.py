@@ -15,6 +15,7 @@ from gemma4_moe.refit import WeightStream
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 from support.streams import assert_same_stream, in_order, per_expert
+from support.synchronisation import no_synchronisation
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -49,12 +50,9 @@ def test_a_pass_never_waits_for_the_device() -> None:
     stream = WeightStream(ADAPTER, native_on_gpu(FP32), dtype=BF16, bucket_bytes=3000)
     for _ in stream.buckets():  # compiles the kernel, which does wait
         pass
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         for _ in stream.buckets():
             pass
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_pass_takes_two_buffers_of_memory() -> None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.target import renaming
+from gemma4_moe.target import transaction
 
 if TYPE_CHECKING:
     import pytest
@@ -25,7 +25,7 @@ class Order:
         self.calls: list[tuple[str, ...]] = []
         self.held: dict[int, set[str]] = {}
         fsync, rename, rmdir = os.fsync, os.rename, os.rmdir
-        system_call = renaming._system_call()
+        exchange = transaction.exchange
 
         def synced(descriptor: int) -> None:
             path = Path(f"/proc/self/fd/{descriptor}").readlink()
@@ -38,9 +38,9 @@ class Order:
             self.note("rename", old, new)
             rename(old, new)
 
-        def renamed_by_flag(_: int, old: bytes, __: int, new: bytes, flags: int) -> int:
-            self.note(("rename", "new", "exchange")[flags], Path(os.fsdecode(old)), Path(os.fsdecode(new)))
-            return int(system_call(_, old, __, new, flags))
+        def exchanged(one: Path, other: Path) -> bool:
+            self.note("exchange", one, other)
+            return exchange(one, other)
 
         def removed(path: Path, **more: Any) -> None:
             self.note("rmdir", path)
@@ -49,7 +49,7 @@ class Order:
         monkeypatch.setattr(os, "fsync", synced)
         monkeypatch.setattr(os, "rename", renamed)
         monkeypatch.setattr(os, "rmdir", removed)
-        monkeypatch.setattr(renaming, "_system_call", lambda: renamed_by_flag)
+        monkeypatch.setattr(transaction, "exchange", exchanged)
 
     def note(self, call: str, *paths: Path) -> None:
         self.calls.append((call, *(os.path.relpath(path, self.root) for path in paths)))

@@ -16,7 +16,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Kernel = Callable[[Array, "Array | None", Array], object]
 
 CODES = {np.dtype(ml_dtypes.bfloat16): 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
-CODES[np.dtype(ml_dtypes.float8_e4m3fn)] = 3
 
 
 def run_cpu(x: Array, factors: Array | None, out: Array, *, instruction_set: str = "", threads: int = 1) -> None:

@@ -16,18 +16,15 @@ class Format(NamedTuple):
     precision: int
     min_exponent: int
     largest: float
-    saturates: bool
     quiet_nan: int
 
 
-BF16, FP16, FP32, FP8 = (np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.float32, ml_dtypes.float8_e4m3fn))
+BF16, FP16, FP32 = (np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.float32))
 FORMATS = {
-    BF16: Format(8, -126, (2 - 2**-7) * 2.0**127, False, 0x7FC0),
-    FP16: Format(11, -14, 65504.0, False, 0x7E00),
-    FP32: Format(24, -126, (2 - 2**-23) * 2.0**127, False, 0x7FC00000),
-    FP8: Format(4, -6, 448.0, True, 0x7F),
+    BF16: Format(8, -126, (2 - 2**-7) * 2.0**127, 0x7FC0),
+    FP16: Format(11, -14, 65504.0, 0x7E00),
+    FP32: Format(24, -126, (2 - 2**-23) * 2.0**127, 0x7FC00000),
 }
-INPUTS = (BF16, FP16, FP32)
 
 #: Factors that reach every corner: exact and inexact ones, both signs, overflow, underflow, zero, Inf, NaN, one.
 FACTORS = np.array(
@@ -48,8 +45,7 @@ def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
     _, exponent = np.frexp(values)
     last_place = np.maximum(exponent, format_.min_exponent + 1) - format_.precision
     result = np.ldexp(np.rint(np.ldexp(values, -last_place)), last_place)
-    beyond = np.copysign(format_.largest if format_.saturates else np.inf, values)
-    return np.where(np.abs(result) > format_.largest, beyond, result)
+    return np.where(np.abs(result) > format_.largest, np.copysign(np.inf, values), result)
 
 
 @np.errstate(all="ignore")

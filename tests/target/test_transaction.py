@@ -10,13 +10,14 @@ import pytest
 
 from gemma4_moe.checkpoint.directory import control_directory
 from gemma4_moe.errors import SourceChangedError, StorageError, UsageError
-from gemma4_moe.target import recovery, renaming, transaction
+from gemma4_moe.target import recovery, transaction
 from gemma4_moe.target.journal import Journal, read_journals
 from gemma4_moe.target.recovery import clean, heal, remains
 from gemma4_moe.target.transaction import Transaction
 from support.order import Order
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from gemma4_moe.target.locking import Lock
@@ -31,17 +32,10 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "nemo"
 
 
-@pytest.fixture(params=["renameat2", "plain"])
-def renames(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run with renameat2's flags, and as on a filesystem that doesn't know them."""
-    if request.param == "plain":
-
-        def unknown(*_: object) -> int:
-            renaming.ctypes.set_errno(errno.EINVAL)
-            return -1
-
-        monkeypatch.setattr(renaming, "_system_call", lambda: unknown)
-    return request.param
+@pytest.fixture
+def two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run as on a filesystem that can't exchange two directories."""
+    monkeypatch.setattr(transaction, "exchange", lambda *_: False)
 
 
 def write(target: Path, text: str, *, overwrite: bool = False) -> None:
@@ -54,19 +48,22 @@ def entries(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_a_new_target_appears_whole(target: Path, renames: str) -> None:
+def test_a_new_target_appears_whole(target: Path) -> None:
     write(target, "new")
     assert entries(target.parent) == ["nemo"]
     assert (target / "file").read_text() == "new"
 
 
-def test_an_empty_directory_is_filled(target: Path, renames: str) -> None:
+def test_an_empty_directory_is_filled(target: Path) -> None:
     target.mkdir()
     write(target, "new", overwrite=False)
     assert (target / "file").read_text() == "new"
 
 
-def test_an_old_one_is_replaced(target: Path, renames: str) -> None:
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_an_old_one_is_replaced(exchanges: bool, target: Path, request: pytest.FixtureRequest) -> None:
+    if not exchanges:
+        request.getfixturevalue("two_steps")
     write(target, "old")
     write(target, "new", overwrite=True)
     assert (target / "file").read_text() == "new"
@@ -74,7 +71,7 @@ def test_an_old_one_is_replaced(target: Path, renames: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["directory", "file", "link", "link to a directory"])
-def test_what_has_come_into_being_meanwhile_is_not_touched(kind: str, target: Path, renames: str) -> None:
+def test_what_has_come_into_being_meanwhile_is_not_touched(kind: str, target: Path) -> None:
     def appear() -> None:
         if kind == "directory":
             target.mkdir()
@@ -151,24 +148,108 @@ def killed_in(monkeypatch: pytest.MonkeyPatch, target: Path, module: object, nam
             write(target, "new", overwrite=True)
 
 
+def kill_between_the_renames(monkeypatch: pytest.MonkeyPatch, target: Path) -> None:
+    def only_the_first(_: Path, target: Path, old: Path) -> None:
+        target.rename(old)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(transaction, "_replace", only_the_first)
+        patched.setattr(Transaction, "__exit__", lambda self, *_: os.close(self._lock._descriptor))
+        with pytest.raises(Killed):
+            write(target, "new", overwrite=True)
+    assert not target.exists()
+
+
+@pytest.mark.usefixtures("two_steps")
 def test_a_kill_between_the_two_renames_is_healed(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(target, "old")
-    monkeypatch.setattr(transaction, "exchange", lambda *_: False)
-    killed_in(monkeypatch, target, transaction, "rename_new", 1)
+    kill_between_the_renames(monkeypatch, target)
     assert not target.exists()
     heal(target)
     assert (target / "file").read_text() == "new"
     assert entries(target.parent) == ["nemo"]
 
 
+@pytest.mark.usefixtures("two_steps")
 def test_the_next_writer_heals_before_it_writes(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(target, "old")
-    monkeypatch.setattr(transaction, "exchange", lambda *_: False)
-    killed_in(monkeypatch, target, transaction, "rename_new", 1)
+    kill_between_the_renames(monkeypatch, target)
     with pytest.raises(KeyError), Transaction(target):
         raise KeyError
     assert (target / "file").read_text() == "new"
     assert entries(target.parent) == ["nemo"]
+
+
+def after_the_first_rename(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], times: int = 1) -> None:
+    """Act before each of the next `times` renames, when neither the old directory nor the new one is in its place."""
+    whole, calls = os.rename, []
+
+    def rename(one: Path, other: Path) -> None:
+        calls.append(one)
+        if 2 <= len(calls) < 2 + times:
+            act()
+        whole(one, other)
+
+    monkeypatch.setattr(os, "rename", rename)
+
+
+@pytest.mark.usefixtures("two_steps")
+@pytest.mark.parametrize("journalled", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, os.strerror(errno.EIO))], ids=repr)
+def test_a_failure_between_the_two_renames_leaves_the_old_one(
+    error: BaseException, journalled: bool, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        assert not target.exists()
+        raise error
+
+    def overwrite() -> None:
+        with Transaction(target) as work:
+            (work.out / "file").write_text("new")
+            if journalled:
+                with Journal(work.control, 0) as journal:
+                    journal.append(target=[("file", 0, "hash")])
+            after_the_first_rename(monkeypatch, fail)
+            work.publish(overwrite=True)
+
+    write(target, "old")
+    with pytest.raises((KeyboardInterrupt, StorageError)):
+        overwrite()
+    assert (target / "file").read_text() == "old"
+    assert (remains(target) is not None) == journalled
+
+
+@pytest.mark.usefixtures("two_steps")
+def test_neither_is_deleted_while_the_old_one_can_not_be_put_back(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    write(target, "old")
+    with monkeypatch.context() as failing:
+        after_the_first_rename(failing, refuse, times=2)
+        with pytest.raises(StorageError, match="can't publish the target"):
+            write(target, "new", overwrite=True)
+    assert not target.exists()
+    heal(target)
+    assert (target / "file").read_text() == "new"
+    assert entries(target.parent) == ["nemo"]
+
+
+@pytest.mark.usefixtures("two_steps")
+def test_what_appears_between_the_two_renames_is_not_touched(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def appear() -> None:
+        target.mkdir()
+        (target / "mine").write_text("mine")
+
+    write(target, "old")
+    after_the_first_rename(monkeypatch, appear)
+    with pytest.raises(UsageError, match="come into being"):
+        write(target, "new", overwrite=True)
+    assert entries(target) == ["mine"]
+    assert (control_directory(target) / "old/file").read_text() == "old"
 
 
 def test_a_kill_after_the_exchange_is_healed(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,10 +299,10 @@ def test_all_is_on_the_device_before_the_next_step(there: str, target: Path, mon
         monkeypatch.setattr(transaction, "exchange", lambda *_: False)
     write(target, "new", overwrite=True)
     renames = {
-        "nothing": [("new", f"{CONTROL}/out", "nemo")],
+        "nothing": [("rename", f"{CONTROL}/out", "nemo")],
         "empty": [("rename", f"{CONTROL}/out", "nemo")],
         "old": [("exchange", f"{CONTROL}/out", "nemo")],
-        "old, in two steps": [("rename", "nemo", f"{CONTROL}/old"), ("new", f"{CONTROL}/out", "nemo")],
+        "old, in two steps": [("rename", "nemo", f"{CONTROL}/old"), ("rename", f"{CONTROL}/out", "nemo")],
     }[there]
     published = [*BEFORE, *READY, *renames, ("fsync", ".")]
     assert order.calls[: len(published)] == published
@@ -229,13 +310,13 @@ def test_all_is_on_the_device_before_the_next_step(there: str, target: Path, mon
     assert all(call[0] == "rmdir" for call in order.calls[len(published) :])
 
 
+@pytest.mark.usefixtures("two_steps")
 def test_healing_brings_the_rename_to_the_device_first(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(target, "old")
-    monkeypatch.setattr(transaction, "exchange", lambda *_: False)
-    killed_in(monkeypatch, target, transaction, "rename_new", 1)
+    kill_between_the_renames(monkeypatch, target)
     order = Order(target.parent, monkeypatch)
     heal(target)
-    assert order.calls[:2] == [("new", f"{CONTROL}/out", "nemo"), ("fsync", ".")]
+    assert order.calls[:2] == [("rename", f"{CONTROL}/out", "nemo"), ("fsync", ".")]
     assert order.calls[-1] == ("rmdir", CONTROL)
 
 

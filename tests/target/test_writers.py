@@ -1,17 +1,30 @@
+"""A file that is written at positions: its bytes, its size, its end on the device, and writing in whole pages."""
+
+from __future__ import annotations
+
 import errno
+import itertools
 import os
+import random
 import stat
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from gemma4_moe.checkpoint.readers import PAGE, SLACK, allocate
 from gemma4_moe.errors import StorageError
 from gemma4_moe.layout.dtypes import FLOAT32
 from gemma4_moe.target import writers as writer_module
 from gemma4_moe.target.file_layout import layout_header
-from gemma4_moe.target.writers import SafetensorsWriter
+from gemma4_moe.target.writers import PageWriter, SafetensorsWriter
+from support.direct_io import failing_after, works_here
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HEADER, ENTRIES = layout_header([("a", FLOAT32, (64, 1024)), ("b", FLOAT32, (3, 7))], {"format": "pt"})
 SIZE = ENTRIES[-1].end
@@ -151,3 +164,67 @@ def test_close_syncs_and_an_error_in_the_block_abandons(tmp_path, monkeypatch):
     with pytest.raises(KeyError), SafetensorsWriter(tmp_path / "g", HEADER, SIZE):
         raise KeyError
     assert synced == [descriptor]
+
+
+CONTENT = random.Random(1).randbytes(10 * PAGE + 123)
+
+
+def write_in_pieces(path: Path, edges: list[int], *, buffered: bool = False) -> None:
+    with SafetensorsWriter(path, b"", len(CONTENT)) as file, closing(PageWriter(file, buffered=buffered)) as writer:
+        for start, end in itertools.pairwise(edges):
+            buffer, lead = allocate(end - start + SLACK), start % PAGE
+            buffer[:lead] = b"\xff" * lead  # whatever was in the buffer before
+            buffer[lead : lead + end - start] = CONTENT[start:end]
+            writer.write(start, buffer, lead, lead + end - start)
+        writer.sync()
+
+
+EDGES = [
+    [0, len(CONTENT)],
+    [0, PAGE, 5 * PAGE, 10 * PAGE, len(CONTENT)],
+    [0, 1, 2, 3, 4000, 4095, 4096, 4097, 12_000, 12_001, len(CONTENT)],
+    [*range(0, len(CONTENT), 1000), len(CONTENT)],
+    [0, len(CONTENT) - 1, len(CONTENT)],
+]
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+@pytest.mark.parametrize("edges", EDGES)
+def test_a_writer_joins_pieces_of_any_size(edges: list[int], buffered: bool, tmp_path: Path) -> None:
+    write_in_pieces(tmp_path / "out", edges, buffered=buffered)
+    assert (tmp_path / "out").read_bytes() == CONTENT
+
+
+def test_direct_writes_are_whole_pages_from_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, calls = os.pwrite, []
+
+    def seen(descriptor: int, content: memoryview, offset: int) -> int:
+        calls.append((offset, len(content)))
+        return whole(descriptor, content, offset)
+
+    monkeypatch.setattr(os, "pwrite", seen)
+    write_in_pieces(tmp_path / "out", EDGES[3])
+    assert [call for call in calls if call[0] % PAGE or call[1] % PAGE] == [(10 * PAGE, 123)]
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_where_direct_writing_is_refused_it_goes_on_buffered(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pwrite", failing_after(at, errno.EINVAL, os.pwrite))
+    if works_here(tmp_path):
+        write_in_pieces(tmp_path / "out", EDGES[1])
+        assert (tmp_path / "out").read_bytes() == CONTENT
+
+
+def test_a_write_that_stops_within_a_page_goes_on_buffered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, view, at: whole(fd, bytes(view[: max(1, len(view) // 3)]), at))
+    write_in_pieces(tmp_path / "out", EDGES[1], buffered=True)
+    assert (tmp_path / "out").read_bytes() == CONTENT
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwrite", failing_after(1, errno.ENOSPC, os.pwrite))
+    with pytest.raises(StorageError, match="can't write the file: No space"):
+        write_in_pieces(tmp_path / "out", EDGES[1])

@@ -1,9 +1,8 @@
-"""Reading a file in large pieces: past the page cache, or through it where that is quicker or the only way.
+"""Reading a file in large pieces: past the page cache, through it, or in the quicker of these two ways.
 
-Direct I/O asks that positions, sizes and memory are multiples of a page. A reader therefore reads the pages around the
-bytes that it is asked for. Which way is quicker depends on the device and on the layers before it: a local drive gives
-more to large direct reads, some virtual disks and network filesystems give twice as much to the kernel's read-ahead.
-No way leaves the file in the page cache.
+Read-ahead keeps a device busy between two reads, and costs processor time. Which way is quicker depends on the device
+and on the work of other processes. Direct I/O asks that positions, sizes and memory are multiples of a page, so a
+reader reads the pages around the bytes that it is asked for. Neither way leaves the file in the page cache.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-#: What positions, sizes and memory of direct I/O are multiples of, in bytes.
+#: Positions, sizes and memory of direct I/O are multiples of this, in bytes.
 PAGE = 4096
 
-#: What a buffer needs beyond the bytes that are asked for: the rest of the first and of the last page.
+#: Bytes that a buffer needs beyond those that are asked for: the rest of the first page and of the last.
 SLACK = 2 * PAGE
 
 
@@ -36,7 +35,7 @@ class Reader(Protocol):
         """Return the file's bytes [offset, offset + size) somewhere in `buffer`, which has `SLACK` bytes more."""
 
     def close(self) -> None:
-        """Give back what the reader holds."""
+        """Close the descriptors that the reader has opened."""
 
 
 class OpenLocally(Protocol):
@@ -62,21 +61,22 @@ def whole_pages(nbytes: int) -> int:
 
 
 class PageReader:
-    """Reads an open file through buffers, past the page cache where that works. Close it after use."""
+    """Reads an open file into buffers. Close it after use."""
 
     def __init__(self, file: OpenLocally, *, buffered: bool = False) -> None:
-        """Take an open file, and let the page cache forget what it holds of it, so that the device is read.
+        """Take an open file, and drop its pages from the page cache, so that the device is read.
 
         Args:
             file: The file; it must stay open.
-            buffered: Read through the page cache, and drop from it what was read.
+            buffered: Read through the page cache, and drop each range from it once it is read. Otherwise the file is
+                read past the page cache where the system and the filesystem can do that.
         """
         self._file = file
         drop_cache(file.fileno(), 0, 0)
-        self._direct = None if buffered else _reopen(file.fileno(), os.O_RDONLY)
+        self._direct = None if buffered else reopen_direct(file.fileno(), os.O_RDONLY)
 
     def close(self) -> None:
-        """Close what this reader has opened itself."""
+        """Close the descriptor that this reader has opened."""
         if self._direct is not None:
             os.close(self._direct)
             self._direct = None
@@ -97,7 +97,7 @@ class PageReader:
         return into
 
     def _read_pages(self, start: int, size: int, buffer: memoryview) -> bool:
-        """Fill the start of `buffer` from the page at `start`. Return False where the file has to be read otherwise."""
+        """Fill the start of `buffer` from the page at `start`. Return False if that can't be done this way."""
         assert self._direct is not None, "the caller has looked"
         done = 0
         while done < size:
@@ -122,17 +122,17 @@ def drop_cache(descriptor: int, offset: int, size: int) -> None:
         os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
 
-def _reopen(descriptor: int, flags: int) -> int | None:
-    """Open an open file once more, for direct I/O; None where that can't be done."""
+def reopen_direct(descriptor: int, flags: int) -> int | None:
+    """Return a second descriptor of an open file, for direct I/O, or None if there can't be one."""
     if sys.platform != "linux":
         return None
     try:
         return os.open(f"/proc/self/fd/{descriptor}", flags | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError:  # no direct I/O here, or no /proc: whatever else is wrong, the ordinary way will say
+    except OSError:  # no direct I/O here, or no /proc: the ordinary way reports any other trouble
         return None
 
 
-#: Bytes that are read in one way before the other is tried, and how many times each is tried before one is chosen.
+#: Bytes that are read in one way before the other is tried, and the number of trials of each before one is chosen.
 TRIAL_BYTES = 64 * 2**20
 
 TRIALS = 2
@@ -142,12 +142,12 @@ class QuickerReader:
     """Reads a file in two ways by turns, then in the one that took less time. For one thread; close it after use."""
 
     def __init__(self, direct: Reader, buffered: Reader, clock: Callable[[], float] = perf_counter) -> None:
-        """Take both ways.
+        """Take both readers.
 
         Args:
-            direct: Tried first.
+            direct: The one that is tried first, and chosen if both took the same time.
             buffered: The other one.
-            clock: Tells the time in seconds.
+            clock: Returns the time in seconds.
         """
         self._ways = (direct, buffered)
         self._clock = clock
@@ -161,7 +161,7 @@ class QuickerReader:
             way.close()
 
     def read(self, offset: int, size: int, buffer: memoryview) -> memoryview:
-        """Return the file's bytes [offset, offset + size) somewhere in `buffer`. Raises what the readers raise."""
+        """Return the file's bytes [offset, offset + size) somewhere in `buffer`. Raises as the readers do."""
         if self._chosen is not None:
             return self._ways[self._chosen].read(offset, size, buffer)
         way = int(self._bytes[0] // TRIAL_BYTES > self._bytes[1] // TRIAL_BYTES)

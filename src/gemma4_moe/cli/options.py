@@ -82,7 +82,7 @@ base = click.option(
     "unchanged get its weights and scales back, bit for bit. Only from nemo to hf.",
 )
 break_lock = click.option(
-    "--break-lock", is_flag=True, help="Take DST from a process on another host that shows no sign of life."
+    "--break-lock", is_flag=True, help="Take DST from a process on another host, which must no longer run."
 )
 
 

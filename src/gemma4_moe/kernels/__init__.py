@@ -1,8 +1,8 @@
 """Move expert bytes: exchange the last two axes, multiply each expert by its scale in fp32, round once.
 
-Rounding is to nearest even; subnormals, −0.0 and infinities are kept, and float8_e4m3fn saturates. Where the dtype
-stays and the scale is absent or exactly one, bits are copied. Everywhere else a NaN becomes the target's quiet NaN with
-the sign of its element. Every kernel gives the same bits: `choice` takes the fastest that is there.
+Rounding is to nearest even; subnormals, −0.0 and infinities are kept. Where the dtype stays and the scale is absent or
+exactly one, bits are copied. Everywhere else a NaN becomes the target's quiet NaN with the sign of its element. Every
+kernel gives the same bits: `choice` takes the fastest that is there.
 
 No gradient flows through any of these functions.
 """
@@ -31,14 +31,14 @@ def transpose_scale_cast(
     Args:
         x: A NumPy array or a torch tensor, bfloat16, float16 or float32; any strides.
         scale: [E] for x [E, ..., R, C], or None. The product is taken in fp32.
-        dtype: Dtype of the result, NumPy's or torch's as x is; by default out's, or else x's own. float8_e4m3fn too.
+        dtype: Dtype of the result, NumPy's or torch's as x is; by default out's, or else x's own.
         out: Where to write [..., C, R]; any strides, but no memory of x. A new contiguous array by default.
         kernel: "auto" or the name of a kernel. The environment variable GEMMA4_MOE_KERNEL takes the place of "auto".
         threads: How many threads a kernel on the CPU uses; by default one for each core that the process may use.
 
     Raises:
         TensorShapeError: `scale` or `out` does not have the shape or the dtype that x asks for.
-        UsageError: The kernel is not available, or can't work on x.
+        UsageError: The kernel is not available, or can't work on x, or `dtype` is none that kernels round to.
     """
     if x.ndim < (2 if scale is None else 3):
         raise TensorShapeError("there are no two axes to exchange", expected="[..., R, C]", found=tuple(x.shape))

@@ -9,16 +9,15 @@ import numpy as np
 
 from gemma4_moe.errors import TensorShapeError
 from gemma4_moe.kernels import choice, numpy_kernel
-from gemma4_moe.layout.dtypes import BFLOAT16, EXPERT_DTYPES, FLOAT8_E4M3, FLOAT16, FLOAT32
+from gemma4_moe.layout.dtypes import BFLOAT16, FLOAT16, FLOAT32
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 #: Results that we allocate begin at a multiple of this many bytes: whole lines can then be written past the caches.
 _ALIGNMENT = 64
 
-#: The compiled kernels' numbers for the dtypes they write. All but the last they also read.
-_CODES = {dtype.numpy(): code for code, dtype in enumerate((BFLOAT16, FLOAT16, FLOAT32, FLOAT8_E4M3))}
-_READABLE = frozenset(dtype.numpy() for dtype in EXPERT_DTYPES)
+#: The compiled kernels' numbers for the dtypes that they read and write.
+_CODES = {dtype.numpy(): code for code, dtype in enumerate((BFLOAT16, FLOAT16, FLOAT32))}
 
 
 def scale_cast(x: Array, scale: Any, dtype: Any, out: Array | None, kernel: str, threads: int | None) -> Array:
@@ -28,7 +27,9 @@ def scale_cast(x: Array, scale: Any, dtype: Any, out: Array | None, kernel: str,
     factors = None if scale is None else np.ascontiguousarray(scale, np.float32)
     if factors is not None and factors.shape != x.shape[:1]:
         raise TensorShapeError("one scale an expert is needed", expected=x.shape[:1], found=factors.shape)
-    if choice.for_array(kernel, x.dtype in _READABLE and target in _CODES) == "numpy":
+    if target not in _CODES and (factors is not None or target != x.dtype):
+        raise choice.no_result(target)
+    if choice.for_array(kernel, x.dtype in _CODES and target in _CODES) == "numpy":
         return numpy_kernel.scale_cast(x, factors, out)
     from gemma4_moe.kernels import _cpu
 
@@ -57,7 +58,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 def _checked(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     if out.shape != shape or out.dtype != dtype:
         raise TensorShapeError(
-            "out is not what the result needs", expected=f"{dtype} {shape}", found=f"{out.dtype} {out.shape}"
+            "out does not fit the result", expected=f"{dtype} {shape}", found=f"{out.dtype} {out.shape}"
         )
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(out.strides, shape, strict=True))
     if overlaps or not out.flags.writeable:

@@ -1,4 +1,4 @@
-"""Which kernel does the work: what is there, why something is not, and what the caller or the environment asked for."""
+"""The choice of a kernel: which are available, why others are not, and which one a caller or the environment names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Availability(NamedTuple):
 
     Attributes:
         usable: Whether it can.
-        detail: What it would use, or why it can't run.
+        detail: The instruction set or device that it would use, or the reason why it can't run.
     """
 
     usable: bool
@@ -31,7 +31,7 @@ class Availability(NamedTuple):
 
 
 def available() -> dict[str, Availability]:
-    """Return each kernel's name with whether it can run here, and what it would use or why it can't."""
+    """Return each kernel's name with whether it can run here, and the reason."""
     return {"cpu": cpu(), "triton": triton(), "torch": _module("torch"), "numpy": Availability(True, "always there")}
 
 
@@ -39,7 +39,7 @@ def for_array(kernel: str, supported: bool) -> str:
     """Return "cpu" or "numpy" for a NumPy array.
 
     Args:
-        kernel: What the caller asked for.
+        kernel: The kernel that the caller asked for.
         supported: Whether the compiled kernels know the dtypes.
 
     Raises:
@@ -59,7 +59,7 @@ def for_tensor(kernel: str, device: str, supported: bool) -> str:
     """Return "cpu", "triton" or "torch" for a tensor.
 
     Args:
-        kernel: What the caller asked for.
+        kernel: The kernel that the caller asked for.
         device: The device's type, e.g. "cuda".
         supported: Whether the compiled kernels know the dtypes and the kind of tensor.
 
@@ -87,7 +87,7 @@ def for_tensor(kernel: str, device: str, supported: bool) -> str:
 
 @cache
 def cpu() -> Availability:
-    """Say whether the compiled extension is there."""
+    """Return whether the compiled extension is there."""
     try:
         from gemma4_moe.kernels import _cpu
     except ImportError as error:
@@ -97,7 +97,7 @@ def cpu() -> Availability:
 
 @cache
 def triton() -> Availability:
-    """Say whether Triton and a device for it are there."""
+    """Return whether Triton and a device for it are there."""
     for name in ("torch", "triton"):
         found = _module(name)
         if not found.usable:
@@ -111,8 +111,18 @@ def triton() -> Availability:
     return Availability(True, torch.cuda.get_device_name())
 
 
+def no_result(dtype: object) -> UsageError:
+    """Return the error for a product or a cast into a dtype that no kernel rounds to."""
+    return UsageError(
+        "no kernel rounds to this dtype",
+        expected="bfloat16, float16 or float32",
+        found=dtype,
+        hint="take one of these dtypes, or leave both the scale and the dtype out: then bits are copied",
+    )
+
+
 def interpreted() -> bool:
-    """Say whether Triton runs its kernels in its interpreter, which works on CPU tensors and serves tests."""
+    """Return whether Triton runs its kernels in its interpreter, which works on CPU tensors and serves tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -147,7 +157,7 @@ def _module(name: str) -> Availability:
 
 @cache
 def _extension_or_say_so() -> bool:
-    """Say whether the extension is there; if not, log it, once in a process."""
+    """Return whether the extension is there; if not, log it, once in a process."""
     found = cpu()
     if not found.usable:
         _log.warning("slow conversion: %s; reinstall with a C++ compiler", found.detail)

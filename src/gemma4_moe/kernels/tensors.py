@@ -7,9 +7,8 @@ import torch
 from gemma4_moe.errors import TensorShapeError
 from gemma4_moe.kernels import choice, torch_kernel
 
-#: The compiled kernels' numbers for the dtypes they write. All but the last they also read.
-_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float8_e4m3fn: 3}
-_READABLE = frozenset({torch.bfloat16, torch.float16, torch.float32})
+#: The compiled kernels' numbers for the dtypes that they read and write.
+_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 #: Only these have nothing but memory behind them. Other subclasses go through torch's own operations.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -31,6 +30,8 @@ def scale_cast(
     if scale is not None and scale.shape != x.shape[:1]:
         raise TensorShapeError("one scale an expert is needed", expected=tuple(x.shape[:1]), found=tuple(scale.shape))
     factors = None if scale is None else scale.detach().to(x.device, torch.float32).contiguous()
+    if target not in _CODES and (factors is not None or target != x.dtype):
+        raise choice.no_result(target)
     chosen = choice.for_tensor(kernel, x.device.type, _supported(x, out))
     if chosen == "triton":
         from gemma4_moe.kernels import triton_kernel
@@ -64,13 +65,13 @@ def _on_cpu(x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor, th
 
 def _supported(x: torch.Tensor, out: torch.Tensor) -> bool:
     plain = type(x) in _PLAIN and type(out) in _PLAIN and x.layout == out.layout == torch.strided
-    return plain and x.device == out.device and x.dtype in _READABLE and out.dtype in _CODES
+    return plain and x.device == out.device and x.dtype in _CODES and out.dtype in _CODES
 
 
 def _checked(out: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     if out.shape != shape or out.dtype != dtype:
         raise TensorShapeError(
-            "out is not what the result needs",
+            "out does not fit the result",
             expected=f"{dtype} {tuple(shape)}",
             found=f"{out.dtype} {tuple(out.shape)}",
         )

@@ -8,7 +8,7 @@ import torch
 _BLOCK_ELEMENTS = 1 << 24
 
 _CODES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_QUIET_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000, torch.float8_e4m3fn: 0x7F}
+_QUIET_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000}
 
 
 def scale_cast(x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -33,8 +33,6 @@ def scale_cast(x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor)
 def _converted(x: torch.Tensor, factors: torch.Tensor | None, target: torch.dtype) -> torch.Tensor:
     factor = None if factors is None else factors.reshape(-1, *[1] * (x.ndim - 1))
     product = x.float() if factor is None else x.float() * factor
-    if target == torch.float8_e4m3fn:  # torch does not saturate on every device
-        product = product.clamp(-448, 448)
     result = product.to(target)
     _make_quiet(result, product.isnan(), x)
     return result if factor is None or x.dtype != target else torch.where(factor == 1, x, result)

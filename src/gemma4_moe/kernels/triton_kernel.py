@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _Four = tuple[int, int, int, int]
 
 #: The formats' numbers inside the kernel, and the integers of their size.
-_FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float8_e4m3fn: 3}
-_CODES = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+_FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_CODES = {2: torch.int16, 4: torch.int32}
 
 #: Rows (along the output's contiguous axis), columns (along the input's) and warps of a tile, by the bytes of an input
 #: and an output element. Measured on an H100; see docs/benchmarks.md.
@@ -32,8 +32,6 @@ _TILES = {
     (2, 4): (64, 64, 16),
     (4, 2): (64, 64, 16),
     (4, 4): (64, 64, 16),
-    (2, 1): (64, 64, 2),
-    (4, 1): (64, 64, 2),
 }
 
 #: Triton asks for the interpreter once, too: when the kernel below is made.
@@ -157,7 +155,7 @@ def _move(  # type: ignore[no-untyped-def]
     batch = (matrix % B).to(tl.int64)
     row = ((tile // tiles_across) % tiles_down).to(tl.int64) * ROWS
     column = (tile % tiles_across).to(tl.int64) * COLUMNS
-    # The tile's origin in 64 bits, what lies within it in 32 wherever that is enough.
+    # The tile's origin in 64 bits, offsets within it in 32 wherever that is enough.
     x_ptr += expert * x_stride_e + batch * x_stride_b + row * x_stride_r + column * x_stride_c
     out_ptr += expert * out_stride_e + batch * out_stride_b + row * out_stride_r + column * out_stride_c
     r = tl.arange(0, ROWS)[:, None]
@@ -201,21 +199,7 @@ def _encode(value, negative, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):  
     elif FORMAT == 1:
         code = value.to(tl.float16).to(tl.int16, bitcast=True)
         quiet = tl.where(negative, -0x200, 0x7E00)
-    elif FORMAT == 2:
+    else:
         code = value.to(tl.int32, bitcast=True)
         quiet = tl.where(negative, -0x400000, 0x7FC00000)
-    else:
-        code = _encode_e4m3(value.to(tl.uint32, bitcast=True))
-        quiet = tl.where(negative, -1, 0x7F)
     return tl.where(value != value, quiet.to(code.dtype), code)
-
-
-@_jit
-def _encode_e4m3(word):  # type: ignore[no-untyped-def]
-    magnitude = word & 0x7FFFFFFF
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-    # Adding 2^14 lets the adder round to a multiple of 2^-9, the subnormals' step.
-    subnormal = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - (141 << 23)
-    code = tl.where(magnitude < (121 << 23), subnormal, normal)
-    code = tl.where(magnitude > 0x43E00000, 0x7E, code) | ((word >> 24) & 0x80)  # 448, the largest
-    return code.to(tl.uint8).to(tl.int8, bitcast=True)

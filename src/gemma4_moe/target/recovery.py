@@ -16,7 +16,6 @@ from gemma4_moe.checkpoint.storage import refusals, resolved, sync_directory
 from gemma4_moe.errors import TargetBusyError
 from gemma4_moe.target.journal import can_go_on, journals
 from gemma4_moe.target.locking import Lock
-from gemma4_moe.target.renaming import rename_new
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 #: What becomes the target.
 OUT = "out"
 
-#: The former target, where the filesystem can't exchange two directories in one step.
+#: The former target, while it is replaced, if the filesystem can't exchange two directories in one step.
 OLD = "old"
 
 #: A note that all of OUT is on the device, and that the rename comes next.
@@ -113,7 +112,7 @@ def _finish_publish(target: Path, control: Path, lock: Lock) -> None:
     inode = _published_inode(control)
     with refusals("finish publishing the target", target):
         if inode is not None and (control / OLD).exists() and not target.exists():
-            rename_new(control / OUT, target)
+            (control / OUT).rename(target)
         published = inode is not None and target.exists() and target.stat().st_ino == inode
     if published:
         sync_directory(target.parent)
@@ -133,12 +132,12 @@ def _published_inode(control: Path) -> int | None:
 
 
 def leave(control: Path, lock: Lock) -> None:
-    """Give the lock back; what a later run can go on from stays, or else all goes.
+    """Release the lock. Keep the work if a later run can resume it or finish publishing it; otherwise delete it.
 
     Raises:
         StorageError: The disk or its permissions refused.
     """
-    if can_go_on(control):
+    if can_go_on(control) or (control / OLD).exists():
         lock.release()
     else:
         remove(control, lock)

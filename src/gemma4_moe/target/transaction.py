@@ -5,6 +5,7 @@ After a failure what was written goes, or stays where there is something that a 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from gemma4_moe.errors import StorageError, UsageError, command_line
 from gemma4_moe.sizes import format_size
 from gemma4_moe.target.journal import can_go_on
 from gemma4_moe.target.recovery import OLD, OUT, PUBLISHING, heal, leave, remove, remove_work, size_on_disk, take_lock
-from gemma4_moe.target.renaming import exchange, rename_new
+from gemma4_moe.target.renaming import exchange
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from gemma4_moe.checkpoint.header import TensorEntry
+
+#: What a rename of a directory answers if its new name is that of anything but an empty directory.
+_OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
 class Transaction:
@@ -42,7 +46,7 @@ class Transaction:
         Args:
             target: The directory to make.
             resume: Go on with what an earlier run has journalled. Otherwise that is an error.
-            break_lock: Take the lock from an owner that can't be shown to live.
+            break_lock: Take the lock from another host's process. Its user knows that it is gone.
 
         Raises:
             StorageError: Links lead in a circle, or the working directory is gone.
@@ -79,7 +83,7 @@ class Transaction:
             self._leave(error)
 
     def confirm(self) -> None:
-        """Give others a sign of life, and check that the lock was not broken. Raises what `Lock.confirm` raises."""
+        """Check that the lock was not broken. Raises what `Lock.confirm` raises."""
         self._lock.confirm()
 
     def publish(self, *, overwrite: bool) -> None:
@@ -99,16 +103,8 @@ class Transaction:
             if overwrite and self.target.is_dir() and any(self.target.iterdir()):
                 _replace(self.out, self.target, self.control / OLD)
             else:
-                self._publish_new()
+                _rename_new(self.out, self.target)
         sync_directory(self.target.parent)
-
-    def _publish_new(self) -> None:
-        try:
-            rename_new(self.out, self.target)
-        except FileExistsError as error:
-            raise UsageError(
-                "the target has come into being since it was checked", file=self.target, hint="name another directory"
-            ) from error
 
     def _leave(self, error: BaseException) -> None:
         """Keep what a later run can go on from, or else remove all; `error` stays the one to tell."""
@@ -139,11 +135,32 @@ class Transaction:
         sync_directory(self.control.parent)
 
 
+def _rename_new(out: Path, target: Path) -> None:
+    """Rename `out` to a name that is free, or is that of an empty directory."""
+    try:
+        out.rename(target)
+    except OSError as error:
+        if error.errno not in _OCCUPIED:
+            raise
+        raise UsageError(
+            "the target has come into being since it was checked", file=target, hint="name another directory"
+        ) from error
+
+
 def _replace(out: Path, target: Path, old: Path) -> None:
-    """Put `out` in the place of `target`. Where that takes two steps, `heal` does the second after a kill."""
-    if not exchange(out, target):
+    """Put `out` in the place of `target`, in one step if the filesystem can.
+
+    Otherwise it takes two. A failure between them is undone here; after a kill, `heal` does the second step.
+    """
+    if exchange(out, target):
+        return
+    try:
         target.rename(old)
-        rename_new(out, target)
+        _rename_new(out, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
 
 
 def copy_side_files(paths: Iterable[Path], out: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any, Self
 
-from gemma4_moe.checkpoint.readers import PAGE, _reopen, drop_cache
+from gemma4_moe.checkpoint.readers import PAGE, drop_cache, reopen_direct
 from gemma4_moe.checkpoint.storage import refusal, refusals
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SafetensorsWriter:
-    """A new file. Any number of threads may write it; what it holds is safe only after `close` has returned.
+    """A new file. Any number of threads may write it; its content is on the device only after `close` has returned.
 
     As a context manager it closes the file at the end, or abandons it where an error ends the block.
 
@@ -37,7 +37,7 @@ class SafetensorsWriter:
 
         Args:
             path: Where to create it.
-            header: What `layout_header` returned.
+            header: The header, as `layout_header` returned it.
             size: Size of the whole file in bytes.
 
         Raises:
@@ -87,7 +87,7 @@ class SafetensorsWriter:
             self.abandon()
 
     def fileno(self) -> int:
-        """Return the descriptor, for calls that copy between files."""
+        """Return the descriptor."""
         return self._descriptor
 
     def write(self, offset: int, source: memoryview) -> None:
@@ -107,7 +107,7 @@ class SafetensorsWriter:
             offset += count
 
     def sync(self) -> None:
-        """Return when all that was written is on the device.
+        """Return once all that was written is on the device.
 
         After a failure the kernel drops the pages and calls them clean, and a second attempt would succeed without
         having written them. So the first failure is this file's last word.
@@ -137,7 +137,7 @@ class SafetensorsWriter:
             self.abandon()
 
     def abandon(self) -> None:
-        """Close the file as it is, without a word on what has reached the device."""
+        """Close the file as it is. Nothing is known of what has reached the device."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with refusals("close the file", self.path):
@@ -172,16 +172,17 @@ def _fallocate() -> Any:
 class PageWriter:
     """Writes one file's bytes in order, past the page cache where that works. Close it after use.
 
+    The device then works from the first write on, and no dirty pages gather that `fsync` would have to wait for.
     Jumps are allowed to the start of a page, and from the end of one.
     """
 
     def __init__(self, file: SafetensorsWriter, *, buffered: bool = False) -> None:
         self._file = file
-        self._direct = None if buffered else _reopen(file.fileno(), os.O_WRONLY)
+        self._direct = None if buffered else reopen_direct(file.fileno(), os.O_WRONLY)
         self._held = b""
 
     def close(self) -> None:
-        """Close what this writer has opened itself."""
+        """Close the descriptor that this writer has opened."""
         if self._direct is not None:
             os.close(self._direct)
             self._direct = None
@@ -189,7 +190,8 @@ class PageWriter:
     def write(self, offset: int, buffer: memoryview, begin: int, end: int) -> None:
         """Write buffer[begin:end] at `offset`.
 
-        `begin` lies as far behind a page as `offset` does; the bytes before it, back to the page, are overwritten.
+        `begin` is as far behind the start of a page as `offset` is. The bytes between that start and `begin` are
+        overwritten.
 
         Raises:
             StorageError: The disk refused.
@@ -208,7 +210,7 @@ class PageWriter:
             self._held = bytes(rest)
 
     def sync(self) -> None:
-        """Return when all whole pages that were written are on the device. Raises what the file's `sync` raises."""
+        """Return once all whole pages that were written are on the device. Raises what the file's `sync` raises."""
         self._file.sync()
         if self._direct is None:
             drop_cache(self._file.fileno(), 0, 0)
