@@ -27,7 +27,7 @@ def test_a_target_alone_is_checked_against_its_manifest(source: Path, tmp_path: 
     assert verify(tmp_path / "nemo").wrong == ()
     flip_bit(tmp_path / "nemo/model.safetensors", -1)
     (sentence,) = verify(tmp_path / "nemo").wrong
-    assert sentence.startswith("model.safetensors: other bytes in [")
+    assert sentence.startswith("model.safetensors: other bytes in ")
     with pytest.raises(CheckpointFormatError, match="has no manifest"):
         verify(source)
     with pytest.raises(UsageError, match="a directory has no revision"):
