@@ -15,6 +15,7 @@ import pytest
 
 from gemma4_moe.demo.small_models import build_model, save_model
 from gemma4_moe.layout.dtypes import BFLOAT16
+from gemma4_moe.layout.table import RULES
 from support.sparse import real_config, real_names_and_shapes, write_sparse_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +103,10 @@ def test_every_link_path_and_module_exists(document: Path) -> None:
     text = document.read_text()
     for link in re.findall(r"\]\(([^)#\s]+)\)", text):
         assert link.startswith("https://") or (document.parent / link).exists(), link
+    slugs = {
+        re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in re.findall("^#+ (.*)", text, re.M)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= slugs
     for word in re.findall(r"`([^`\s]+)`", text):
         if word.startswith(tuple(f"{folder}/" for folder in FOLDERS)):
             assert list(ROOT.glob(word)), word
@@ -130,6 +135,24 @@ def test_each_promise_and_each_row_beside_other_tools_names_its_test() -> None:
         assert len(rows) > 3
         for row in rows[1:]:
             assert re.search(r"\]\(tests/\S+\.py\)", row.rstrip("|").rpartition(" | ")[2]), row
+
+
+def test_the_table_of_names_is_that_of_the_code() -> None:
+    """Names and axes; E, H and I as the README explains them."""
+    listed = set()
+    for row in re.findall(r"^\| `(?:experts|router)\..*", README, re.M):
+        cells = row.split("|")[1:5]
+        hf, hf_axes, nemo, nemo_axes = (re.findall(r"\[.*?\]|[\w.]+(?=`)", cell) for cell in cells)
+        listed |= set(zip(hf, hf_axes, nemo or [None], nemo_axes or hf_axes, strict=True))
+    expected = {
+        (rule.hf, _axes(rule.hf_axes), rule.nemo if rule.in_nemo else None, _axes(rule.nemo_axes or rule.hf_axes))
+        for rule in RULES
+    }
+    assert listed == expected
+
+
+def _axes(axes: tuple[str, ...]) -> str:
+    return f"[{', '.join(axes)}]"
 
 
 def test_no_count_of_tests_is_quoted() -> None:

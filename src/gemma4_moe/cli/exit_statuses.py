@@ -28,8 +28,8 @@ TERMINATED = 143
 
 EXIT_STATUSES = {
     0: "done; verify, diff and demo: no difference",
-    Gemma4MoEError.exit_status: "ranks disagree or a collective failed; a defect of this program; "
-    "or any failure, where torchrun reports it",
+    Gemma4MoEError.exit_status: "ranks disagree, a collective failed, or a defect of this program; "
+    "torchrun ends so after any failure",
     UsageError.exit_status: "usage: an argument is missing or wrong, or DST may not be written as asked",
     InputError.exit_status: "input: a checkpoint is damaged, incomplete, or of a form that is not converted",
     DifferenceError.exit_status: "verify, diff or demo found a difference",
