@@ -52,11 +52,17 @@ def test_nemo_is_the_fold_by_formula(source: Path, state: dict[str, torch.Tensor
     assert_bits(read_directory(tmp_path / "nemo"), nemo_from_hf(state))
 
 
-def test_there_and_back_keeps_native_bits_where_no_manifest_is(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("manifest", [True, False])
+def test_there_and_back_keeps_native_bits_and_a_note_names_the_base(
+    manifest: bool, source: Path, tmp_path: Path
+) -> None:
     convert(source, tmp_path / "nemo")
     native = read_directory(tmp_path / "nemo")
-    (tmp_path / "nemo/gemma4_moe.json").unlink()
-    convert(tmp_path / "nemo", tmp_path / "back")
+    if not manifest:
+        (tmp_path / "nemo/gemma4_moe.json").unlink()
+    done = convert(tmp_path / "nemo", tmp_path / "back")
+    (note,) = done.notes
+    assert "--base" in note
     assert_bits(read_directory(tmp_path / "back"), hf_from_nemo(native))
     convert(tmp_path / "back", tmp_path / "again")
     assert_bits(read_directory(tmp_path / "again"), native)

@@ -47,8 +47,8 @@ class Conversion:
         target: The directory that it made.
         plan: What was planned, and done.
         memory: The buffers that were used.
-        notes: What a user should know of the values: scales that are zero, negative or not finite; experts that got
-            their scale back; casts that round, tensors that are not cast, and finite values that became infinite.
+        notes: What a user should know of the values: scales that are zero, negative or not finite; experts that got a
+            base's scale; casts that round, tensors that are not cast, and finite values that became infinite.
         left_behind: Names in the source directory that were not taken along.
     """
 

@@ -35,7 +35,7 @@ def read_scale(stored: StoredTensor) -> np.ndarray[Any, np.dtype[Any]]:
 def written_scales(plan: Plan, target: Path) -> Scales:
     """Return the fp32 scale [E] that experts were written with, from the files of `target`, by the scales' names.
 
-    Only those of layers whose experts may get one back.
+    Only those of layers that have a base.
 
     Raises:
         CheckpointFormatError, StorageError: What reading the target raises.
@@ -43,7 +43,7 @@ def written_scales(plan: Plan, target: Path) -> Scales:
     known = {
         name.sibling(SCALE).hf
         for tensor in plan.tensors.values()
-        if tensor.comes_back and (name := lookup(tensor.name, Layout.HF)) is not None
+        if tensor.base is not None and (name := lookup(tensor.name, Layout.HF)) is not None
     }
     scales: dict[str, np.ndarray[Any, np.dtype[Any]]] = {}
     for planned in plan.files:
@@ -55,26 +55,23 @@ def written_scales(plan: Plan, target: Path) -> Scales:
 
 
 def unfolded_experts(plan: Plan, scales: Scales) -> tuple[str, ...]:
-    """Say how many experts were written with a scale that is not one; nothing where no manifest or base names one.
+    """Return how many experts got the base's scale, or that all scales are one; nothing on the way to nemo.
 
     Args:
-        plan: What was done.
-        scales: What `written_scales` returned.
+        plan: The conversion that was done.
+        scales: The scales that `written_scales` returned.
     """
-    tensors = [tensor for tensor in plan.tensors.values() if tensor.comes_back]
-    named = sum(scale != 1 for tensor in tensors if tensor.folded for scale in tensor.folded.scale)
-    of_base = sum(tensor.shape[0] for tensor in tensors if tensor.base)
-    count = of_base or named
-    if not count:
+    if plan.target_layout is not Layout.HF:
         return ()
+    count = sum(tensor.shape[0] for tensor in plan.tensors.values() if tensor.base is not None)
+    if not count:
+        return (
+            "every per_expert_scale is one, and the weights keep the scale that was folded into them; "
+            "give --base SRC, the hf checkpoint that the model was made from, to get its scales back exactly",
+        )
     written = sum(int(np.count_nonzero(scale != 1)) for scale in scales.values())
-    kind = (
-        "got a scale back, the base's or the manifest's"
-        if of_base
-        else "with a scale in the source's manifest got it back"
-    )
-    said = f"{written} of {count} experts {kind}, as scale and weights fold to their bits"
-    return (said if written == count else f"{said}; the others have their own bits, and the scale one",)
+    said = f"{written} of {count} experts got the base's own weights and a scale that is not one"
+    return (said if written == count else f"{said}; the others have their own bits, or the base's with the scale one",)
 
 
 def unusual_scales(scales: Scales) -> tuple[str, ...]:

@@ -104,7 +104,7 @@ class ConversionSteps:
         return overflows_by_chunk(given, result, *block.written_range, block.target_span[0])
 
     def _convert_experts(self, tensor: PlannedTensor, part: slice, experts: Array, result: Array) -> None:
-        if tensor.comes_back:
+        if tensor.base is not None:
             self._unfolding.convert(tensor.name, part.start, experts, result)
             return
         scale = self._scales.get(tensor.name)

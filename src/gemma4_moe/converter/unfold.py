@@ -1,9 +1,7 @@
-"""The way back of the fold: which experts of a native tensor can be written as the weights and scale they came from.
+"""The way back of the fold, with a base: an expert that is still the base's, folded, gets the base's weights and scale.
 
-An expert is written as (w̃, s) exactly if fold(w̃, s) has its native bits: with w̃ and s of the base, where one is
-given; or else with the s that the source's manifest names and w̃ = native / s, rounded to the dtype that the manifest
-names; otherwise as its native bits with the scale one. Nothing is believed of a base or a manifest, and no division is
-trusted: what is to be written is folded again, and bits are compared. Nothing is divided by zero, infinity or NaN.
+The base's expert is folded again, and its bits are compared with the native ones. An expert that differs keeps its own
+bits, and its scale is one.
 
 An expert is judged while it is converted. Its scale is asked for later, since it lies behind the experts in the file;
 where another rank or an earlier run has converted the expert, it is read and judged once more.
@@ -32,8 +30,8 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.checkpoint.readers import Reader
+    from gemma4_moe.converter.base import BaseExperts
     from gemma4_moe.converter.plan import PlannedTensor
-    from gemma4_moe.layout.dtypes import DType
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -49,16 +47,16 @@ class _Experts:
     """What is known of the experts of one tensor.
 
     Attributes:
-        tensor: The target's tensor [E, H, I].
-        base: The base's scale of each, [E], fp32; None without a base.
-        divisor: The scale that each may be divided by, [E], fp32; one where there is none.
+        source: The native tensor [E, I, H].
+        base: The base's experts.
+        base_scale: The base's scale of each, [E], fp32.
         scale: The scale that each is written with, [E], fp32.
         known: Whether that has been found, [E].
     """
 
-    tensor: PlannedTensor
-    base: Array | None
-    divisor: Array
+    source: StoredTensor
+    base: BaseExperts
+    base_scale: Array
     scale: Array
     known: Array
 
@@ -70,7 +68,7 @@ class Unfolding:
         """Begin with nothing converted.
 
         Args:
-            tensors: What is written. Those that a manifest or a base says something of are unfolded.
+            tensors: What is written. Those that have a base are unfolded.
             base_bytes: Size of the buffer for an expert of the base.
             workers: How many threads work on an expert.
             buffered: Whether to read the base, and what has to be read again, through the page cache.
@@ -78,7 +76,7 @@ class Unfolding:
         Raises:
             CheckpointFormatError, StorageError: What reading the base's scales raises.
         """
-        self._experts = {tensor.name: _begin(tensor) for tensor in tensors if tensor.comes_back}
+        self._experts = {tensor.name: experts for tensor in tensors if (experts := _begin(tensor)) is not None}
         self._buffer = allocate(base_bytes) if base_bytes else memoryview(b"")
         self._workers = workers
         self._buffered = buffered
@@ -95,7 +93,7 @@ class Unfolding:
         self._stack.close()
 
     def convert(self, name: str, first: int, native: Array, out: Array) -> None:
-        """Write experts as what they came from, or as they are, and remember which.
+        """Write experts as the base's, or as they are, and remember which.
 
         Args:
             name: The target's tensor, a `down_proj`.
@@ -125,47 +123,30 @@ class Unfolding:
         experts = None if parsed is None else self._experts.get(parsed.sibling(DOWN).hf)
         if experts is None:
             return None
-        source = experts.tensor.source
-        assert source is not None, "only a scale has no source"
         for number in np.flatnonzero(~experts.known).tolist():
-            native = self._read(source, number, slice(0, source.shape[1]), buffer)
+            native = self._read(experts.source, number, slice(0, experts.source.shape[1]), buffer)
             self._judge(experts, number, native, None)
         return experts.scale
 
     def _judge(self, experts: _Experts, number: int, native: Array, out: Array | None) -> bool:
-        """Say whether an expert [I, H] is unfolded, and remember it. If so, `out` holds its weights, else anything."""
-        scale = None
-        if experts.base is not None and self._is_base(experts, number, experts.base[number], native, out):
-            scale = experts.base[number]
-        elif self._is_product(experts, experts.divisor[number], native, out):
-            scale = experts.divisor[number]
-        if scale is not None:
-            experts.scale[number] = scale
+        """Return whether an expert [I, H] is the base's, and remember it. If so, `out` holds its weights."""
+        is_base = self._is_base(experts, number, native, out)
+        if is_base:
+            experts.scale[number] = experts.base_scale[number]
         experts.known[number] = True
-        return scale is not None
+        return is_base
 
-    def _is_base(self, experts: _Experts, number: int, scale: np.float32, native: Array, out: Array | None) -> bool:
-        """Say whether the base's expert folds to the native bits, read as far as that takes; if so, write it."""
-        base = experts.tensor.base
-        assert base is not None, "its scale is known"
-        size, width = base.weights.shape[1:]
+    def _is_base(self, experts: _Experts, number: int, native: Array, out: Array | None) -> bool:
+        """Return whether the base's expert folds to the native bits; if so, write it. Read as far as that takes."""
+        weights, scale = experts.base.weights, experts.base_scale[number]
+        size, width = weights.shape[1:]
         first = min(size, max(1, _FIRST // width))
         for rows in (slice(0, first), slice(0, size)):
-            weights = self._read(base.weights, number, rows, self._buffer)
-            fold = partial(_fold_rows, weights, scale, native, out)
+            read = self._read(weights, number, rows, self._buffer)
+            fold = partial(_fold_rows, read, scale, native, out)
             if not all(list(self._pool.map(fold, _pieces(rows.stop, width)))):
                 return False
         return True
-
-    def _is_product(self, experts: _Experts, scale: np.float32, native: Array, out: Array | None) -> bool:
-        """Say whether the native bits divided by the scale, and rounded, fold to themselves; if so, write them."""
-        folded = experts.tensor.folded
-        if folded is None or scale == 1:
-            return False
-        size, width = native.shape
-        divide = partial(_divide_rows, native, scale, folded.dtype, experts.tensor.dtype.numpy(), out)
-        first = slice(0, min(size, max(1, _FIRST // width)))
-        return divide(first) and all(list(self._pool.map(divide, _pieces(size, width))))
 
     def _read(self, stored: StoredTensor, expert: int, rows: slice, buffer: memoryview) -> Array:
         """Return rows of one expert of a tensor [E, R, C] of a file, in `buffer`."""
@@ -179,17 +160,12 @@ class Unfolding:
         return np.frombuffer(raw, np.uint8).view(stored.dtype.numpy()).reshape(-1, width)
 
 
-def _begin(tensor: PlannedTensor) -> _Experts:
-    """Return what is known before anything is read but the base's scales: experts that can only be as they are."""
-    divisor = np.ones(tensor.shape[0], np.float32)
-    if tensor.folded is not None:
-        with np.errstate(over="ignore", invalid="ignore"):
-            scale = np.array(tensor.folded.scale).astype(np.float32)
-            held = scale.astype(tensor.dtype.numpy()).astype(np.float32)
-        divisor = np.where((held == tensor.folded.scale) & np.isfinite(scale) & (scale != 0), scale, np.float32(1))
-    base = None if tensor.base is None else read_scale(tensor.base.scale)
-    known = np.full(divisor.shape, False) if base is not None else divisor == 1
-    return _Experts(tensor, base, divisor, np.ones_like(divisor), known)
+def _begin(tensor: PlannedTensor) -> _Experts | None:
+    """Return what is known before an expert is read; None without a base."""
+    if tensor.base is None or tensor.source is None:
+        return None
+    base_scale = read_scale(tensor.base.scale)
+    return _Experts(tensor.source, tensor.base, base_scale, np.ones_like(base_scale), np.full(base_scale.shape, False))
 
 
 def _pieces(size: int, width: int) -> Iterator[slice]:
@@ -199,29 +175,11 @@ def _pieces(size: int, width: int) -> Iterator[slice]:
 
 
 def _fold_rows(weights: Array, scale: np.float32, native: Array, out: Array | None, rows: slice) -> bool:
-    """Say whether rows of weights [H, I] fold to those columns of native [I, H]; if so, write them to out [H, I]."""
+    """Return whether rows of weights [H, I] fold to those columns of native [I, H]; if so, write them to `out`."""
     piece = weights[rows]
     again = kernels.transpose_scale_cast(piece[None], scale=[scale], dtype=native.dtype, threads=1)[0]
     if not np.array_equal(again.view(np.uint8), native[:, rows].view(np.uint8)):
         return False
     if out is not None:
         kernels.scale_cast(piece, out=out[rows], threads=1)
-    return True
-
-
-def _divide_rows(
-    native: Array, scale: np.float32, dtype: DType, target: np.dtype[Any], out: Array | None, rows: slice
-) -> bool:
-    """Say whether w̃ of some rows of native [I, H] folds to their bits; if so, write it to the columns of out [H, I]."""
-    piece = native[rows]
-    quotient = kernels.scale_cast(piece, dtype=np.float32, threads=1)
-    with np.errstate(all="ignore"):  # Inf and NaN are values like others
-        np.divide(quotient, scale, out=quotient)
-    rounded = kernels.scale_cast(quotient, dtype=dtype.numpy(), threads=1)
-    weights = kernels.scale_cast(rounded, dtype=target, threads=1)
-    again = kernels.scale_cast(weights[None], scale=[scale], dtype=native.dtype, threads=1)[0]
-    if not np.array_equal(again.view(np.uint8), piece.view(np.uint8)):
-        return False
-    if out is not None:
-        kernels.transpose_scale_cast(weights, out=out[:, rows], threads=1)
     return True

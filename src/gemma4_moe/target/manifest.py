@@ -16,7 +16,6 @@ from gemma4_moe.checkpoint.index import is_bare_name
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME
 from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError
-from gemma4_moe.layout.dtypes import EXPERT_DTYPES, DType
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -29,19 +28,6 @@ FORMAT = 1
 
 #: The longest manifest that is read, in bytes. The real model's has about 0.4 MB.
 LONGEST_MANIFEST = 64 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """What a manifest says of a tensor that scales were folded into.
-
-    Attributes:
-        scale: The scale of each expert, as fp32 holds it.
-        dtype: The dtype that the experts had before.
-    """
-
-    scale: tuple[float, ...]
-    dtype: DType
 
 
 def hashed_tensors(tensors: Iterable[StoredTensor], hashes: Mapping[Chunk, str]) -> dict[str, Any]:
@@ -90,40 +76,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return dict(document)
 
 
-def read_folded(directory: Path, experts: Mapping[str, int]) -> dict[str, Folded]:
-    """Return what the manifest of a directory says of the scales that were folded into tensors; nothing without one.
-
-    Nobody has to believe it: what can be made of it is for the bits of the tensors to show.
-
-    Args:
-        directory: The directory.
-        experts: The number of experts of each tensor that may be asked about.
-
-    Raises:
-        CheckpointFormatError: There is a manifest that makes no sense, or that does not fit these tensors.
-        StorageError: The disk or its permissions refused.
-    """
-    path = directory / MANIFEST_NAME
-    with refusals("look at the directory", directory):
-        if not path.exists():
-            return {}
-    raw = read_whole(path, LONGEST_MANIFEST)
-    known = {dtype.name: dtype for dtype in EXPERT_DTYPES}
-    try:
-        document = json.loads(raw)
-        scales, dtypes = document["folded_scales"], document["source_dtypes"]
-        folded = {
-            name: Folded(tuple(_read_number(value) for value in scales[name]), known[dtypes[name]])
-            for name in experts.keys() & scales.keys()
-        }
-    except (ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise _senseless(path, f"{type(error).__name__}: {error}") from error
-    for name, said in folded.items():
-        if len(said.scale) != experts[name]:
-            raise _senseless(path, f"{len(said.scale)} scales for the {experts[name]} experts of {name}")
-    return folded
-
-
 def _is_hashed(file: Any) -> bool:
     size, digests = file["bytes"], file["blake3"]
     return type(size) is int and size >= 0 and isinstance(digests, list) and len(digests) == chunk_count(size)
@@ -139,25 +91,8 @@ def _foreign(path: Path, found: str) -> CheckpointFormatError:
     )
 
 
-def _senseless(path: Path, found: str) -> CheckpointFormatError:
-    return CheckpointFormatError(
-        "a manifest whose scales make no sense",
-        file=path,
-        expected="folded_scales, a list of a number for each expert, and source_dtypes, by the tensor's name",
-        found=found,
-        hint=f"get {MANIFEST_NAME} again, or move it away: then every scale becomes one",
-    )
-
-
 def _digests(hashes: Mapping[Chunk, str], name: str, size: int) -> list[str]:
     return [hashes[Chunk(name, number)] for number in range(chunk_count(size))]
-
-
-def _read_number(value: Any) -> float:
-    """Return the number that `_number` has written."""
-    if type(value) is not float and value not in ("nan", "inf", "-inf"):
-        raise ValueError(f"{value!r} is not a number that a manifest holds")
-    return float(value)
 
 
 #: The most bytes of buffers.
