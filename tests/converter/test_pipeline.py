@@ -39,17 +39,18 @@ class Counting:
         buffer[0] = block % 256
         return buffer[:1]
 
-    def compute(self, block: Any, source: memoryview, buffer: memoryview) -> None:
+    def compute(self, block: Any, read: memoryview, buffer: memoryview) -> int:
         self.seen("compute", block)
-        buffer[0] = source[0]
+        buffer[0] = read[0]
+        return -block
 
-    def digest(self, block: Any, buffer: memoryview) -> int:
+    def digest(self, block: Any, buffer: memoryview, facts: int) -> tuple[int, int]:
         self.seen("digest", block)
-        return buffer[0] + 1000
+        return buffer[0] + 1000, facts
 
-    def write(self, block: Any, buffer: memoryview, digest: int) -> None:
+    def write(self, block: Any, buffer: memoryview, piece: tuple[int, int]) -> None:
         self.seen("write", block)
-        assert (buffer[0], digest) == (block % 256, block % 256 + 1000)
+        assert (buffer[0], piece) == (block % 256, (block % 256 + 1000, -block))
         self.written.append(block)
 
 
@@ -57,7 +58,7 @@ class Counting:
 @pytest.mark.parametrize("slow", ["", "read", "compute", "write"])
 def test_blocks_keep_their_order_and_buffers_their_number(buffers: int, slow: str) -> None:
     steps = Counting(slow=slow)
-    run(range(60), steps, Memory(1, 4096, buffers))  # type: ignore[arg-type]
+    run(range(60), steps, Memory(4096, buffers))  # type: ignore[arg-type]
     assert steps.written == list(range(60))
     assert steps.most_ahead <= 2 * buffers + 1
     assert all(len(ids) == 1 for ids in steps.threads.values())
@@ -70,15 +71,15 @@ def test_a_failure_is_the_one_that_is_raised(step: str, block: int) -> None:
     steps = Counting(fail_at=(step, block))
     for _ in range(20):
         with pytest.raises(OSError, match="the disk is gone"):
-            run(range(60), steps, Memory(1, 4096, 2))  # type: ignore[arg-type]
+            run(range(60), steps, Memory(4096, 2))  # type: ignore[arg-type]
     assert block not in steps.written
 
 
 def test_an_interrupt_in_a_step_is_raised_too() -> None:
     steps = Counting(fail_at=("write", 3), error=KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        run(range(60), steps, Memory(1, 4096, 2))  # type: ignore[arg-type]
+        run(range(60), steps, Memory(4096, 2))  # type: ignore[arg-type]
 
 
 def test_no_blocks_are_no_work() -> None:
-    run([], Counting(), Memory(1, 4096, 1))
+    run([], Counting(), Memory(4096, 1))

@@ -14,16 +14,17 @@ from gemma4_moe.converter import preview
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.converter.finish import finish
 from gemma4_moe.converter.job import Job
-from gemma4_moe.converter.notes import cast_notes, overflow_notes
+from gemma4_moe.converter.notes import base_notes, cast_notes, overflow_notes, unusual_scales
 from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.converter.resume import is_made_already
-from gemma4_moe.converter.scales import read_scales, unfolded_experts, unusual_scales, written_scales
+from gemma4_moe.converter.scales import read_scales
 from gemma4_moe.converter.write import write_weights
 from gemma4_moe.distributed.ranks import current, ranks_on_this_host
 from gemma4_moe.errors import StorageError
 from gemma4_moe.hub.source import check_streamed, on_hub, open_source
 from gemma4_moe.kernels.choice import allowed_cores
 from gemma4_moe.sizes import parse_size
+from gemma4_moe.target.directory import TargetFiles
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
 from gemma4_moe.target.manifest import read_manifest
 from gemma4_moe.target.preconditions import check_existing, check_place
@@ -161,7 +162,7 @@ def convert(
                 scales=scales,
                 options=options,
                 target=target,
-                out=out,
+                files=TargetFiles(out, plan.files, ranks, memory.peak_bytes, buffered),
                 memory=memory,
                 workers=workers,
                 buffered=buffered,
@@ -169,8 +170,7 @@ def convert(
                 sha256=sha256,
                 ranks=ranks,
             )
-            write_weights(job, None if transaction is None else transaction.confirm, progress)
-            finish(job)
+            finish(job, write_weights(job, None if transaction is None else transaction.confirm, progress))
             with ranks.together("publish the target"):
                 job.check_unchanged()
                 if transaction is not None:
@@ -227,6 +227,6 @@ def _is_made(
 
 
 def _notes(target: Path, plan: Plan, scales: Scales) -> tuple[str, ...]:
-    overflows = overflow_notes(plan, read_manifest(target)["overflowed"])
-    unfolded = unfolded_experts(plan, written_scales(plan, target))
-    return (*unusual_scales(scales), *unfolded, *cast_notes(plan), *overflows)
+    said = read_manifest(target)
+    overflows = overflow_notes(plan, said["overflowed"])
+    return (*unusual_scales(scales), *base_notes(plan, said["given_back"]), *cast_notes(plan), *overflows)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gemma4_moe.converter.plan import Plan
     from gemma4_moe.converter.scales import Scales
     from gemma4_moe.distributed.ranks import Ranks
+    from gemma4_moe.target.directory import TargetFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +27,13 @@ class Job:
         scales: The scales that are folded, by the target tensor's name.
         options: Those options that decide what is made.
         target: The directory that is to appear.
-        out: Where its files are written.
+        files: Its files, in the directory where they are written.
         memory: The buffers of each rank.
         workers: Threads of the kernel.
         buffered: Whether to go through the page cache.
         read_back: Whether to read the files back before they are published.
         sha256: Whether SHA-256 is wanted too.
-        ranks: Who works on it.
+        ranks: The ranks that work on it.
     """
 
     checkpoint: Checkpoint
@@ -41,7 +42,7 @@ class Job:
     scales: Scales
     options: dict[str, Any]
     target: Path
-    out: Path
+    files: TargetFiles
     memory: Memory
     workers: int
     buffered: bool
@@ -54,6 +55,11 @@ class Job:
         for checkpoint in (self.checkpoint, self.base):
             if checkpoint is not None:
                 checkpoint.check_unchanged()
+
+    @property
+    def out(self) -> Path:
+        """The directory where the files are written."""
+        return self.files.out
 
     @property
     def control(self) -> Path:

@@ -19,22 +19,24 @@ if TYPE_CHECKING:
     from gemma4_moe.converter.blocks import Block, Memory
 
 _T = TypeVar("_T")
-_R = TypeVar("_R")
+_Read = TypeVar("_Read")
+_Facts = TypeVar("_Facts")
+_Piece = TypeVar("_Piece")
 
 
-class Steps(Protocol[_R]):
-    """What is done with a block. Each method runs in a thread of its own, and sees the blocks in their order."""
+class Steps(Protocol[_Read, _Facts, _Piece]):
+    """The steps of one block. Each method runs in a thread of its own, and sees the blocks in their order."""
 
-    def read(self, block: Block, buffer: memoryview) -> memoryview:
-        """Read the block's source bytes, and return where in `buffer` they are."""
+    def read(self, block: Block, buffer: memoryview) -> _Read:
+        """Read the block's source bytes into `buffer`, and return where they are."""
 
-    def compute(self, block: Block, source: memoryview, buffer: memoryview) -> None:
-        """Make the block's target bytes in `buffer`."""
+    def compute(self, block: Block, read: _Read, buffer: memoryview) -> _Facts:
+        """Make the block's target bytes in `buffer`, and return facts of them."""
 
-    def digest(self, block: Block, buffer: memoryview) -> _R:
-        """Return what is to be known of the block's target bytes."""
+    def digest(self, block: Block, buffer: memoryview, facts: _Facts) -> _Piece:
+        """Hash the block's target bytes."""
 
-    def write(self, block: Block, buffer: memoryview, digest: _R) -> None:
+    def write(self, block: Block, buffer: memoryview, piece: _Piece) -> None:
         """Write the block's target bytes."""
 
 
@@ -86,7 +88,7 @@ class _Channel(Generic[_T]):
             return self._items.popleft()
 
 
-def run(blocks: Iterable[Block], steps: Steps[_R], memory: Memory) -> None:
+def run(blocks: Iterable[Block], steps: Steps[_Read, _Facts, _Piece], memory: Memory) -> None:
     """Take every block through the four steps. A channel carries None after its last block.
 
     Raises:
@@ -95,9 +97,9 @@ def run(blocks: Iterable[Block], steps: Steps[_R], memory: Memory) -> None:
     line = _Line()
     free_in = _Channel(line, _buffers(memory))
     free_out = _Channel(line, _buffers(memory))
-    was_read: _Channel[tuple[Block, memoryview, memoryview] | None] = _Channel(line)
-    computed: _Channel[tuple[Block, memoryview] | None] = _Channel(line)
-    digested: _Channel[tuple[Block, memoryview, _R] | None] = _Channel(line)
+    was_read: _Channel[tuple[Block, memoryview, _Read] | None] = _Channel(line)
+    computed: _Channel[tuple[Block, memoryview, _Facts] | None] = _Channel(line)
+    digested: _Channel[tuple[Block, memoryview, _Piece] | None] = _Channel(line)
 
     def read() -> None:
         with line.stopping_on_failure():
@@ -109,25 +111,25 @@ def run(blocks: Iterable[Block], steps: Steps[_R], memory: Memory) -> None:
     def compute() -> None:
         with line.stopping_on_failure():
             while (item := was_read.take()) is not None:
-                block, buffer, source = item
+                block, buffer, found = item
                 target = free_out.take()
-                steps.compute(block, source, target)
+                facts = steps.compute(block, found, target)
                 free_in.put(buffer)
-                computed.put((block, target))
+                computed.put((block, target, facts))
             computed.put(None)
 
     def digest() -> None:
         with line.stopping_on_failure():
             while (item := computed.take()) is not None:
-                block, buffer = item
-                digested.put((block, buffer, steps.digest(block, buffer)))
+                block, buffer, facts = item
+                digested.put((block, buffer, steps.digest(block, buffer, facts)))
             digested.put(None)
 
     def write() -> None:
         with line.stopping_on_failure():
             while (item := digested.take()) is not None:
-                block, buffer, found = item
-                steps.write(block, buffer, found)
+                block, buffer, piece = item
+                steps.write(block, buffer, piece)
                 free_out.put(buffer)
 
     with ThreadPoolExecutor(4, "gemma4-moe") as threads, line.stopping_on_failure():
