@@ -11,7 +11,7 @@ import pytest
 from blake3 import blake3
 
 from gemma4_moe.checkpoint import hashing
-from gemma4_moe.checkpoint.hashing import Extent, OpenFile, blake3_of, hash_extents, sha256
+from gemma4_moe.checkpoint.hashing import Extent, OpenFile, blake3_of, hash_extents
 from gemma4_moe.errors import CheckpointFormatError
 
 if TYPE_CHECKING:
@@ -63,8 +63,9 @@ def test_a_failure_of_one_thread_is_raised(file: Path) -> None:
 def test_sha256_of_whole_files(file: Path) -> None:
     (file.parent / "empty").write_bytes(b"")
     with OpenFile(file) as one, OpenFile(file.parent / "empty") as other:
-        found = sha256({"f": one, "empty": other}, 2**20)
-    assert found == {"f": hashlib.sha256(CONTENT).hexdigest(), "empty": hashlib.sha256(b"").hexdigest()}
+        groups = [(Extent(opened, 0, opened.size),) for opened in (one, other)]
+        found = hash_extents(groups, 2**20, algorithm=hashlib.sha256)
+    assert found == [hashlib.sha256(content).hexdigest() for content in (CONTENT, b"")]
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:

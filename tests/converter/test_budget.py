@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import mmap
 import threading
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 from gemma4_moe import convert
 from gemma4_moe.checkpoint import readers
 from gemma4_moe.checkpoint.directory import open_checkpoint
-from gemma4_moe.checkpoint.hashing import OpenFile, sha256
+from gemma4_moe.checkpoint.hashing import Extent, OpenFile, hash_extents
 from gemma4_moe.converter import blocks as block_module
 from gemma4_moe.converter.blocks import MOST_BUFFERS, blocks, plan_memory
 from gemma4_moe.converter.plan import make_plan
@@ -98,7 +99,8 @@ def test_what_is_hashed_before_resuming_stays_within_the_budget(source: Path, tm
 @pytest.mark.parametrize("memory", [1, LEAST, 200_000])
 def test_sha256_stays_within_it_too(memory: int, source: Path, taken: Taken) -> None:
     with OpenFile(source / "model-00001-of-00002.safetensors") as one, OpenFile(source / "config.json") as other:
-        sha256({"a": one, "b": other, "c": one, "d": other}, memory)
+        groups = [(Extent(file, 0, file.size),) for file in (one, other, one, other)]
+        hash_extents(groups, memory, algorithm=hashlib.sha256)
     assert 0 < taken.most <= max(memory, 3 * 4096)
 
 

@@ -1,8 +1,7 @@
-"""BLAKE3 and SHA-256 of ranges of files, read from the device by a few threads within a memory budget."""
+"""Hashes of ranges of files, read from the device by a few threads within a memory budget."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from gemma4_moe.checkpoint.readers import PAGE, SLACK, PageReader, allocate
 from gemma4_moe.checkpoint.storage import open_regular, read_at
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -82,6 +81,16 @@ class Readable(Protocol):
         """Return a reader of the file in large pieces."""
 
 
+class Hasher(Protocol):
+    """A hash of bytes that come one after the other, as in `hashlib`."""
+
+    def update(self, content: memoryview, /) -> object:
+        """Add bytes."""
+
+    def hexdigest(self) -> str:
+        """Return the hash in hexadecimal."""
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """Bytes (start, end) of an open file."""
@@ -97,14 +106,16 @@ def hash_extents(
     *,
     buffered: bool = False,
     hashed: Callable[[int], None] | None = None,
+    algorithm: Callable[[], Hasher] = blake3,
 ) -> list[str]:
-    """Return the BLAKE3 of each group of extents, one after the other, in hexadecimal.
+    """Return the hash of each group of extents, one after the other, in hexadecimal.
 
     Args:
         groups: The extents to hash.
         memory: The most bytes of buffers.
         buffered: Read through the page cache, which forgets the files first.
         hashed: Told of the bytes of each group when it is hashed; from several threads, one at a time.
+        algorithm: Makes the hasher of a group.
 
     Raises:
         CheckpointFormatError: A file is too short.
@@ -122,11 +133,12 @@ def hash_extents(
                 number = next(jobs, None)
             if number is None:
                 return
-            digest = blake3_of(
-                piece for extent in groups[number] for piece in _pieces(extent, buffer, buffered=buffered)
-            )
+            hasher = algorithm()
+            for extent in groups[number]:
+                for piece in _pieces(extent, buffer, buffered=buffered):
+                    hasher.update(piece)
             with taking:
-                found[number] = digest
+                found[number] = hasher.hexdigest()
                 if hashed is not None:
                     hashed(sum(extent.end - extent.start for extent in groups[number]))
 
@@ -139,30 +151,6 @@ def hash_extents(
         for future in futures:
             future.result()
     return found
-
-
-def sha256(files: Mapping[str, Readable], memory: int, *, buffered: bool = False) -> dict[str, str]:
-    """Return the SHA-256 of each whole file by its name, in hexadecimal.
-
-    Args:
-        files: The files to hash.
-        memory: The most bytes of buffers.
-        buffered: See `hash_extents`.
-
-    Raises:
-        CheckpointFormatError: A file was cut off meanwhile.
-        StorageError: The disk refused.
-    """
-    threads, buffer_bytes = _buffers(memory, len(files))
-
-    def digest(file: Readable) -> str:
-        hasher = hashlib.sha256()
-        for piece in _pieces(Extent(file, 0, file.size), allocate(buffer_bytes), buffered=buffered):
-            hasher.update(piece)
-        return hasher.hexdigest()
-
-    with ThreadPoolExecutor(threads) as pool:
-        return dict(zip(files, pool.map(digest, files.values()), strict=True))
 
 
 def _buffers(memory: int, most: int) -> tuple[int, int]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.checkpoint.hashing import OpenFile, sha256
+from gemma4_moe.checkpoint.hashing import Extent, OpenFile, hash_extents
 from gemma4_moe.converter import blocks
 from gemma4_moe.converter.resume import described_sources, plan_digest, source_digests
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from gemma4_moe.checkpoint.hashing import Readable
     from gemma4_moe.converter.job import Job
     from gemma4_moe.converter.plan import Plan
     from gemma4_moe.target.pieces import Piece
@@ -41,10 +43,12 @@ def _manifest(job: Job, files: dict[str, Any], pieces: Sequence[Piece]) -> dict[
     sources = described_sources(job.checkpoint)
     if job.sha256:
         with ExitStack() as stack:
-            written = {name: stack.enter_context(OpenFile(job.out / name)) for name in files}
-            for said, opened in ((files, written), (sources, job.checkpoint.files)):
-                for name, digest in sha256(opened, job.memory.peak_bytes, buffered=job.buffered).items():
-                    said[name]["sha256"] = digest
+            written = [stack.enter_context(OpenFile(job.out / name)) for name in files]
+            opened: list[Readable] = [*written, *job.checkpoint.files.values()]
+            whole = [(Extent(file, 0, file.size),) for file in opened]
+            found = hash_extents(whole, job.memory.peak_bytes, buffered=job.buffered, algorithm=hashlib.sha256)
+        for said, digest in zip([*files.values(), *sources.values()], found, strict=True):
+            said["sha256"] = digest
     digests = {piece.place: piece.facts["source"] for piece in pieces if "source" in piece.facts}
     return {
         "plan": plan_digest(plan),
