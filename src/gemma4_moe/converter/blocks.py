@@ -1,4 +1,4 @@
-"""A plan cut into blocks: what is read, converted, hashed, written, journalled and resumed by itself.
+"""A plan cut into blocks, the units that are read, converted, hashed, written, journalled and resumed.
 
 A block is a run of rows of one target tensor. Its size follows from the shapes alone; the memory budget decides how
 many blocks are in flight. Experts lead in both layouts, so the rows of a block are one range of its file.

@@ -42,15 +42,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What `convert` did.
+    """The result of `convert`.
 
     Attributes:
         target: The directory that it made.
-        plan: What was planned, and done.
+        plan: The plan that was carried out.
         memory: The buffers that were used.
-        notes: What a user should know of the values: scales that are zero, negative or not finite; experts that got a
-            base's scale; casts that round, tensors that are not cast, and finite values that became infinite.
-        left_behind: Names in the source directory that were not taken along.
+        notes: Sentences on the values: scales that are zero, negative or not finite; experts that got the base's
+            scale, or that without a base every scale is one; casts that round, tensors that are not cast, and finite
+            values that became infinite.
+        left_behind: Names of files in the source directory that were not copied.
     """
 
     target: Path
@@ -82,8 +83,8 @@ def convert(
 ) -> Conversion:
     """Convert the checkpoint `source` into the new directory `target`.
 
-    A run that fails or is interrupted leaves the target as it was. What it has written and journalled stays in a hidden
-    directory beside the target, for `resume` to go on with; where there is nothing of use, nothing stays.
+    A run that fails or is interrupted leaves the target as it was. Blocks that it has journalled stay in a hidden
+    directory next to the target, and `resume` continues from them. If no block is journalled, nothing stays.
 
     Args:
         source: A directory of safetensors files with its config.json, or a Hub id.
@@ -182,8 +183,8 @@ def _check_before_a_fetch(source: str | Path, target: Path, **options: Any) -> N
     """Check by headers, before anything is brought into the Hub's cache, that all fits together and onto the disk.
 
     Raises:
-        StorageError: There is no room for what would be fetched and for the target.
-        InputError, UsageError: What `plan` raises.
+        StorageError: There is no room for the model in the cache and for the target.
+        InputError, UsageError: See `plan`.
     """
     space = preview.plan(source, target, **options).space
     if space.cache_bytes and space.missing_bytes:
@@ -218,7 +219,7 @@ def _is_made(
     resume: bool,
     break_lock: bool,
 ) -> bool:
-    """Finish or clear away what an earlier run has left, and say whether it has left nothing to do."""
+    """Finish or delete the work of an earlier run, and return whether the target is complete."""
     heal(target)
     if not resume or not is_made_already(target, plan, checkpoint, options, memory.peak_bytes):
         return False

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def finish(job: Job, pieces: Sequence[Piece]) -> None:
-    """Write what the target needs besides its weights, and check all that is on the device. All ranks must call.
+    """Write all files but the weights, and read every file back. All ranks must call.
 
     Args:
         job: The job.
@@ -38,7 +38,7 @@ def finish(job: Job, pieces: Sequence[Piece]) -> None:
 
 
 def _manifest(job: Job, files: dict[str, Any], pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Return what the manifest says besides the files."""
+    """Return the manifest without the files, and add SHA-256 to `files`."""
     plan = job.plan
     sources = described_sources(job.checkpoint)
     if job.sha256:

@@ -1,4 +1,4 @@
-"""One conversion as all its parts see it: what is converted, where to, with which means, and by which ranks."""
+"""One conversion as all its parts see it: source, plan, target, means, ranks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Job:
 
     Attributes:
         checkpoint: The source, open.
-        base: The base that experts may come back as, open, or None.
-        plan: What is made of them.
+        base: The base, open, or None.
+        plan: The plan.
         scales: The scales that are folded, by the target tensor's name.
-        options: Those options that decide what is made.
+        options: The options that decide the bytes of the target.
         target: The directory that is to appear.
         files: Its files, in the directory where they are written.
         memory: The buffers of each rank.
@@ -51,7 +51,7 @@ class Job:
     ranks: Ranks
 
     def check_unchanged(self) -> None:
-        """Check that what is read is what was opened, and raise what `Checkpoint.check_unchanged` raises."""
+        """Check that source and base are as they were opened. Raises what `Checkpoint.check_unchanged` raises."""
         for checkpoint in (self.checkpoint, self.base):
             if checkpoint is not None:
                 checkpoint.check_unchanged()

@@ -1,4 +1,4 @@
-"""What a user should know of scales and casts, one sentence for all tensors whose names differ in numbers only."""
+"""The notes of a conversion: scales and casts that a user should know of, folded over layers."""
 
 from __future__ import annotations
 

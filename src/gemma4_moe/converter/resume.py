@@ -49,7 +49,7 @@ def _place(stored: StoredTensor) -> tuple[str, str, int, str]:
 def opening_record(
     plan: Plan, checkpoint: Checkpoint, options: Mapping[str, Any], base: Checkpoint | None = None
 ) -> dict[str, Any]:
-    """Return what a journal begins with. Two runs may share a target's parts if theirs are the same."""
+    """Return the first record of a journal. A run may resume another if theirs are the same."""
     return {
         "version": __version__,
         "block_bytes": blocks.BLOCK_BYTES,
@@ -72,10 +72,10 @@ def _identities(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def check_same_run(known: Journalled, opening: Mapping[str, Any], target: Path) -> None:
-    """Check that what was journalled belongs to the run that is about to go on.
+    """Check that the journal belongs to the same conversion.
 
     Raises:
-        UsageError: It does not; the error says what differs.
+        UsageError: It does not; the error names the differences.
     """
     if known.opening is None or known.opening == opening:
         return
@@ -114,7 +114,7 @@ def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: M
     """Return whether `target` is the complete result of the same conversion, by its manifest and its files' sizes.
 
     Another model of the same shapes has the same headers, so the source is hashed, with at most `memory` bytes of
-    buffers; not where a commit says what it is.
+    buffers. A commit of the Hub makes that needless.
 
     Raises:
         StorageError: The disk refused.
@@ -140,17 +140,17 @@ def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: M
 
 
 def described_sources(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what a manifest says of the source's files, without SHA-256."""
+    """Return the manifest's entry of each source file, without SHA-256."""
     return {name: {"bytes": file.size, "header_sha256": file.header.digest} for name, file in checkpoint.files.items()}
 
 
 def _identity(said: Any) -> Any:
-    """Return what a manifest says of one source file, without SHA-256."""
+    """Return the entry of one source file, as a manifest has it, without SHA-256."""
     return {key: value for key, value in said.items() if key != "sha256"} if isinstance(said, dict) else None
 
 
 def source_digests(plan: Plan, digests: Mapping[tuple[str, int, int], str]) -> dict[str, list[str]]:
-    """Return the digest of what each block has read, by the target's tensors, in the order of the plan.
+    """Return the source digest of each block, by the target's tensors, in the order of the plan.
 
     Args:
         plan: The plan.

@@ -101,7 +101,7 @@ class ConversionSteps:
         factors: Array | None,
         facts: dict[str, Any],
     ) -> None:
-        """Convert one part into its place in the block, and add what happened to `facts`."""
+        """Convert one part into its place in the block, and add its facts to `facts`."""
         tensor, rows = block.tensor, block.last - block.first
         own = slice(part.rows.start - block.first, part.rows.stop - block.first)
         count = own.stop - own.start

@@ -40,7 +40,7 @@ def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progre
         The pieces of all blocks, on every rank.
 
     Raises:
-        UsageError: What an earlier run has left belongs to another conversion.
+        UsageError: An earlier run to this target was another conversion.
         SourceChangedError: The source changed while it was read.
         StorageError: The disk or its permissions refused.
         ParallelError: Another rank failed.
@@ -50,7 +50,7 @@ def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progre
         known = read_journals(job.control)
         check_same_run(known, opening, job.target)
     check_same_source(job.ranks.everyones(opening))
-    with job.ranks.together("check what is there"):
+    with job.ranks.together("check the pieces that are there"):
         own = true_pieces(known, job)
     pieces = [piece for part in job.ranks.everyones(own) for piece in part]
     with job.ranks.together("make the target's files"):
@@ -98,7 +98,7 @@ def _write(job: Job, work: list[Block], given_back: Scales, ledger: Ledger) -> l
         try:
             run(work, steps, job.memory)
         except BaseException:
-            with suppress(Gemma4MoEError):  # what is on the device is of use to a later run
+            with suppress(Gemma4MoEError):  # a later run resumes from what is on the device
                 ledger.flush()
             raise
         ledger.flush()

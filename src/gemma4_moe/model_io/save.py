@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What `save_hf` wrote.
+    """The result of `save_hf`.
 
     Attributes:
         path: The directory.
@@ -78,12 +78,12 @@ def save_hf(
             plain tensors are whole and the same on all ranks. An `lm_head` that is the embedding itself is left
             out. Ranks of several pipeline stages each give their own layers.
         path: A directory that does not exist yet, or is empty; on a filesystem that all ranks share.
-        config_from: A directory with the model's config.json; that and tokenizer, templates, license are taken along.
+        config_from: A directory with the model's config.json; that and tokenizer, templates, license are copied.
         max_shard_size: The most bytes of tensors in one file; a larger tensor gets a file of its own.
         dtype: The dtype of every floating-point tensor, such as "bfloat16"; each one's own by default.
         overwrite: Replace `path` if it is a checkpoint and nothing else.
         read_back: Read every file from the device and compare its hashes before the target appears; each rank reads
-            what it has written.
+            a part.
 
     Raises:
         InputError: The state is not a Gemma 4 MoE model in the nemo layout, or not that of the config.

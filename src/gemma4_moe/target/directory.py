@@ -75,7 +75,7 @@ class TargetFiles:
         Args:
             own: The pieces of weight files that this rank has written, without the headers.
             side_files: The files to copy.
-            describe: Returns what the manifest says besides the files; gets the files, and may say more of them.
+            describe: Returns the rest of the manifest; gets the entries of the files, and may add to them.
 
         Returns:
             The pieces of all files, those of the manifest too.

@@ -30,7 +30,7 @@ _CHECKSUM = 16
 
 @dataclass(slots=True)
 class Journalled:
-    """What the journals of a target say.
+    """The content of a target's journals.
 
     Attributes:
         opening: The conversion: plan, options, source. None where no journal has a first line.
@@ -53,7 +53,7 @@ class Journalled:
                 tensor=piece.facts.get("tensor"),
                 expected=f"BLAKE3 {known.facts.get('source')} for ({piece.start}, {piece.end}) of {piece.file}",
                 found=f"BLAKE3 {piece.facts.get('source')}",
-                hint="let nothing write the source, remove what was made with `gemma4-moe clean`, and start again",
+                hint="let nothing write the source, delete this run with `gemma4-moe clean`, and start again",
             )
         self.pieces[piece.place] = piece
 
@@ -97,7 +97,7 @@ class Journal:
 
 
 def read_journals(control: Path) -> Journalled:
-    """Return what all journals of a control directory say.
+    """Return the content of all journals of a control directory.
 
     Raises:
         StorageError: The disk or its permissions refused.

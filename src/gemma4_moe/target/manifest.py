@@ -30,7 +30,7 @@ LONGEST_MANIFEST = 64 * 2**20
 
 
 def described_files(pieces: Iterable[Piece]) -> dict[str, Any]:
-    """Return what a manifest says of each file: its bytes, and its pieces in order, which cover it."""
+    """Return the manifest's entry of each file: its bytes, and its pieces in order, which cover it."""
     files: dict[str, Any] = {}
     for piece in sorted(pieces, key=lambda piece: piece.place):
         said = files.setdefault(piece.file, {"bytes": 0, "pieces": []})
@@ -105,19 +105,15 @@ def _foreign(path: Path, found: str) -> CheckpointFormatError:
     )
 
 
-#: The most bytes of buffers.
-DEFAULT_MEMORY = 64 * 2**20
-
-
 @dataclass(frozen=True, slots=True)
 class Recheck:
-    """What a check against a manifest found.
+    """The result of a check against a manifest.
 
     Attributes:
         directory: The directory.
         files: How many files the manifest names.
         nbytes: Their size in bytes.
-        wrong: One sentence for each way in which the directory is not what the manifest says.
+        wrong: One sentence for each difference between directory and manifest.
     """
 
     directory: Path
@@ -126,8 +122,8 @@ class Recheck:
     wrong: tuple[str, ...]
 
 
-def check_manifest(directory: Path, *, max_memory: int = DEFAULT_MEMORY, progress: Progress | None = None) -> Recheck:
-    """Compare every file of a directory that we wrote with what its manifest says of it.
+def check_manifest(directory: Path, *, max_memory: int = 64 * 2**20, progress: Progress | None = None) -> Recheck:
+    """Compare every file of a directory that we wrote with its manifest.
 
     Args:
         directory: The directory.

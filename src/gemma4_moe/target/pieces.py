@@ -1,4 +1,4 @@
-"""Pieces of a target's files: what was written where, by hash, and whether the device gives it back."""
+"""Pieces of a target's files: ranges of bytes with their hashes, and the check that the device gives them back."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def wrong_pieces(
     buffered: bool = False,
     hashed: Callable[[int], None] | None = None,
 ) -> dict[Piece, str]:
-    """Return the pieces that the device does not give back, each with a sentence that says what is wrong.
+    """Return the pieces that the device does not give back, each with a sentence on the difference.
 
     Args:
         directory: The directory of the files.

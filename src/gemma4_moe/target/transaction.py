@@ -1,6 +1,6 @@
-"""A target directory that is absent, or complete: everything is written beside it and published by one rename.
+"""A target directory that is absent or complete: its files are written next to it and published by one rename.
 
-After a failure what was written goes, or stays where there is something that a later run can go on from.
+After a failure journalled work stays for a later run; all else is deleted.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class Transaction:
-    """The writing of one target. As a context manager it leaves the published target, or what a journal vouches for.
+    """The writing of one target. As a context manager it leaves the published target, or journalled work.
 
     Attributes:
         target: The directory that `publish` makes appear.
-        control: The directory beside it.
+        control: The hidden directory next to it.
         out: Where its files are written.
     """
 
@@ -35,7 +35,7 @@ class Transaction:
 
         Args:
             target: The directory to make.
-            resume: Go on with what an earlier run has journalled. Otherwise that is an error.
+            resume: Continue the work of an earlier run. Without it, such work is an error.
             break_lock: Take the lock from an owner that can't be shown to live.
 
         Raises:
@@ -105,10 +105,10 @@ class Transaction:
             ) from error
 
     def _leave(self, error: BaseException) -> None:
-        """Keep what a later run can go on from, or else remove all; `error` stays the one to tell."""
+        """Keep journalled work, or else delete all; an error in that is a note of `error`."""
         try:
             if self._lock.is_broken():
-                self._lock.forget()  # what is there now is another process' work
+                self._lock.forget()  # the directory is another process' work now
             else:
                 leave(self.control, self._lock)
         except StorageError as trouble:
