@@ -192,3 +192,6 @@ def test_a_commit_says_what_a_source_is(source: Path, tmp_path: Path, monkeypatc
         assert not resume_module.is_made_already(
             tmp_path / "nemo", plan, checkpoint, options | {"commit": "d" * 40}, 2**20
         )
+        manifest["source"]["files"]["model-00001-of-00002.safetensors"]["header_sha256"] = "0" * 64
+        path.write_text(json.dumps(manifest))
+        assert not resume_module.is_made_already(tmp_path / "nemo", plan, checkpoint, options, 2**20)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 #: Raised when a reader of the old form would misunderstand the new one.
 FORMAT = 2
 
-#: The longest manifest that is read, in bytes. The real model's has about 0.4 MB.
+#: The longest manifest that is read, in bytes. The real model's has about 0.5 MB.
 LONGEST_MANIFEST = 64 * 2**20
 
 
