@@ -19,7 +19,6 @@ from gemma4_moe.layout.names import MoEName, lookup, natural_key
 from gemma4_moe.layout.table import DOWN, SCALE, Layout, Operation, converted_shape, scales
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE, PlannedFile, layout_files
-from gemma4_moe.target.manifest import read_folded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from gemma4_moe.converter.base import BaseExperts
     from gemma4_moe.layout.dtypes import DType
     from gemma4_moe.layout.inventory import Owner
-    from gemma4_moe.target.manifest import Folded
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,6 @@ class PlannedTensor:
         operation: What makes it from `source`.
         source: The source tensor that it comes from; None for a `per_expert_scale`.
         scale: The source tensor whose values multiply its experts, or None.
-        folded: What the source's manifest says was folded into it, or None.
         base: The base's experts, which its own may still be, or None.
     """
 
@@ -52,13 +49,7 @@ class PlannedTensor:
     operation: Operation
     source: StoredTensor | None
     scale: StoredTensor | None = None
-    folded: Folded | None = None
     base: BaseExperts | None = None
-
-    @property
-    def comes_back(self) -> bool:
-        """Whether its experts may get a scale back: a manifest or a base names one."""
-        return self.folded is not None or self.base is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +108,10 @@ def make_plan(
         raise UsageError(f"the source is in the {layout} layout already", hint=f"convert it with --to {layout.other}")
     parsed = check_tensors(sources.values(), layout, config)
     layer_scales = {name.owner: sources[own] for own, name in parsed.items() if name and name.rule is SCALE}
-    experts = {own: sources[own].shape[0] for own, name in parsed.items() if name and name.rule is DOWN}
-    folded = read_folded(checkpoint.path, experts) if layout is Layout.NEMO else {}
     tensors = {
         tensor.name: tensor
         for stored in sources.values()
-        for tensor in _targets(stored, parsed[stored.name], layout, layer_scales, folded, cast)
+        for tensor in _targets(stored, parsed[stored.name], layout, layer_scales, cast)
     }
     _check_used_once(sources, tensors)
     if base is not None:
@@ -144,7 +133,6 @@ def _targets(
     name: MoEName | None,
     layout: Layout,
     layer_scales: Mapping[Owner, StoredTensor],
-    folded: Mapping[str, Folded],
     dtype: DType | None,
 ) -> Iterable[PlannedTensor]:
     """Yield what one source tensor becomes in the other layout."""
@@ -157,8 +145,7 @@ def _targets(
         return
     scale = layer_scales[name.owner] if scales(operation, layout) else None
     shape = converted_shape(operation, source.shape)
-    said = folded.get(source.name)
-    yield PlannedTensor(name.name(layout.other), target_dtype, shape, operation, source, scale, said)
+    yield PlannedTensor(name.name(layout.other), target_dtype, shape, operation, source, scale)
     if name.rule is DOWN and layout is Layout.NEMO:
         yield PlannedTensor(name.sibling(SCALE).hf, target_dtype, source.shape[:1], Operation.FOLD, None)
 
