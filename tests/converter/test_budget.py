@@ -117,7 +117,7 @@ def test_a_budget_is_used_and_not_exceeded(budget: int, large: Plan) -> None:
     assert 1 <= memory.buffers <= MOST_BUFFERS
     (file,) = large.files
     work = list(blocks(large, memory.block_bytes, share(large, (), 0, 1)))
-    most = max(max(block.source_span[1], block.target_span[1]) for block in work)
+    most = max(max(sum(read.end - read.start for read in block.reads), block.target_span[1]) for block in work)
     assert most + readers.SLACK <= memory.buffer_bytes <= BLOCK_BYTES + 2 * readers.SLACK
     assert sum(end - start for start, end in (block.written_range for block in work)) == file.size - len(file.header)
     if budget >= 2**23:

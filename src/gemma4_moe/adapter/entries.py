@@ -16,14 +16,15 @@ from gemma4_moe.adapter import destinations
 from gemma4_moe.distributed.placements import placed_on, whole_shape
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout import dtypes
-from gemma4_moe.layout.names import MoEName, lookup
+from gemma4_moe.layout.names import LayerKey, MoEName, lookup
+from gemma4_moe.layout.spellings import WHOLE
 from gemma4_moe.layout.table import EXPERT_RULES, Layout, Operation
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from gemma4_moe.adapter.interface import StateDict
-    from gemma4_moe.layout.inventory import Inventory, Owner
+    from gemma4_moe.layout.inventory import Inventory
 
 
 class Entry(NamedTuple):
@@ -87,11 +88,9 @@ def explain(name: str, value: Any, inventory: Inventory, mesh: DeviceMesh | None
             hint="give torch tensors",
         )
     shape = _shape(value)
-    if found is not None and mesh is not None and not isinstance(value, DTensor):
+    if found is not None and found.part == WHOLE and mesh is not None and not isinstance(value, DTensor):
         shape = _whole_shape(found, name, shape, inventory, mesh)
-    parsed = inventory.add(name, shape)
-    if parsed is not None and parsed.rule.operation is not Operation.KEEP:
-        dtypes.require_expert_dtype(name, _dtype(value))
+    parsed = inventory.add(name, shape, None if found is None else _dtype(value))
     return Entry(parsed, name, value, shape)
 
 
@@ -103,7 +102,7 @@ def kept(value: Any) -> Any:
 def _explained_singly(
     pairs: Any, inventory: Inventory, mesh: DeviceMesh | None, dropped: Callable[[str], bool]
 ) -> Iterator[Entry]:
-    marked: dict[Owner, bool] = {}
+    marked: dict[LayerKey, bool] = {}
     for name, value in pairs:
         if lookup(name, inventory.layout) is None and dropped(name):
             continue
@@ -127,9 +126,9 @@ def _whole_shape(
     return whole_shape(shape, rule.axes(inventory.layout), inventory.sizes(found.prefix), where, name)
 
 
-def _refuse_mixture(parsed: MoEName, name: str, value: Any, marked: dict[Owner, bool]) -> None:
+def _refuse_mixture(parsed: MoEName, name: str, value: Any, marked: dict[LayerKey, bool]) -> None:
     is_destination = destinations.native_of(value) is not None
-    if marked.setdefault(parsed.owner, is_destination) != is_destination:
+    if marked.setdefault(parsed.layer_key, is_destination) != is_destination:
         raise UsageError(
             "a destination beside an ordinary tensor of its layer",
             tensor=name,

@@ -18,17 +18,18 @@ from torch.distributed.tensor import DTensor
 
 from gemma4_moe.adapter import entries
 from gemma4_moe.adapter.configs import axis_sizes, conversion_of
-from gemma4_moe.adapter.from_hf import IntoNemo
+from gemma4_moe.adapter.from_hf import Factors, IntoNemo
 from gemma4_moe.adapter.interface import StateDict, StateDictAdapter
-from gemma4_moe.adapter.to_hf import IntoHf, excluding, hf_names
+from gemma4_moe.adapter.to_hf import IntoHf, excluding
 from gemma4_moe.distributed import collectives
 from gemma4_moe.distributed.collectives import STAGING_BYTES, agree
 from gemma4_moe.distributed.placements import expert_mesh, local_of, placed, placed_on, whole_shape
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES
-from gemma4_moe.layout.inventory import Inventory, Owner
-from gemma4_moe.layout.names import lookup, parse
-from gemma4_moe.layout.table import DOWN, GATE_UP, SCALE, Layout, Operation, Rule
+from gemma4_moe.layout.inventory import Inventory
+from gemma4_moe.layout.names import lookup
+from gemma4_moe.layout.table import DOWN, GATE_UP, Layout, Operation
+from gemma4_moe.layout.targets import hf_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -101,20 +102,16 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         mesh = expert_mesh(device_mesh)
         into_nemo = IntoNemo(conversion_of(self.backend), self.dtype, mesh, out)
         result: dict[str, Any] = {}
-        waiting: dict[Owner, dict[Rule, Entry]] = {}
-        for entry in entries.explained(hf_state_dict, self._inventory(Layout.HF), mesh):
+        inventory, factors = self._inventory(Layout.HF), Factors()
+        for entry in entries.explained(hf_state_dict, inventory, mesh):
             parsed = entry.parsed
             if parsed is None or parsed.rule.operation is Operation.KEEP:
                 native = entry.name if parsed is None else parsed.nemo
                 result[native] = into_nemo.kept(native, entries.kept(entry.value))
-            elif parsed.rule is GATE_UP:
-                result[parsed.nemo] = into_nemo.expert(parsed, entry, None)
             else:
-                pair = waiting.setdefault(parsed.owner, {})
-                pair[parsed.rule] = entry
-                if len(pair) == 2:
-                    down = parsed.sibling(DOWN)
-                    result[down.nemo] = into_nemo.expert(down, pair.pop(DOWN), pair.pop(SCALE))
+                for value, scale in factors.pairs(entry):
+                    into_nemo.fill(result, value, scale, inventory)
+                    del value, scale
             del entry  # or its value would stay alive while the next one is made
         return result
 
@@ -213,8 +210,12 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
 
     def get_hf_state_dict_keys(self, state_dict: StateDict) -> list[str]:
         """Return the hf names that `to_hf` gives for this state dict, in its order, without touching a value."""
-        names = state_dict if isinstance(state_dict, Mapping) else (name for name, _ in state_dict)
-        return [hf for name in names for hf in hf_names(parse(name, Layout.NEMO), name)]
+        inventory = self._inventory(Layout.NEMO)
+        keys: list[str] = []
+        for name, value in state_dict.items() if isinstance(state_dict, Mapping) else state_dict:
+            dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else None
+            keys += hf_names(inventory.add(name, None, dtype), name)
+        return keys
 
     def _gather_expert_tensor(
         self, tensor: torch.Tensor, device_mesh: DeviceMesh | None, n_experts: int

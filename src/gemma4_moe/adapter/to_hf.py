@@ -14,7 +14,8 @@ from gemma4_moe.distributed.collectives import STAGING_BYTES, gather
 from gemma4_moe.distributed.placements import convert_view, local_of, placed, placed_on
 from gemma4_moe.errors import UsageError
 from gemma4_moe.kernels import transpose_scale_cast
-from gemma4_moe.layout.table import DOWN, SCALE, Operation, converted_shape
+from gemma4_moe.layout.table import Operation, converted_shape
+from gemma4_moe.layout.targets import hf_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,18 +23,10 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from gemma4_moe.adapter.entries import Entry
-    from gemma4_moe.layout.names import MoEName
 
     #: Says whether an entry is left out, by its hf name and its nemo name.
     Excluded = Callable[[str, str], bool]
     Pairs = Iterator[tuple[str, Any]]
-
-
-def hf_names(parsed: MoEName | None, name: str) -> Iterator[str]:
-    """Yield the hf names that the native tensor `name` becomes; `parsed` is what the grammar says of it."""
-    yield name if parsed is None else parsed.hf
-    if parsed is not None and parsed.rule is DOWN:
-        yield parsed.sibling(SCALE).hf
 
 
 def excluding(regex: str | None) -> Excluded:

@@ -18,9 +18,11 @@ from gemma4_moe.layout.table import Operation, transposes
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.checkpoint.header import TensorEntry
     from gemma4_moe.converter.base import BaseExperts
     from gemma4_moe.converter.plan import Plan, PlannedTensor
+    from gemma4_moe.layout.targets import Read
 
 DEFAULT_MEMORY = 2**30
 
@@ -73,10 +75,10 @@ class Block:
         return self.tensor.operation is Operation.KEEP and source is not None and source.dtype == self.tensor.dtype
 
     @property
-    def source_span(self) -> tuple[int, int]:
-        """Offset in the source tensor and size, both in bytes; (0, 0) where nothing is read."""
+    def reads(self) -> tuple[Read[StoredTensor], ...]:
+        """What is read for it, in order: nothing for a scale."""
         source = self.tensor.source
-        return (0, 0) if source is None else self._span(source.nbytes)
+        return () if source is None else tuple(source.reads(self.first, self.last))
 
     @property
     def target_span(self) -> tuple[int, int]:
@@ -128,8 +130,7 @@ def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
     largest_row = max(_row_bytes(tensor) for tensor in tensors)
     room = budget - base_bytes
     block_bytes = max(largest_row, min(BLOCK_BYTES, room // (2 * MOST_BUFFERS) // PAGE * PAGE - SLACK))
-    most = max(_rows_in(tensor, block_bytes) * _row_bytes(tensor) for tensor in tensors)
-    buffer_bytes = whole_pages(most) + SLACK
+    buffer_bytes = max(_buffer_bytes(tensor, _rows_in(tensor, block_bytes)) for tensor in tensors)
     if 2 * buffer_bytes > room:
         least = 2 * buffer_bytes + base_bytes
         widest = max(tensors, key=_row_bytes)
@@ -170,6 +171,14 @@ def _row_bytes(tensor: PlannedTensor) -> int:
     elements = math.prod(tensor.shape[1:]) if transposes(tensor.operation) else 1
     sides = [tensor.dtype] if tensor.source is None else [tensor.dtype, tensor.source.dtype]
     return max(1, elements * max(dtype.itemsize for dtype in sides))
+
+
+def _buffer_bytes(tensor: PlannedTensor, rows: int) -> int:
+    """Size in bytes of a buffer that holds rows of a tensor on either side, each read of them in pages of its own."""
+    source, size = tensor.source, whole_pages(rows * _row_bytes(tensor)) + SLACK
+    if source is None or len(source.parts) == 1:
+        return size
+    return max(size, sum(whole_pages(read.end - read.start) + SLACK for read in source.reads(0, rows)))
 
 
 def _base_bytes(base: BaseExperts) -> int:

@@ -64,7 +64,7 @@ def finish(job: Job) -> None:
 
 def _missing_source_hashes(job: Job, hashes: Journalled) -> dict[Chunk, str]:
     """Hash this rank's part of the source's chunks that no rank has read in one go: scales, and where shares meet."""
-    tensors = [tensor for planned in job.plan.tensors.values() for tensor in (planned.source, planned.scale) if tensor]
+    tensors = [tensor for planned in job.plan.tensors.values() for tensor in planned.stored]
     extents = tensor_chunks(tensors)
     missing = sorted(extents.keys() - hashes.source.keys())[job.ranks.rank :: job.ranks.world]
     return hash_extents({chunk: extents[chunk] for chunk in missing}, job.memory.peak_bytes, buffered=job.buffered)
@@ -157,7 +157,7 @@ def build_manifest(
         plan_digest: The plan's hash.
         facts: What the caller has to say besides: versions, options.
     """
-    used = [tensor for planned in plan.tensors.values() for tensor in (planned.source, planned.scale) if tensor]
+    used = [tensor for planned in plan.tensors.values() for tensor in planned.stored]
     return {
         "format": FORMAT,
         **facts,

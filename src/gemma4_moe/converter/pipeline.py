@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from gemma4_moe.checkpoint.readers import allocate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from gemma4_moe.converter.blocks import Block, Memory
 
@@ -25,10 +25,10 @@ _R = TypeVar("_R")
 class Steps(Protocol[_R]):
     """What is done with a block. Each method runs in a thread of its own, and sees the blocks in their order."""
 
-    def read(self, block: Block, buffer: memoryview) -> memoryview:
-        """Read the block's source bytes, and return where in `buffer` they are."""
+    def read(self, block: Block, buffer: memoryview) -> Sequence[memoryview]:
+        """Read the block's source bytes, and return where in `buffer` each of its reads is."""
 
-    def compute(self, block: Block, source: memoryview, buffer: memoryview) -> None:
+    def compute(self, block: Block, source: Sequence[memoryview], buffer: memoryview) -> None:
         """Make the block's target bytes in `buffer`."""
 
     def digest(self, block: Block, buffer: memoryview) -> _R:
@@ -95,7 +95,7 @@ def run(blocks: Iterable[Block], steps: Steps[_R], memory: Memory) -> None:
     line = _Line()
     free_in = _Channel(line, _buffers(memory))
     free_out = _Channel(line, _buffers(memory))
-    was_read: _Channel[tuple[Block, memoryview, memoryview] | None] = _Channel(line)
+    was_read: _Channel[tuple[Block, memoryview, Sequence[memoryview]] | None] = _Channel(line)
     computed: _Channel[tuple[Block, memoryview] | None] = _Channel(line)
     digested: _Channel[tuple[Block, memoryview, _R] | None] = _Channel(line)
 

@@ -33,11 +33,11 @@ def plan_digest(plan: Plan) -> str:
         (
             tensor.name,
             tensor.operation,
-            *(None if stored is None else _place(stored) for stored in (tensor.source, tensor.scale)),
+            [_place(stored) for stored in tensor.stored],
             None
             if tensor.folded is None
             else (tensor.folded.dtype.name, [scale.hex() for scale in tensor.folded.scale]),
-            *([] if tensor.base is None else [_place(tensor.base.weights), _place(tensor.base.scale)]),
+            *([] if tensor.base is None else map(_place, tensor.base.stored)),
         )
         for tensor in plan.tensors.values()
     ]

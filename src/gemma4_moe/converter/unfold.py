@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gemma4_moe.checkpoint.readers import Reader
     from gemma4_moe.converter.plan import PlannedTensor
     from gemma4_moe.layout.dtypes import DType
+    from gemma4_moe.layout.targets import Source
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -167,16 +168,17 @@ class Unfolding:
         first = slice(0, min(size, max(1, _FIRST // width)))
         return divide(first) and all(list(self._pool.map(divide, _pieces(size, width))))
 
-    def _read(self, stored: StoredTensor, expert: int, rows: slice, buffer: memoryview) -> Array:
+    def _read(self, source: Source[StoredTensor], expert: int, rows: slice, buffer: memoryview) -> Array:
         """Return rows of one expert of a tensor [E, R, C] of a file, in `buffer`."""
-        file = stored.file
+        (read,) = source.reads(expert, expert + 1)  # no form cuts the rows of a down_proj
+        stored, file = read.stored, read.stored.file
         if file.path not in self._readers:
             self._readers[file.path] = self._stack.enter_context(closing(file.reader(buffered=self._buffered)))
-        _, size, width = stored.shape
-        row = width * stored.dtype.itemsize
-        start = stored.entry.start + (expert * size + rows.start) * row
+        width = source.shape[2]
+        row = width * source.dtype.itemsize
+        start = stored.entry.start + read.start + rows.start * row
         raw = self._readers[file.path].read(start, (rows.stop - rows.start) * row, buffer)
-        return np.frombuffer(raw, np.uint8).view(stored.dtype.numpy()).reshape(-1, width)
+        return np.frombuffer(raw, np.uint8).view(source.dtype.numpy()).reshape(-1, width)
 
 
 def _begin(tensor: PlannedTensor) -> _Experts:

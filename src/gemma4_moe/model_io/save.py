@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from gemma4_moe.checkpoint.header import TensorEntry
-    from gemma4_moe.converter.plan import PlannedTensor
-    from gemma4_moe.model_io.saving_plan import Target
+    from gemma4_moe.layout.targets import Target
+    from gemma4_moe.model_io.saving_plan import Native
     from gemma4_moe.target.file_layout import PlannedFile
 
 
@@ -104,9 +104,7 @@ def save_hf(
     tensors = describe(state, ranks, called)
     with ranks.together("plan the checkpoint"):
         targets = make_targets(tensors, config_from, dtype)
-        files = layout_files(
-            [(t.planned.name, t.planned.dtype, t.planned.shape) for t in targets.values()], shard_bytes
-        )
+        files = layout_files([(t.name, t.dtype, t.shape) for t in targets.values()], shard_bytes)
     transaction, kept = None, Written() if read_back else None
     with ExitStack() as stack:
         with ranks.together("make the target's files"):
@@ -189,7 +187,7 @@ def _without_tied_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 def _write(
     state: Mapping[str, torch.Tensor],
-    targets: Mapping[str, Target],
+    targets: Mapping[str, Target[Native]],
     files: tuple[PlannedFile, ...],
     place: _Place,
 ) -> int:
@@ -201,8 +199,9 @@ def _write(
                 if place.confirm is not None:
                     place.confirm()
                 target = targets[entry.name]
-                mine = target.ranks[number % len(target.ranks)] == place.rank
-                for first, rows in _rows(state, target, mine=mine) if place.rank in target.ranks else ():
+                writers = target.origin.writers
+                mine = writers[number % len(writers)] == place.rank
+                for first, rows in _rows(state, target, mine=mine) if place.rank in writers else ():
                     raw = as_bytes(rows.cpu()).numpy().data
                     offset = entry.start + first * (entry.nbytes // max(1, _row_count(entry)))
                     if place.kept is not None:  # before it is written: what is in memory is what must come back
@@ -228,27 +227,28 @@ def _row_count(entry: TensorEntry) -> int:
     return entry.shape[0] if entry.shape else 1
 
 
-def _rows(state: Mapping[str, torch.Tensor], target: Target, *, mine: bool) -> Iterator[tuple[int, torch.Tensor]]:
+def _rows(
+    state: Mapping[str, torch.Tensor], target: Target[Native], *, mine: bool
+) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield the first row, and rows in the target's layout and dtype, of every block that this rank is to write.
 
     A plain tensor, or a scale, is written by the one rank of which `mine` is true.
     """
-    planned = target.planned
-    if target.native is None:
+    if target.source is None:
         if mine:
-            yield 0, torch.ones(planned.shape, dtype=getattr(torch, planned.dtype.name))
+            yield 0, torch.ones(target.shape, dtype=getattr(torch, target.dtype.name))
         return
-    tensor = state.get(target.native)
+    tensor = state.get(target.origin.name)
     if isinstance(tensor, DTensor):
-        yield from _sharded_rows(tensor, planned)
+        yield from _sharded_rows(tensor, target)
     elif tensor is not None and mine:
         local = local_of(tensor) if tensor.ndim else local_of(tensor).reshape(1)
         for first, block in _blocks(local):
-            yield first, _converted(block, planned)
+            yield first, _converted(block, target)
 
 
-def _sharded_rows(tensor: DTensor, planned: PlannedTensor) -> Iterator[tuple[int, torch.Tensor]]:
-    where, local = placed(tensor, planned.name), local_of(tensor)
+def _sharded_rows(tensor: DTensor, target: Target[Native]) -> Iterator[tuple[int, torch.Tensor]]:
+    where, local = placed(tensor, target.name), local_of(tensor)
     coordinate = where.mesh.get_coordinate()
     assert coordinate is not None, "a rank that holds a DTensor is in its mesh"
     if any(own for own, placement in zip(coordinate, where.placements, strict=True) if placement is None):
@@ -262,7 +262,7 @@ def _sharded_rows(tensor: DTensor, planned: PlannedTensor) -> Iterator[tuple[int
         whole = gather(block, along, (len(block), *tensor.shape[1:]), BLOCK_BYTES)
         if number % sharers != turn:
             continue
-        converted, done = _converted(whole, planned), 0
+        converted, done = _converted(whole, target), 0
         for run in part_of(held, first, first + len(block)):
             yield run.start, converted[done : done + len(run)]
             done += len(run)
@@ -276,9 +276,9 @@ def _blocks(local: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         yield first, local[first : first + step]
 
 
-def _converted(block: torch.Tensor, planned: PlannedTensor) -> torch.Tensor:
-    dtype = getattr(torch, planned.dtype.name)
-    if transposes(planned.operation):
+def _converted(block: torch.Tensor, target: Target[Native]) -> torch.Tensor:
+    dtype = getattr(torch, target.dtype.name)
+    if transposes(target.operation):
         block = transpose_scale_cast(block, dtype=dtype)
     elif block.dtype != dtype:
         block = scale_cast(block, dtype=dtype)

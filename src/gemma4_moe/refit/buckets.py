@@ -65,7 +65,7 @@ class Run:
         """Say how items of one shape, at equal distances, lie in a buffer."""
         first, dtype = entries[0], getattr(torch, entries[0].dtype)
         shape, stride = first.shape, torch.empty(first.shape, device="meta").stride()
-        if items[0].row is not None:
+        if items[0].part.expert is not None:
             apart = entries[1].offset - first.offset if len(entries) > 1 else first.nbytes
             shape, stride = (len(items), *shape), (apart // dtype.itemsize, *stride)
         return cls(tuple(items), tuple(entries), dtype, shape, stride, first.offset // dtype.itemsize)
@@ -251,7 +251,9 @@ def _planned(group: Sequence[Item], bucket_bytes: int) -> PlannedBucket:
         offset += _aligned(item.nbytes)
     runs: dict[object, list[tuple[Item, BucketEntry]]] = {}
     for item, entry in zip(group, entries, strict=True):
-        runs.setdefault(item.name if item.row is None else (item.native, item.row), []).append((item, entry))
+        runs.setdefault(item.name if item.part.expert is None else (item.native, item.part.slot), []).append(
+            (item, entry)
+        )
     return PlannedBucket(
         tuple(Run.of(*zip(*run, strict=True)) for run in runs.values()),
         tuple(entries),

@@ -12,7 +12,8 @@ from gemma4_moe.distributed.collectives import broadcast, gather
 from gemma4_moe.distributed.placements import Placed, local_of, placed
 from gemma4_moe.distributed.sharding import Sharded
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
-from gemma4_moe.layout.table import EXPERT_ROWS, Operation, transposes
+from gemma4_moe.layout.spellings import WHOLE
+from gemma4_moe.layout.table import Operation, transposes
 from gemma4_moe.refit.buckets import unpack
 
 if TYPE_CHECKING:
@@ -58,12 +59,14 @@ class Filler:
                 self._outs.append(out)
                 self._sources.append(local)
             elif self._keeps:
-                self._convert(item, local if item.expert is None else _part(local[item.expert], item), out)
-        elif item.expert is None:
+                self._convert(item, _part(local if item.part.expert is None else local[item.part.expert], item), out)
+        elif item.part == WHOLE:
             moved = where.converted(item.operation, value.ndim)
             part = out.new_empty(moved.local_shape(item.shape))
             self._convert(item, local, part)
             gather(part, moved, item.shape, out=out)
+        elif item.part.expert is None:
+            self._fill_rows(item, tuple(value.shape), local, where, out)
         else:
             self._fill_expert(item, tuple(value.shape), local, where, out)
 
@@ -73,13 +76,13 @@ class Filler:
         Errors are those of `fill`.
         """
         items = run.items
-        if items[0].row is None:
+        if items[0].part.expert is None:
             self.fill(items[0], value, bucket.place_of(run))
         elif not alone(value, items[0].native):
             for item, (_, out) in zip(items, unpack(bucket.buffer, run.entries), strict=True):
                 self.fill(item, value, out)
         elif self._keeps:
-            first, last = items[0].expert, items[-1].expert
+            first, last = items[0].part.expert, items[-1].part.expert
             assert first is not None and last is not None, "a run of experts"  # noqa: PT018
             self._convert(items[0], _part(local_of(value)[first : last + 1], items[0]), bucket.place_of(run))
 
@@ -103,8 +106,8 @@ class Filler:
         self, item: Item, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
     ) -> None:
         """Write one expert's part on the ranks that own it, and give it to the others."""
-        assert item.expert is not None, "an item of one expert"
-        owner, position = self._owners_of(where, shape[0])[item.expert]
+        assert item.part.expert is not None, "an item of one expert"
+        owner, position = self._owners_of(where, shape[0])[item.part.expert]
         outer = [dim for dim, placement in enumerate(where.placements) if placement is not None and placement.axis == 0]
         coordinate = where.mesh.get_coordinate()
         assert coordinate is not None, "a rank that holds a DTensor is in its mesh"
@@ -122,18 +125,33 @@ class Filler:
         along = Placed(where.mesh, inner)
         if not _cuts(along):
             self._convert(item, _part(local, item), out)
-        elif any(p is not None and p.axis == 0 for p in inner) and _parts(item) > 1:
+        elif any(p is not None and p.axis == 0 for p in inner) and item.part.slots > 1:
             # Gate and up lie on different ranks: the expert is gathered whole.
             part = out.new_empty(local.shape[1], local.shape[0])
             self._convert(item, local, part)
-            rows = shape[2] // _parts(item)
-            assert item.row is not None, "an expert's part"
-            out.copy_(gather(part, along, (shape[2], shape[1])).narrow(0, item.row.part * rows, rows))
+            start, end = item.part.rows(shape[2])
+            out.copy_(gather(part, along, (shape[2], shape[1]))[start:end])
         else:
             mine = _part(local, item)
             part = out.new_empty(mine.shape[1], mine.shape[0])
             self._convert(item, mine, part)
             gather(part, along, item.shape, out=out)
+
+    def _fill_rows(
+        self, item: Item, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
+    ) -> None:
+        """Write a run of rows of all experts, of which each rank has `local` in native layout."""
+        moved = where.converted(item.operation, len(shape))
+        if any(p is not None and p.axis == 1 for p in moved.placements):
+            # Gate and up lie on different ranks: the experts are gathered whole.
+            part = out.new_empty(moved.local_shape((shape[0], shape[2], shape[1])))
+            self._convert(item, local, part)
+            start, end = item.part.rows(shape[2])
+            out.copy_(gather(part, moved, (shape[0], shape[2], shape[1]))[:, start:end])
+        else:
+            part = out.new_empty(moved.local_shape(item.shape))
+            self._convert(item, _part(local, item), part)
+            gather(part, moved, item.shape, out=out)
 
     def _owners_of(self, where: Placed, experts: int) -> list[tuple[tuple[int, ...], int]]:
         """Return, for each expert, where in the mesh it is and its position there."""
@@ -156,12 +174,9 @@ def _cuts(where: Placed) -> bool:
     return any(placement is not None and where.mesh.size(dim) > 1 for dim, placement in enumerate(where.placements))
 
 
-def _parts(item: Item) -> int:
-    return next(len(rows) for rows in EXPERT_ROWS.values() if item.row in rows)
-
-
 def _part(native: torch.Tensor, item: Item) -> torch.Tensor:
-    """Return what becomes an expert's part of native experts [..., rows, columns]: some of the columns."""
-    assert item.row is not None, "an item of one expert"
-    size = native.shape[-1] // _parts(item)
-    return native.narrow(-1, item.row.part * size, size)
+    """Return what becomes an item of native experts [..., C, R]: some of the last axis, which are rows in hf."""
+    if item.part == WHOLE:
+        return native
+    start, end = item.part.rows(native.shape[-1])
+    return native[..., start:end]
