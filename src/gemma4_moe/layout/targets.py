@@ -117,7 +117,8 @@ class Target(Generic[T]):
         name: Its name.
         dtype: Its dtype.
         shape: Its shape.
-        operation: What makes it from `source`.
+        operation: The operation that makes it from `source`.
+        role: The name of its role's whole tensor, current spelling; its own name if both layouts have it.
         source: What it is made from; None for a scale of ones.
         scale: The tensor [E] whose values multiply its experts, or None.
         part: What it holds of its role's tensor.
@@ -128,6 +129,7 @@ class Target(Generic[T]):
     dtype: DType
     shape: tuple[int, ...]
     operation: Operation
+    role: str
     source: Source[T] | None
     scale: T | None = None
     part: Part = WHOLE
@@ -188,11 +190,11 @@ def targets_of(
         given.append(tensor)
     for problem in problems(given, inventory, required):
         raise problem
-    made: list[tuple[str, Target[T]]] = []  # with the current name of each one's role
+    made: list[Target[T]] = []
     for name, parsed in inventory.names.items():
         if parsed is None:
             whole = _whole(by_name[name])
-            made.append((name, Target(name, cast_to(whole.dtype, cast), whole.shape, Operation.KEEP, whole)))
+            made.append(Target(name, cast_to(whole.dtype, cast), whole.shape, Operation.KEEP, name, whole))
     for key, rows in inventory.layers.items():
         for rule, parts in rows.items():
             stored = {part: by_name[name] for part, (name, _) in parts.items()}
@@ -200,11 +202,9 @@ def targets_of(
             factor = rule.factor if inventory.layout is Layout.HF else None
             scale = None if factor is None else by_name[rows[factor][WHOLE][0]]
             for row in rule.yields(inventory.layout.other):
-                role = MoEName(*key, row)
-                for target in _made(role, source, scale, inventory.layout, cast, spelling):
-                    made.append((role.name(inventory.layout.other), target))
-    _check_used_once(by_name, [target for _, target in made])
-    return {target.name: target for _, target in sorted(made, key=lambda entry: natural_key(entry[0]))}
+                made += _made(MoEName(*key, row), source, scale, inventory.layout, cast, spelling)
+    _check_used_once(by_name, made)
+    return {target.name: target for target in sorted(made, key=lambda target: natural_key(target.role))}
 
 
 def hf_names(parsed: MoEName | None, name: str) -> tuple[str, ...]:
@@ -218,17 +218,17 @@ def _made(
     name: MoEName, source: Source[T], scale: T | None, layout: Layout, cast: DType | None, spelling: Spelling
 ) -> Iterator[Target[T]]:
     """Yield the targets of one row that are made from `source`, a tensor of `layout`."""
-    operation, dtype = name.rule.operation, cast_to(source.dtype, cast)
-    if operation is Operation.FOLD:
-        origin = source.parts[0].stored
-        yield Target(name.hf, dtype, source.shape[:1], operation, None, beside=origin)
-        return
+    operation, dtype, role = name.rule.operation, cast_to(source.dtype, cast), name.name(layout.other)
     shape = converted_shape(operation, source.shape)
     if layout is Layout.HF:
-        yield Target(name.nemo, dtype, shape, operation, source, scale)
+        yield Target(role, dtype, shape, operation, role, source, scale)
         return
     for rest, part in spelling.parts(name.rule, shape[0]):
-        yield Target(name.layer_path + rest, dtype, part.shape(shape), operation, source, part=part)
+        written = name.layer_path + rest
+        if operation is Operation.FOLD:
+            yield Target(written, dtype, shape[:1], operation, role, None, beside=source.parts[0].stored)
+        else:
+            yield Target(written, dtype, part.shape(shape), operation, role, source, part=part)
 
 
 def _source(rule: Rule, stored: dict[Part, T], inventory: Inventory, key: LayerKey) -> Source[T]:

@@ -150,9 +150,7 @@ def items_of(
     items = []
     for target in sorted(targets.values(), key=lambda target: target.origin.mapping):
         native = target.origin
-        parsed = inventory.names[native.name]
-        role = target.name if parsed is None or target.part == WHOLE else parsed.hf
-        if not excluded(role, native.name):
+        if not excluded(target.role, native.name):
             items.append(
                 Item(
                     target.name, target.shape, target.dtype, native.name, target.operation, target.part, native.mapping
