@@ -1,4 +1,4 @@
-"""The dtypes of checkpoints: their names in safetensors, torch and NumPy, their sizes, and which holds which."""
+"""The dtypes of checkpoints: their names in safetensors, torch and NumPy, their sizes, and which holds all of which."""
 
 from __future__ import annotations
 

@@ -106,11 +106,11 @@ def parse(name: str, layout: Layout) -> MoEName | None:
     """Explain `name` as a name of `layout`.
 
     Returns:
-        The row and where it stands, or None where the name is the same in both layouts.
+        The row and its layer, or None if the name is the same in both layouts.
 
     Raises:
-        UnknownTensorError: The name stands in a module that belongs to the experts or the router and is not in the
-            table, or carries a name of the table outside a layer.
+        UnknownTensorError: The name is in a module of the experts or the router but not in the table; or it is a name
+            of the table outside a layer.
     """
     found = lookup(name, layout)
     if found is not None:
@@ -122,7 +122,7 @@ def parse(name: str, layout: Layout) -> MoEName | None:
     for known in _known(layout):
         if rest == known or rest.endswith("." + known):
             raise UnknownTensorError(
-                f"a name of the {layout} layout that stands outside a layer",
+                f"a name of the {layout} layout outside a layer",
                 tensor=name,
                 expected=f"<prefix>layers.<number>.{known}",
                 found=name,
@@ -146,7 +146,7 @@ def _unknown(name: str, rest: str, layout: Layout) -> UnknownTensorError:
         tensor=name,
         expected=f"one of {', '.join(_known(layout))}",
         found=f"{rest} ({foreign.name})" if foreign else rest,
-        hint=foreign.reason if foreign else "remove the tensor, or exclude it if it isn't part of the model",
+        hint=foreign.reason if foreign else "start from a published Gemma 4 checkpoint, or from NeMo's own weights",
     )
 
 
@@ -154,7 +154,7 @@ _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
 
 
 def fold_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Fold names that differ in numbers only, in the order of their first; return each with the names it stands for."""
+    """Return names folded over their numbers, in the order of their first, each with the names that it stands for."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_pattern(name), []).append(name)
@@ -186,5 +186,5 @@ def _numbers(values: list[int]) -> str:
 
 
 def natural_key(name: str) -> tuple[str | int, ...]:
-    """Return a key that sorts names as a person would: layers.2 before layers.10."""
+    """Return a key for natural order: layers.2 before layers.10."""
     return tuple(int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name))

@@ -30,7 +30,7 @@ class Layout(StrEnum):
 
 
 class Operation(StrEnum):
-    """What happens to a tensor between the layouts; `converted_shape` and `converted_axis` say what each does to shapes."""
+    """The operations between the layouts; `converted_shape` and `converted_axis` are their effect on shapes."""
 
     KEEP = "keep"
     TRANSPOSE = "transpose"
@@ -64,7 +64,7 @@ class Rule:
         return bool(self.nemo_axes)
 
     def name(self, layout: Layout) -> str:
-        """Return REST in `layout`, current spelling; for what is folded away, that of the tensor that takes it in."""
+        """Return REST in `layout`, current spelling; of a folded tensor, that of the tensor that takes it in."""
         return self.hf if layout is Layout.HF else self.nemo
 
     def axes(self, layout: Layout) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def transposes(operation: Operation) -> bool:
 
 
 def converted_shape(operation: Operation, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape on the other side of `operation`. [..., R, C] becomes [..., C, R] where axes are exchanged."""
+    """Return the shape on the other side of `operation`: [..., R, C] becomes [..., C, R] if it exchanges axes."""
     if not transposes(operation):
         return shape
     *leading, rows, columns = shape
@@ -132,7 +132,7 @@ def converted_shape(operation: Operation, shape: tuple[int, ...]) -> tuple[int, 
 
 
 def converted_axis(operation: Operation, axis: int, ndim: int) -> int:
-    """Return where axis `axis` of an `ndim`-dimensional tensor lies on the other side of `operation`.
+    """Return the axis that `axis` of an `ndim`-dimensional tensor becomes on the other side of `operation`.
 
     A placement `Shard(axis)` becomes `Shard(converted_axis(...))`: no data crosses ranks.
     """
@@ -149,7 +149,7 @@ def shape_of(rule: Rule, layout: Layout, sizes: dict[str, int]) -> tuple[int, ..
 def folds_in_place_exactly(file: DType, model: DType) -> bool:
     """Return whether loading `file` values into `model` storage and scaling there rounds only once.
 
-    The load itself rounds each value to the model's dtype before the scale multiplies. That is harmless only where
+    The load itself rounds each value to the model's dtype before the scale multiplies. That is harmless only if
     every value of the file's dtype is a value of the model's.
     """
     return is_exact(file, model)

@@ -1,4 +1,4 @@
-"""What tensors of one layout become in the other: every target with its name, shape, dtype, operation and sources.
+"""The tensors that a set of tensors becomes in the other layout: name, shape, dtype, operation and sources of each.
 
 The converter, `plan`, loading, saving and the stream all ask `targets_of`; `inspect` and the adapter check with the
 same `Inventory`. Names, shapes and dtypes decide, never values.
@@ -45,7 +45,7 @@ T = TypeVar("T", bound=Described)
 
 @dataclass(frozen=True, slots=True)
 class Read(Generic[T]):
-    """A range of one stored tensor, and where its values belong in the role's tensor [E, R, C].
+    """A range of one stored tensor, and the place of its values in the role's tensor [E, R, C].
 
     Attributes:
         stored: The tensor.
@@ -64,7 +64,7 @@ class Read(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class StoredPart(Generic[T]):
-    """One stored tensor of a source, and what it holds of it.
+    """One stored tensor of a source, and the share of the source that it holds.
 
     Attributes:
         stored: The tensor.
@@ -79,7 +79,7 @@ class StoredPart(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Source(Generic[T]):
-    """What a target is made from: one stored tensor, or the several that a spelling makes a role of.
+    """The values that a target is made from: one stored tensor, or several if a spelling stores a role so.
 
     Attributes:
         dtype: The dtype of all its tensors.
@@ -97,7 +97,7 @@ class Source(Generic[T]):
         return prod(self.shape) * self.dtype.bits // 8
 
     def reads(self, first: int, last: int) -> Iterator[Read[T]]:
-        """Yield what has to be read for the experts (or elements) first to last, in the order of experts, then rows."""
+        """Yield the reads that give the experts (or elements) first to last, in the order of the parts."""
         count, height = self.parts[-1].experts[1], self.parts[-1].rows[1]
         begin = bisect_right(self.parts, first, key=lambda part: part.experts[1])
         for part in self.parts[begin:]:
@@ -208,7 +208,7 @@ def targets_of(
 
 
 def hf_names(parsed: MoEName | None, name: str) -> tuple[str, ...]:
-    """Return the hf names, current spelling, of what the nemo tensor `name` becomes; `parsed` is its meaning."""
+    """Return the hf names, current spelling, that the nemo tensor `name` becomes; `parsed` is its meaning."""
     if parsed is None:
         return (name,)
     return tuple(parsed.sibling(rule).hf for rule in parsed.rule.yields(Layout.HF))
