@@ -59,10 +59,10 @@ def test_configs_that_disagree_are_refused(moe_config: MoEConfig, axis: str, fou
 
 @pytest.mark.parametrize("value", [0, -1, True, 6.0, "6", [6], float("nan")])
 def test_a_size_that_is_no_positive_integer_is_refused_by_name(value: object) -> None:
-    with pytest.raises(ConfigError, match="num_experts has no meaning") as raised:
+    with pytest.raises(ConfigError, match="num_experts is no size") as raised:
         axis_sizes(SimpleNamespace(num_experts=value), None)
     assert raised.value.facts["found"] == repr(value)
-    with pytest.raises(ConfigError, match="n_routed_experts has no meaning"):
+    with pytest.raises(ConfigError, match="n_routed_experts is no size"):
         axis_sizes(None, SimpleNamespace(n_routed_experts=value))
 
 

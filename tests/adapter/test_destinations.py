@@ -47,7 +47,7 @@ def adapter() -> Gemma4MoEStateDictAdapter:
 
 
 def fill(views: State, hf: State, skip: tuple[str, ...] = ()) -> None:
-    """What a checkpoint reader does: copy into each destination, outside of any graph."""
+    """Copy into each destination, outside of any graph, as a checkpoint reader does."""
     with torch.no_grad():
         for name in views.keys() - set(skip):
             views[name].copy_(hf[name])
@@ -173,7 +173,7 @@ def test_a_destination_beside_an_ordinary_tensor_of_its_layer_is_refused(
     fill(views, hf)
     before = model[NATIVE_DOWN].detach().clone()
     mixed = views | {name: lose(views[name])}
-    with pytest.raises(UsageError, match="beside an ordinary tensor"):
+    with pytest.raises(UsageError, match="both destinations and ordinary tensors"):
         adapter.from_hf(iter(mixed.items()) if as_iterator else mixed)
     if not as_iterator or name != GATE_UP:
         assert torch.equal(model[NATIVE_DOWN], before)

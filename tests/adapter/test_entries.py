@@ -203,7 +203,7 @@ def test_a_scale_of_integers_is_refused(hf: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 1.5, [1, 2], b"bytes", "text"])
-def test_what_is_no_tensor_can_be_no_expert(hf: dict[str, torch.Tensor], value: object) -> None:
+def test_a_value_that_is_no_tensor_can_be_no_expert(hf: dict[str, torch.Tensor], value: object) -> None:
     with pytest.raises(TensorShapeError, match="no tensor"):
         ADAPTER.from_hf(hf | {f"{LAYER}experts.down_proj": value})
 

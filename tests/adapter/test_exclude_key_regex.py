@@ -67,7 +67,7 @@ def test_no_regex_leaves_out_nothing() -> None:
 
 
 @pytest.mark.parametrize("regex", ["(", "*", "[z-a]", r"(?P<a>x)(?P<a>y)"])
-def test_what_is_no_regular_expression_is_refused(regex: str) -> None:
+def test_a_text_that_is_no_regular_expression_is_refused(regex: str) -> None:
     for call in (
         lambda: ADAPTER.to_hf(NEMO, exclude_key_regex=regex),
         lambda: ADAPTER.convert_single_tensor_to_hf("x", torch.ones(1), exclude_key_regex=regex),

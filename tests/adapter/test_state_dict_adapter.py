@@ -225,7 +225,7 @@ def test_any_config_that_fits_gives_the_same_result(hf: dict[str, torch.Tensor],
     assert_same_tensors(sized.from_hf(hf), nemo_from_hf(hf))
 
 
-def test_what_a_framework_hands_to_every_adapter_changes_nothing(
+def test_arguments_that_a_framework_passes_to_every_adapter_change_nothing(
     hf: dict[str, torch.Tensor], nemo: dict[str, torch.Tensor]
 ) -> None:
     handed = {"v4_compatible": True, "legacy_paramwrapper_layout": False, "exclude_key_regex": r".*_extra_state.*"}

@@ -1,4 +1,4 @@
-"""Ranks that disagree, stay away or die: the others end soon, with an error that says where to look."""
+"""Checks on ranks that disagree, stay away or die: the others end soon, with an error that names the logs to read."""
 
 from __future__ import annotations
 
@@ -48,12 +48,20 @@ def disagree(world: int) -> None:
 
 
 def disagree_on_arguments(world: int) -> None:
-    """What is left out and how much is staged decide which collectives run, so ranks must agree on them too."""
+    """Excluded names and the size of the staging decide which collectives run, so ranks must agree on them too."""
     state, mine = model(world), str(dist.get_rank())
     with pytest.raises(ParallelError, match="ranks disagree"):
         adapter().to_hf(state, rf".*layers\.{mine}\..*", gather=True)
     with pytest.raises(ParallelError, match="ranks disagree"):
         adapter().to_hf(state, gather=True, staging_bytes=1000 + dist.get_rank())
+
+
+def disagree_without_a_mesh() -> None:
+    """All ranks of the default group agree, or all raise."""
+    collectives.agree("save", None, {"dtype": "bfloat16"})
+    with pytest.raises(ParallelError, match="ranks disagree on what to save") as caught:
+        collectives.agree("save", None, {"dtype": "bfloat16" if dist.get_rank() == 1 else "float16"})
+    assert ("bfloat16" in caught.value.facts["found"]) == (dist.get_rank() == 1)
 
 
 def stay_away(world: int) -> None:
@@ -110,7 +118,7 @@ def refuse_unknown_mesh(world: int) -> None:
             adapter().from_hf(hf, init_device_mesh("cpu", (world,), mesh_dim_names=names))
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
     nothing_known = Gemma4MoEStateDictAdapter(None, None, None)
-    with pytest.raises(ParallelError, match="whole or a part"):
+    with pytest.raises(ParallelError, match="whole or a shard"):
         nothing_known.from_hf(hf, mesh)
     with pytest.raises(ValueError, match="wrong shape"):
         adapter().from_hf({name: t[:2] if t.shape[:1] == (6,) else t for name, t in hf.items()}, mesh)

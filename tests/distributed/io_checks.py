@@ -81,7 +81,7 @@ def check_load_pipeline(source: Path) -> None:
 
 
 def check_save_failures(source: Path, target: Path) -> None:
-    """Whatever ranks disagree on, all fail in words, and nothing is published: a hole would read as zeros."""
+    """If ranks disagree on anything, all raise and nothing is published: a hole would read as zeros."""
     mesh = init_device_mesh("cpu", (2,))
     sharded = shard_all(native(), mesh, (Shard(0),))
     second = dist.get_rank() == 1

@@ -1,4 +1,4 @@
-"""What NeMo AutoModel's own Checkpointer must do with our adapter, run on each rank: expected weights by formula."""
+"""Checks on each rank of NeMo AutoModel's own Checkpointer with our adapter; expected weights come by formula."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def native(published: State, dtype: torch.dtype) -> State:
 
 
 def exported_like(base: Path, expected: State) -> State:
-    """What NeMo exports of native weights: the hf form in the dtype of the base checkpoint."""
+    """Return NeMo's export of native weights: the hf layout in the dtype of the base checkpoint."""
     dtype = next(iter(read_directory(base).values())).dtype
     return {name: tensor.to(dtype) for name, tensor in hf_from_nemo(expected).items()}
 

@@ -1,4 +1,4 @@
-"""What every placement must hold to, run on each rank: expected shards come from torch's own distribute_tensor."""
+"""Checks of every placement, run on each rank: expected shards come from torch's own distribute_tensor."""
 
 from __future__ import annotations
 

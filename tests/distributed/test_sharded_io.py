@@ -78,7 +78,7 @@ FLIPPED = {
 
 @pytest.mark.parametrize("place", FLIPPED)
 @pytest.mark.parametrize("read_back", [True, False])
-def test_what_the_disk_changes_is_not_published(
+def test_bytes_that_the_disk_changed_are_not_published(
     place: str, read_back: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, position = FLIPPED[place]
@@ -124,7 +124,7 @@ def test_a_long_save_gives_signs_of_life_and_stops_when_its_lock_is_broken(
     assert not (tmp_path / "hf").exists()
 
 
-def test_what_is_no_whole_model_is_not_saved(source: Path, tmp_path: Path) -> None:
+def test_a_state_that_is_no_whole_model_is_not_saved(source: Path, tmp_path: Path) -> None:
     router = "model.language_model.layers.0.moe.gate.proj.weight"
     incomplete = {name: tensor for name, tensor in io_checks.native().items() if name != router}
     arrays = {name: tensor.numpy() for name, tensor in io_checks.native().items()}

@@ -37,7 +37,7 @@ def nothing_installed() -> Iterator[None]:
     nemo_automodel.uninstall()
 
 
-def what_stands_there() -> list[Any]:
+def objects_under_the_names() -> list[Any]:
     """The objects that NeMo finds under the names that may be replaced."""
     found = []
     for module, owner, name in NAMES:
@@ -54,47 +54,47 @@ def all_names() -> dict[str, dict[str, Any]]:
 
 
 def test_it_replaces_three_names_and_puts_back_exactly_what_was_there() -> None:
-    before, everything = what_stands_there(), all_names()
+    before, everything = objects_under_the_names(), all_names()
     nemo_automodel.install()
-    assert all(now is not then for now, then in zip(what_stands_there(), before, strict=True))
-    assert what_stands_there()[0] is what_stands_there()[1] is nemo_automodel.adapter_class()
+    assert all(now is not then for now, then in zip(objects_under_the_names(), before, strict=True))
+    assert objects_under_the_names()[0] is objects_under_the_names()[1] is nemo_automodel.adapter_class()
     nemo_automodel.uninstall()
-    assert all(now is then for now, then in zip(what_stands_there(), before, strict=True))
+    assert all(now is then for now, then in zip(objects_under_the_names(), before, strict=True))
     assert all_names() == everything
 
 
 def test_a_second_install_and_a_second_uninstall_change_nothing() -> None:
-    before = what_stands_there()
+    before = objects_under_the_names()
     nemo_automodel.uninstall()
     nemo_automodel.install()
-    once = what_stands_there()
+    once = objects_under_the_names()
     nemo_automodel.install()
-    assert what_stands_there() == once
+    assert objects_under_the_names() == once
     nemo_automodel.uninstall()
     nemo_automodel.uninstall()
-    assert what_stands_there() == before
+    assert objects_under_the_names() == before
 
 
 def test_with_blocks_nest_and_end_when_the_outermost_does_even_by_an_error() -> None:
-    before = what_stands_there()
+    before = objects_under_the_names()
 
     def fail_inside() -> None:
         with nemo_automodel.installed():
             with nemo_automodel.installed():
-                inside = what_stands_there()
-            assert what_stands_there() == inside != before
+                inside = objects_under_the_names()
+            assert objects_under_the_names() == inside != before
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail_inside()
-    assert what_stands_there() == before
+    assert objects_under_the_names() == before
 
 
 def test_a_with_block_leaves_what_was_installed_before_it() -> None:
     nemo_automodel.install()
     with nemo_automodel.installed():
         pass
-    assert what_stands_there()[0] is nemo_automodel.adapter_class()
+    assert objects_under_the_names()[0] is nemo_automodel.adapter_class()
 
 
 def test_the_class_is_theirs_by_every_isinstance_and_ours_in_every_method() -> None:
@@ -131,7 +131,7 @@ def test_models_built_while_it_is_installed_have_our_adapter_and_keep_it() -> No
     assert not isinstance(peer.model(config).state_dict_adapter, Gemma4MoEStateDictAdapter)
 
 
-def test_what_nemo_reads_of_the_adapter() -> None:
+def test_the_attributes_that_nemo_reads() -> None:
     with nemo_automodel.installed():
         adapter = peer.model(build_model("multimodal").config).state_dict_adapter
     assert adapter.supports_low_memory_dcp_load is adapter._supports_low_memory_dcp_load is True
@@ -190,7 +190,7 @@ CHANGES: dict[str, Callable[[nemo_contract.Nemo], dict[str, Any]]] = {
     "has the adapter's class": lambda nemo: {"model": without(nemo.model, nemo_contract.ADAPTER)},
     "is made from config": lambda nemo: {
         "model": without(nemo.model, Gemma4MoEStateDictAdapter=Elsewhere),
-        "beside": without(nemo.beside, Gemma4MoEStateDictAdapter=Elsewhere),
+        "adapter_module": without(nemo.adapter_module, Gemma4MoEStateDictAdapter=Elsewhere),
     },
     "looks Gemma4MoEStateDictAdapter up": lambda nemo: {
         "model": without(nemo.model, Gemma4ForConditionalGeneration=Elsewhere)
@@ -216,14 +216,14 @@ CHANGES: dict[str, Callable[[nemo_contract.Nemo], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("failing", CHANGES)
-def test_what_it_relies_on_is_checked_and_named(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    nemo, before = nemo_contract.find(), what_stands_there()
+def test_each_expectation_is_checked_and_named(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    nemo, before = nemo_contract.find(), objects_under_the_names()
     changed = dataclasses.replace(nemo, **CHANGES[failing](nemo))
     monkeypatch.setattr(nemo_contract, "find", lambda: changed)
     with pytest.raises(UsageError, match="nothing was installed") as refused:
         nemo_automodel.install()
     assert failing in refused.value.facts["expected"]
-    assert what_stands_there() == before
+    assert objects_under_the_names() == before
 
 
 def test_each_check_has_a_test_that_fails_it() -> None:
@@ -239,7 +239,7 @@ def test_another_version_that_passes_all_checks_is_used_with_a_warning(monkeypat
     with pytest.warns(UserWarning, match=r"tested with NeMo AutoModel 0\.7\.0, not with 0\.8\.1") as warned:
         nemo_automodel.install()
     assert all(failing in str(warned[0].message) for failing in CHANGES)
-    assert what_stands_there()[0] is nemo_automodel.adapter_class()
+    assert objects_under_the_names()[0] is nemo_automodel.adapter_class()
 
 
 def test_the_tested_version_is_used_without_a_warning() -> None:

@@ -1,4 +1,4 @@
-"""What a stream over several ranks must hold to, run on each rank: every placement gives the one-process stream."""
+"""Checks of a stream on each of several ranks: every placement gives the stream of one process."""
 
 from __future__ import annotations
 

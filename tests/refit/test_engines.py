@@ -1,4 +1,4 @@
-"""What engines and frameworks do with a stream: load it strictly, and what NeMo-RL's own loop sends."""
+"""Engines load a stream strictly, and it has the tensors that NeMo-RL's own loop sends."""
 
 from __future__ import annotations
 

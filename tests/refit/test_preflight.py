@@ -38,7 +38,7 @@ def difference(stream: WeightStream, reference: Any) -> str:
 
 
 @pytest.mark.parametrize("experts", ["fused", "per-expert"])
-def test_what_the_engine_has_passes_in_every_form(experts: Any, tmp_path: Path) -> None:
+def test_a_reference_with_the_same_tensors_passes_in_every_form(experts: Any, tmp_path: Path) -> None:
     stream = stream_of(experts=experts)
     stream.preflight(write_checkpoint(tmp_path / "hf", HF))
     stream.preflight(str(tmp_path / "hf"))
@@ -66,7 +66,7 @@ def test_buffers_and_scales_are_named() -> None:
     assert f"left out: {LAYER}router.per_expert_scale" in message
 
 
-def test_what_the_engine_does_not_know_is_named() -> None:
+def test_a_tensor_that_the_engine_does_not_know_is_named() -> None:
     reference = [entry for entry in shapes() if entry[0] != LAYER + "router.scale"]
     assert f"not known to the engine: {LAYER}router.scale" in difference(stream_of(), reference)
 

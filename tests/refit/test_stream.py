@@ -145,7 +145,7 @@ def test_some_layers_only() -> None:
         WeightStream(ADAPTER, nemo, layers=[1, 3])
 
 
-def test_what_a_regex_matches_is_left_out() -> None:
+def test_names_that_a_regex_matches_are_left_out() -> None:
     nemo = nemo_state()
     expected = [(n, t) for n, t in in_order(nemo, layers=3).items() if "router." not in n or "per_expert" in n]
     assert_same_stream(WeightStream(ADAPTER, nemo, exclude_key_regex=r".*moe\.gate\."), expected)
@@ -190,7 +190,7 @@ def test_a_state_that_changed_is_refused() -> None:
     stream = WeightStream(ADAPTER, nemo)
     name = "model.language_model.layers.2.input_layernorm.weight"
     kept = nemo.pop(name)
-    with pytest.raises(InputError, match=f"(?s)no longer what it was.*{name}.*absent"):
+    with pytest.raises(InputError, match=f"(?s)changed since the stream.*{name}.*absent"):
         list(stream)
     nemo[name] = kept.float()
     with pytest.raises(InputError, match=r"(?s)bfloat16.*float32"):

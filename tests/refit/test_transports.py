@@ -56,7 +56,7 @@ def test_receiver_ranks_get_the_buckets() -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"dtype": None}, {"dst": 0, "dtype": "bfloat16"}])
-def test_what_vllm_can_not_take_is_refused(arguments: dict[str, Any]) -> None:
+def test_a_stream_that_vllm_can_not_take_is_refused(arguments: dict[str, Any]) -> None:
     state = nemo_from_hf(random_hf_state_dict())
     name = "model.language_model.layers.1.layer_scalar"
     with pytest.raises(UsageError, match=r"(?s)several dtypes.*layer_scalar.*set dtype|for one rank"):

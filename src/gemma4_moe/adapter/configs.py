@@ -1,6 +1,7 @@
-"""The fields that the adapter reads of a model's configuration, under the names that NeMo AutoModel gives them.
+"""The sizes and the kernel that the adapter reads from a model's configuration.
 
-Any object with these attributes serves: a transformers config, NeMo's own `MoEConfig` and `BackendConfig`, or these.
+Any object with these attributes serves: a transformers config, NeMo's own `MoEConfig` and `BackendConfig`, or the
+classes here.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ Conversion = Literal["auto", "cpu", "triton", "torch"]
 
 @dataclass(frozen=True, slots=True)
 class MoEConfig:
-    """The mixture's sizes.
+    """The sizes of a mixture of experts, under NeMo AutoModel's names.
 
     Attributes:
         n_routed_experts: E.
-        dim: H, or None to take it from the model's config or from the tensors.
-        moe_inter_dim: I, or None likewise.
+        dim: H; None takes H from the model's config, or else from the tensors.
+        moe_inter_dim: I; None as for `dim`.
     """
 
     n_routed_experts: int
@@ -30,17 +31,17 @@ class MoEConfig:
 
 @dataclass(frozen=True, slots=True)
 class BackendConfig:
-    """How tensors are converted.
+    """The choice of kernel.
 
     Attributes:
-        conversion: The kernel: "auto" chooses by device, dtype and layout.
+        conversion: The kernel's name; "auto" chooses by device, dtype and layout.
     """
 
     conversion: Conversion = "auto"
 
 
-#: Where each axis is found: attributes of the text config, then of the MoE config.
-_SOURCES = {
+#: The attributes with the size of each axis, of the text config and of the MoE config.
+_FIELDS = {
     "E": ("num_experts", "n_routed_experts"),
     "H": ("hidden_size", "dim"),
     "I": ("moe_intermediate_size", "moe_inter_dim"),
@@ -59,33 +60,33 @@ def axis_sizes(config: Any, moe_config: Any) -> dict[str, int]:
     """
     text_config = getattr(config, "text_config", None) or config
     sizes: dict[str, int] = {}
-    for axis, (text_name, moe_name) in _SOURCES.items():
-        for owner, name in ((text_config, text_name), (moe_config, moe_name)):
-            value = getattr(owner, name, None)
+    for axis, (text_name, moe_name) in _FIELDS.items():
+        for source, name in ((text_config, text_name), (moe_config, moe_name)):
+            value = getattr(source, name, None)
             if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(
-                    f"{name} has no meaning",
+                    f"{name} is no size",
                     expected="a positive integer",
                     found=repr(value),
-                    hint="give the configuration of the model itself",
+                    hint="give the model's own config",
                 )
             if sizes.setdefault(axis, value) != value:
                 raise ConfigError(
                     f"config and moe_config disagree about {axis}",
                     expected=f"{text_name} = {sizes[axis]}",
                     found=f"{moe_name} = {value}",
-                    hint="give both the configuration of the same model",
+                    hint="give the config and the moe_config of one model",
                 )
     return sizes
 
 
 def conversion_of(backend: Any) -> Conversion:
-    """Return the kernel that `backend` names; "auto" where it names none.
+    """Return the kernel that `backend` names, "auto" if it names none.
 
     Raises:
-        UsageError: It names a kernel that does not exist.
+        UsageError: There is no kernel of that name.
     """
     name = getattr(backend, "conversion", "auto")
     for known in get_args(Conversion):

@@ -1,11 +1,11 @@
-"""Destinations: hf-layout views of a model's storage that a checkpoint reader fills, and how they are told apart.
+"""Destinations: hf-layout views of a model's storage that a checkpoint reader fills, marked as such.
 
-A destination carries a mark: an attribute of the tensor object itself. Whoever hands the same object back (as
-`torch.distributed.checkpoint.load` does) hands back the mark; `clone`, `detach`, `contiguous`, `deepcopy` and pickle
-lose it, and then the tensor is an ordinary one. So no adapter has to remember that a load is under way.
+The mark is an attribute of the tensor object itself. A reader that returns the same object, as
+`torch.distributed.checkpoint.load` does, returns the mark with it. `clone`, `detach`, `contiguous`, `deepcopy` and
+pickle lose the mark, which makes the result an ordinary tensor. So no adapter has to remember an unfinished load.
 
-Whether a destination was loaded shows in the scale alone, which starts as NaN. The views of the experts start with the
-values that the model has: a NaN there would have to be written through the whole model before every load.
+Only the scale shows whether a reader filled its destination: it starts as NaN. The experts' views start with the
+model's values, since NaN there would cost one write of the whole model before every load.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MARK = "_gemma4_moe_destination_of"
 
 
 class _Mark:
-    """What a destination carries: the model's tensor behind it."""
+    """Holds the model's tensor of a destination."""
 
     def __init__(self, native: torch.Tensor) -> None:
         self.native = native
@@ -39,8 +39,8 @@ def native_of(value: object) -> torch.Tensor | None:
 
 
 def unfilled_scale(native: torch.Tensor) -> torch.Tensor:
-    """Return a scale [E] for `native` [E, I, H] that says "not loaded".
+    """Return a scale [E] of NaN for `native` [E, I, H].
 
-    It is fp32, so that no scale is rounded on its way in, and full of NaN.
+    It is fp32, so that no loaded scale is rounded.
     """
     return torch.full(native.shape[:1], float("nan"), dtype=torch.float32, device=native.device)

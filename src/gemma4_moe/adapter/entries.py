@@ -1,12 +1,12 @@
-"""The entries of a state dict as the adapter takes them in: explained, checked, and read when they are needed.
+"""The entries of a state dict: each is checked, and read only when its values are needed.
 
-A value is a tensor, or lazy in the protocol of safetensors' slices: `get_shape`, `get_dtype` and `__getitem__`. What
-has the same name in both layouts may also be no tensor at all, as the `_extra_state` of some modules is.
+A value is a tensor, or lazy in the protocol of safetensors' slices: `get_shape`, `get_dtype` and `__getitem__`. An
+entry whose name is the same in both layouts may hold any other object, such as the `_extra_state` of some modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,10 +31,10 @@ class Entry(NamedTuple):
     """One entry of a state dict.
 
     Attributes:
-        parsed: What its name means; None where it is the same in both layouts.
+        parsed: The row and the layer of its name; None for a name that is the same in both layouts.
         name: Its name.
         value: Its value.
-        shape: The whole tensor's shape, also where the value is only a rank's part of it.
+        shape: The whole tensor's shape, even if the value is only a rank's shard of it.
     """
 
     parsed: MoEName | None
@@ -42,44 +42,75 @@ class Entry(NamedTuple):
     value: Any
     shape: tuple[int, ...]
 
+    @property
+    def operation(self) -> Operation:
+        """The operation between this entry and its counterpart in the other layout."""
+        return Operation.KEEP if self.parsed is None else self.parsed.rule.operation
 
-def explained(
+    def read(self) -> Any:
+        """Return the value itself, or the whole tensor of a lazy value."""
+        return self.value[...] if _is_lazy(self.value) else self.value
+
+
+def checked(
     state_dict: StateDict,
     inventory: Inventory,
     mesh: DeviceMesh | None = None,
-    dropped: Callable[[str], bool] = lambda _: False,
+    excluded: Callable[[str], bool] = lambda _: False,
 ) -> Iterator[Entry]:
     """Yield the entries of `state_dict` in its order, each checked against `inventory`.
 
-    A mapping can be read twice, so all of it is checked before its first entry is given. Anything else is consumed
-    one by one, and no value is held once the next is asked for.
+    A mapping can be read twice, so all of it is checked before its first entry is given. Any other iterable is
+    consumed entry by entry, and no value is held once the next one is asked for.
 
     Args:
-        state_dict: The entries.
-        inventory: Where they are taken in; it knows the layout and the sizes.
-        mesh: What plain values may be a rank's part on.
-        dropped: Says of a name that the layout does not know that it is left out, not refused.
+        state_dict: Names and values.
+        inventory: Knows the layout and the sizes, and takes in each entry.
+        mesh: The mesh over which plain values may be sharded.
+        excluded: Whether a name that the layout does not know is skipped instead of refused.
 
     Raises:
         IncompleteExpertsError: A layer lacks one of its expert tensors.
-        UsageError: A destination stands beside an ordinary tensor of its layer.
-        ParallelError: A plain tensor beside a mesh of which nothing tells whether it is whole.
+        UsageError: A layer has destinations and ordinary tensors.
+        ParallelError: Nothing tells whether a plain tensor given with a mesh is whole.
         UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`.
     """
-    required = EXPERT_RULES[inventory.layout]
+    rules = EXPERT_RULES[inventory.layout]
     if isinstance(state_dict, Mapping):
-        entries = list(_explained_singly(state_dict.items(), inventory, mesh, dropped))
-        inventory.require_complete(required)
+        entries = list(_one_by_one(state_dict.items(), inventory, mesh, excluded))
+        inventory.require_complete(rules)
         yield from entries
     else:
-        yield from _explained_singly(state_dict, inventory, mesh, dropped)
-        inventory.require_complete(required)
+        yield from _one_by_one(state_dict, inventory, mesh, excluded)
+        inventory.require_complete(rules)
 
 
-def explain(name: str, value: Any, inventory: Inventory, mesh: DeviceMesh | None = None) -> Entry:
-    """Return one entry with its name, shape and dtype checked. Errors are those of `explained`."""
-    found = lookup(name, inventory.layout)
-    if found is not None and not isinstance(value, torch.Tensor) and not hasattr(value, "get_shape"):
+def _one_by_one(
+    pairs: Iterable[tuple[str, Any]], inventory: Inventory, mesh: DeviceMesh | None, excluded: Callable[[str], bool]
+) -> Iterator[Entry]:
+    has_destinations: dict[LayerKey, bool] = {}
+    for name, value in pairs:
+        if excluded(name) and lookup(name, inventory.layout) is None:
+            continue
+        entry = check(name, value, inventory, mesh)
+        if entry.parsed is not None and entry.operation is not Operation.KEEP:
+            is_destination = destinations.native_of(value) is not None
+            if has_destinations.setdefault(entry.parsed.layer_key, is_destination) != is_destination:
+                raise UsageError(
+                    "a layer with both destinations and ordinary tensors",
+                    tensor=name,
+                    expected="all of the layer's expert tensors as `to_hf(for_checkpoint_load=True)` returned them",
+                    found="one of them replaced, or copied by clone, detach or contiguous",
+                    hint="give the destinations themselves, or ordinary tensors for the whole layer",
+                )
+        yield entry
+        del entry, value  # or it would stay alive while the next one is made
+
+
+def check(name: str, value: Any, inventory: Inventory, mesh: DeviceMesh | None = None) -> Entry:
+    """Return one entry with its name, shape and dtype checked. Errors are those of `checked`."""
+    is_lazy, layout = _is_lazy(value), inventory.layout
+    if not is_lazy and not isinstance(value, torch.Tensor) and lookup(name, layout) is not None:
         raise TensorShapeError(
             "a value that is no tensor",
             tensor=name,
@@ -87,64 +118,29 @@ def explain(name: str, value: Any, inventory: Inventory, mesh: DeviceMesh | None
             found=type(value).__name__,
             hint="give torch tensors",
         )
-    shape = _shape(value)
-    if found is not None and found.part == WHOLE and mesh is not None and not isinstance(value, DTensor):
-        shape = _whole_shape(found, name, shape, inventory, mesh)
-    parsed = inventory.add(name, shape, None if found is None else _dtype(value))
-    return Entry(parsed, name, value, shape)
+    shape = tuple(value.get_shape() if is_lazy else getattr(value, "shape", ()))
+    if mesh is not None and not isinstance(value, DTensor):
+        shape = _whole_shape(name, shape, inventory, mesh)
+    return Entry(inventory.add(name, shape, dtype_of(value)), name, value, shape)
 
 
-def kept(value: Any) -> Any:
-    """Return what stands for `value` in the other layout: itself, or the whole tensor of a lazy value."""
-    return value[...] if hasattr(value, "get_shape") else value
+def dtype_of(value: Any) -> str | None:
+    """Return torch's name of a value's dtype, None for a value that has none."""
+    if _is_lazy(value):
+        return dtypes.BY_TAG[value.get_dtype()].name
+    return str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else None
 
 
-def _explained_singly(
-    pairs: Any, inventory: Inventory, mesh: DeviceMesh | None, dropped: Callable[[str], bool]
-) -> Iterator[Entry]:
-    marked: dict[LayerKey, bool] = {}
-    for name, value in pairs:
-        if lookup(name, inventory.layout) is None and dropped(name):
-            continue
-        entry = explain(name, value, inventory, mesh)
-        if entry.parsed is not None and entry.parsed.rule.operation is not Operation.KEEP:
-            _refuse_mixture(entry.parsed, name, value, marked)
-        yield entry
-        del entry, value  # or it would stay alive while the next one is made
-
-
-def _whole_shape(
-    found: MoEName, name: str, shape: tuple[int, ...], inventory: Inventory, mesh: DeviceMesh
-) -> tuple[int, ...]:
-    """Return the shape of the expert tensor that a plain value beside a mesh is, or is a part of."""
-    rule = found.rule
-    if rule.operation is Operation.KEEP:
+def _whole_shape(name: str, shape: tuple[int, ...], inventory: Inventory, mesh: DeviceMesh) -> tuple[int, ...]:
+    """Return the whole tensor's shape, given that of a plain value, maybe a shard."""
+    found = lookup(name, inventory.layout)
+    if found is None or found.part != WHOLE or found.rule.operation is Operation.KEEP:
         return shape
-    where = placed_on(mesh, name)
+    rule, where = found.rule, placed_on(mesh, name)
     if inventory.layout is Layout.HF:
         where = where.converted(rule.operation, len(rule.hf_axes)) if rule.in_nemo else where.of_experts()
     return whole_shape(shape, rule.axes(inventory.layout), inventory.sizes(found.prefix), where, name)
 
 
-def _refuse_mixture(parsed: MoEName, name: str, value: Any, marked: dict[LayerKey, bool]) -> None:
-    is_destination = destinations.native_of(value) is not None
-    if marked.setdefault(parsed.layer_key, is_destination) != is_destination:
-        raise UsageError(
-            "a destination beside an ordinary tensor of its layer",
-            tensor=name,
-            expected="all of the layer's expert tensors as `to_hf(for_checkpoint_load=True)` returned them",
-            found="one of them replaced, or copied by clone, detach or contiguous",
-            hint="hand back the destinations themselves, or give ordinary tensors for the whole layer",
-        )
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    if hasattr(value, "get_shape"):
-        return tuple(value.get_shape())
-    return tuple(getattr(value, "shape", ()))
-
-
-def _dtype(value: Any) -> str:
-    if hasattr(value, "get_dtype"):
-        return dtypes.BY_TAG[value.get_dtype()].name
-    return str(value.dtype).removeprefix("torch.")
+def _is_lazy(value: Any) -> bool:
+    return hasattr(value, "get_shape")

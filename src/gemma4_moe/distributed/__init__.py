@@ -1,7 +1,7 @@
-"""Ranks, meshes and DTensors: who holds which part of a tensor, and how parts become whole tensors.
+"""Ranks, meshes and DTensors: each rank's shard of a tensor, and collectives over shards.
 
 `sharding` is the formula, without torch. `placements` turns torch's meshes and placements into it. `collectives` moves
-the bytes. `ranks` lets the processes of one run agree.
+the bytes. `ranks` lets the processes of one conversion wait for each other.
 
 May import: errors, sizes, layout.
 """

@@ -1,8 +1,8 @@
-"""Collectives: an agreement between ranks before any work, and the parts of a tensor gathered into the whole.
+"""Collectives: ranks agree before any work, and shards are gathered into whole tensors.
 
-A gather takes one dimension of the mesh after the other, those that cut inner axes first: then the last step, which
-moves most, finds whole experts. Every part goes to its final place by way of a small staging, also where ranks hold
-equal runs of experts: gloo would gather those into memory of its own first, as large as the result.
+A gather takes one dimension of the mesh after the other, and those that cut inner axes first: then the last step, which
+moves most, moves whole experts. Every shard reaches its place in the result through a small staging buffer, even if all
+ranks hold equally many experts: gloo would gather those into memory of its own first, as large as the result.
 """
 
 from __future__ import annotations
@@ -23,50 +23,70 @@ from gemma4_moe.distributed.sharding import count, joined, part_of
 from gemma4_moe.errors import ParallelError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
 
     Runs = tuple[range, ...]
 
-#: One collective under the name that torch has for it since 2.13, and before.
+#: The same collective under its name since torch 2.13, or before.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 #: The most bytes of staging that a gather takes by default. More is slower on a CPU: it falls out of the caches, and
 #: its pages are new to the process. See docs/benchmarks.md.
 STAGING_BYTES = 16 * 2**20
 
-#: How long a rank waits for the others' word on what they are about to do, in seconds.
+#: How long a rank waits for the others to agree, in seconds.
 AGREEMENT_SECONDS = 300.0
 
 
-def agree(mesh: DeviceMesh, what: Any) -> None:
-    """Check that all ranks of `mesh` are about to do the same; all of them raise if one differs.
+def agree(action: str, mesh: DeviceMesh | None, plan: Any) -> None:
+    """Check that all ranks have the same plan; if one rank's differs, all ranks raise.
 
     Args:
-        mesh: The ranks.
-        what: What this rank is about to do, as JSON can write it.
+        action: A verb for the errors: "convert".
+        mesh: The ranks; None for all ranks of the default process group, if there is one.
+        plan: Everything that must be equal, as JSON can write it.
 
     Raises:
-        ParallelError: A rank is about to do something else, or has not said what within the time limit.
+        ParallelError: A rank has another plan, or has not called within `AGREEMENT_SECONDS`.
     """
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).digest()
-    word = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(mesh.device_type)
-    for dim in range(mesh.ndim):
-        words = word.new_empty((mesh.size(dim), len(word)))
-        with _failing_in_words("agree on what to do"):
-            work = _ALL_GATHER(words.view(-1), word, group=mesh.get_group(dim), async_op=True)
+    groups: list[Any]
+    if mesh is not None:
+        groups, device = [mesh.get_group(dim) for dim in range(mesh.ndim)], mesh.device_type
+    elif dist.is_available() and dist.is_initialized():
+        groups, device = [dist.group.WORLD], "cuda" if dist.get_backend() == "nccl" else "cpu"
+    else:
+        return
+    text = json.dumps(plan, sort_keys=True, default=str)
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).to(device)
+    for group in groups:
+        digests = digest.new_empty((dist.get_world_size(group), len(digest)))
+        with _failing_in_words(f"agree on what to {action}"):
+            work = _ALL_GATHER(digests.view(-1), digest, group=group, async_op=True)
             work.wait(timedelta(seconds=AGREEMENT_SECONDS))
-        if not bool((words == word).all()):
+        if not bool((digests == digest).all()):
             # A rank that sees a difference tells it along the next dimensions, so that all ranks learn of it.
-            word = torch.zeros_like(word)
-    if not bool(word.any()):
+            digest = torch.zeros_like(digest)
+    if not bool(digest.any()):
         raise ParallelError(
-            "ranks disagree on what to convert",
-            expected="the same names, shapes, placements and dtypes on all ranks of the mesh",
-            found=f"on this rank, {mesh.get_rank()}: {json.dumps(what, default=str)[:1000]}",
-            hint="compare this message on all ranks",
+            f"ranks disagree on what to {action}",
+            expected="the same arguments, names, shapes, placements and dtypes on all ranks",
+            found=f"on rank {dist.get_rank()}: {text[:1000]}",
+            hint="compare this message on all ranks, and call with the state of one model and the same arguments",
         )
+
+
+def agree_by_mesh(action: str, common: Any, lines: Iterable[tuple[DeviceMesh, Any]]) -> None:
+    """Check that the ranks of each mesh have an equal `common` and equal lines.
+
+    Arguments and errors are those of `agree`; a mesh without a line does not communicate.
+    """
+    plans: dict[DeviceMesh, list[Any]] = {}
+    for mesh, line in lines:
+        plans.setdefault(mesh, [common]).append(line)
+    for mesh, plan in plans.items():
+        agree(action, mesh, plan)
 
 
 def gather(
@@ -79,49 +99,49 @@ def gather(
     """Return the whole tensor on every rank of its mesh.
 
     Args:
-        local: This rank's part.
-        where: Where the parts are.
+        local: This rank's shard.
+        where: The tensor's mesh and placements.
         shape: The whole tensor's shape.
         staging_bytes: The most bytes of staging, unless one row on all ranks of a dimension is larger.
-        out: Where to put the whole tensor: contiguous, of the part's dtype. New memory by default.
+        out: Where to write the whole tensor: contiguous, of the shard's dtype. New memory by default.
 
     Raises:
         ParallelError: A collective failed.
     """
-    dims = [dim for dim, placement in enumerate(where.placements) if placement is not None and where.mesh.size(dim) > 1]
-    if not dims:
+    if not where.is_cut:
         return local if out is None else out.copy_(local)
-    dims.sort(key=lambda dim: (_axis(where, dim) == 0, -dim))
     whole = torch.empty(tuple(shape), dtype=local.dtype, device=local.device) if out is None else out
     _place(local, where.runs(shape), whole)
     gathered: set[int] = set()
-    for dim in dims:
-        parts = [_holding(where, shape, dim, place, gathered) for place in range(where.mesh.size(dim))]
-        own = where.mesh.get_local_rank(dim)
-        _exchange(whole, parts, own, where.mesh.get_group(dim), staging_bytes)
+    for dim in (*reversed(where.inner_dims), *reversed(where.expert_dims)):
+        held = [_held(where, shape, dim, rank, gathered) for rank in range(where.mesh.size(dim))]
+        _exchange(whole, held, where.mesh.get_local_rank(dim), where.mesh.get_group(dim), staging_bytes)
         gathered.add(dim)
     return whole
 
 
 def broadcast(tensor: torch.Tensor, where: Placed, owner: Sequence[int]) -> None:
-    """Give a contiguous tensor of the ranks at `owner` of the dimensions that cut axis 0 to all ranks, in place.
+    """Copy a contiguous tensor from its owner ranks to all ranks, in place.
+
+    Args:
+        tensor: The tensor to send or to receive into.
+        where: The mesh and placements of the experts that the tensor is one of.
+        owner: The owner's coordinate in each dimension of the mesh that cuts axis 0; elsewhere any number.
 
     Raises:
         ParallelError: A collective failed.
     """
-    for dim, placement in enumerate(where.placements):
-        if placement is not None and placement.axis == 0 and where.mesh.size(dim) > 1:
-            with _failing_in_words("broadcast a tensor"):
-                raw = tensor.view(-1).view(torch.uint8)
-                dist.broadcast(raw, group=where.mesh.get_group(dim), group_src=owner[dim])
+    for dim in where.expert_dims:
+        with _failing_in_words("broadcast a tensor"):
+            dist.broadcast(tensor.view(-1).view(torch.uint8), group=where.mesh.get_group(dim), group_src=owner[dim])
 
 
-def _holding(where: Placed, shape: Sequence[int], dim: int, place: int, gathered: Collection[int]) -> tuple[Runs, ...]:
-    """Return what the rank at `place` of `dim` holds of each axis once the dimensions in `gathered` are gathered."""
+def _held(where: Placed, shape: Sequence[int], dim: int, rank: int, gathered: Collection[int]) -> tuple[Runs, ...]:
+    """Return the runs that a rank of `dim` holds once `gathered` dimensions are gathered."""
     coordinate = where.mesh.get_coordinate()
     assert coordinate is not None, "a rank of the mesh gathers"
     ranges = [range(where.mesh.size(d)) if d in gathered else [own] for d, own in enumerate(coordinate)]
-    ranges[dim] = [place]
+    ranges[dim] = [rank]
     held: list[set[range]] = [set() for _ in shape]
     for ranks in product(*ranges):
         for axis, runs in enumerate(where.runs(shape, ranks)):
@@ -129,57 +149,44 @@ def _holding(where: Placed, shape: Sequence[int], dim: int, place: int, gathered
     return tuple(joined(sorted(runs, key=lambda run: run.start)) for runs in held)
 
 
-def _exchange(whole: torch.Tensor, parts: Sequence[tuple[Runs, ...]], own: int, group: Any, staging_bytes: int) -> None:
-    """Bring the parts of all ranks of a group to their places in `whole`, a block of rows at a time."""
-    most_rows = max(count(part[0]) for part in parts)
-    row_elements = max(prod(count(runs) for runs in part[1:]) for part in parts)
-    row_bytes = max(1, row_elements * whole.element_size() * (len(parts) + 1))
+def _exchange(whole: torch.Tensor, held: Sequence[tuple[Runs, ...]], own: int, group: Any, staging_bytes: int) -> None:
+    """Exchange the values that each rank of a group holds, block by block."""
+    most_rows = max(count(runs[0]) for runs in held)
+    row_elements = max(prod(map(count, runs[1:])) for runs in held)
+    row_bytes = max(1, row_elements * whole.element_size() * (len(held) + 1))
     step = max(1, min(most_rows, staging_bytes // row_bytes))
-    staging = whole.new_empty((len(parts), step * row_elements))
+    staging = whole.new_empty((len(held), step * row_elements))
     send = whole.new_empty(step * row_elements)
     for first in range(0, most_rows, step):
-        blocks = [(part_of(part[0], first, first + step), *part[1:]) for part in parts]
+        blocks = [(part_of(runs[0], first, first + step), *runs[1:]) for runs in held]
         mine = take(whole, blocks[own])
         send[: mine.numel()].view(mine.shape).copy_(mine)
-        _all_gather(staging, send, group)
-        for place, block in enumerate(blocks):
-            if place != own:
+        with _failing_in_words("gather a tensor"):  # as bytes, which every backend can move, whatever the dtype
+            _ALL_GATHER(as_bytes(staging), as_bytes(send), group)
+        for rank, block in enumerate(blocks):
+            if rank != own:
                 sizes = [count(runs) for runs in block]
-                _place(staging[place, : prod(sizes)].view(sizes), block, whole)
+                _place(staging[rank, : prod(sizes)].view(sizes), block, whole)
 
 
-def _all_gather(whole: torch.Tensor, part: torch.Tensor, group: Any) -> None:
-    """Gather contiguous parts side by side, as bytes: what every backend can move, whatever the dtype."""
-    with _failing_in_words("gather a tensor"):
-        _ALL_GATHER(whole.view(torch.uint8).view(-1), as_bytes(part), group)
-
-
-def _place(part: torch.Tensor, runs: Sequence[Runs], whole: torch.Tensor) -> None:
-    """Copy a part to its place in the whole tensor."""
-    starts = [[count(own[:i]) for i in range(len(own))] for own in runs]
-    for choice in product(*(range(len(own)) for own in runs)):
-        target = tuple(slice(own[i].start, own[i].stop) for own, i in zip(runs, choice, strict=True))
-        source = tuple(
-            slice(begin[i], begin[i] + len(own[i])) for own, begin, i in zip(runs, starts, choice, strict=True)
-        )
-        whole[target].copy_(part[source])
-
-
-def _axis(where: Placed, dim: int) -> int:
-    placement = where.placements[dim]
-    assert placement is not None
-    return placement.axis
+def _place(values: torch.Tensor, runs: Sequence[Runs], whole: torch.Tensor) -> None:
+    """Copy values into `whole` at `runs` of each axis: the inverse of `take`."""
+    for axis, own in enumerate(runs):
+        if len(own) != 1:
+            for run, piece in zip(own, torch.split(values, [len(run) for run in own], axis), strict=True):
+                _place(piece, [*runs[:axis], (run,), *runs[axis + 1 :]], whole)
+            return
+    whole[tuple(slice(own[0].start, own[0].stop) for own in runs)].copy_(values)
 
 
 @contextmanager
 def _failing_in_words(action: str) -> Iterator[None]:
-    """Turn a failed collective into a ParallelError that says where to look."""
+    """Turn a failed collective into a ParallelError that names the logs to read."""
     try:
         yield
     except RuntimeError as error:
         raise ParallelError(
             f"ranks could not {action}: {str(error).splitlines()[0]}",
             expected="every rank of the mesh to take part",
-            hint="another rank has failed, was killed, or did not make this call: look at the first error in the logs "
-            "of the other ranks",
+            hint="read the first error in the logs of the other ranks: one failed, was killed or did not call",
         ) from error

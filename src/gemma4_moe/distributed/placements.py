@@ -1,7 +1,7 @@
-"""Meshes and DTensors: what a placement becomes in the other layout, and a rank's own part of a tensor.
+"""Meshes and DTensors: a tensor's placements in the other layout, and a rank's own shard.
 
-Nothing here communicates. Placements decide, never the names of a mesh's dimensions; only where a plain tensor is to be
-sharded, and so has no placements, do the names `ep` and `ep_shard` that NeMo AutoModel gives them say how.
+Nothing here communicates. A DTensor's placements decide, never the names of its mesh's dimensions. A plain tensor has
+no placements: the names that NeMo AutoModel gives to dimensions, such as `ep` and `ep_shard`, say how to shard it.
 """
 
 from __future__ import annotations
@@ -16,33 +16,46 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from gemma4_moe.distributed.sharding import NAMED_DIMENSIONS, Placement, Sharded, count, local_runs
 from gemma4_moe.errors import ParallelError
-from gemma4_moe.layout.table import converted_axis, converted_shape
+from gemma4_moe.layout.table import Operation, converted_axis, converted_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from gemma4_moe.layout.table import Operation
-
-#: Dimensions that are no part of one layer: a pipeline stage holds its own layers.
+#: Dimensions that shard no single layer: a pipeline stage holds whole layers of its own.
 _OUTSIDE = frozenset({"pp"})
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Where the parts of a tensor are.
+    """The mesh and the placements of a sharded tensor.
 
     Attributes:
         mesh: The ranks.
-        placements: What each dimension of the mesh does to the tensor.
+        placements: How each dimension of the mesh shards the tensor.
     """
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
 
+    @property
+    def expert_dims(self) -> list[int]:
+        """The mesh dimensions of several ranks that cut axis 0."""
+        return [dim for dim, p in enumerate(self.placements) if p and p.axis == 0 and self.mesh.size(dim) > 1]
+
+    @property
+    def inner_dims(self) -> list[int]:
+        """The mesh dimensions of several ranks that cut an axis other than 0."""
+        return [dim for dim, p in enumerate(self.placements) if p and p.axis != 0 and self.mesh.size(dim) > 1]
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the ranks hold different shards. If not, each rank holds the whole tensor."""
+        return bool(self.expert_dims or self.inner_dims)
+
     def converted(self, operation: Operation, ndim: int) -> Placed:
-        """Return where the parts are on the other side of `operation`: on the same ranks."""
+        """Return the placements after `operation` on a tensor of `ndim` axes; no shard moves."""
         return Placed(
             self.mesh,
             tuple(
@@ -52,11 +65,11 @@ class Placed:
         )
 
     def of_experts(self) -> Placed:
-        """Return where the parts of a tensor [E] are that goes with one whose axis 0 is E."""
-        return Placed(self.mesh, tuple(p if p is not None and p.axis == 0 else None for p in self.placements))
+        """Return the placement of a per-expert vector [E] that belongs to this tensor."""
+        return Placed(self.mesh, tuple(p if p and p.axis == 0 else None for p in self.placements))
 
     def runs(self, shape: Sequence[int], coordinate: Sequence[int] | None = None) -> tuple[tuple[range, ...], ...]:
-        """Return, for each axis of a tensor of `shape`, the indices that a rank holds; this rank by default.
+        """Return the indices of each axis that a rank, by default this one, holds.
 
         Raises:
             ParallelError: This rank is not in the mesh.
@@ -68,22 +81,22 @@ class Placed:
                 "this rank is not in the tensor's mesh",
                 expected="a rank of the mesh",
                 found=str(self.mesh),
-                hint="call on the mesh's ranks alone",
+                hint="call on the mesh's ranks only",
             )
         mesh_shape = tuple(self.mesh.shape)
         return tuple(local_runs(size, axis, mesh_shape, coordinate, self.placements) for axis, size in enumerate(shape))
 
     def local_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of this rank's part of a tensor of `shape`."""
+        """Return the shape of this rank's shard of a tensor of `shape`."""
         return tuple(map(count, self.runs(shape)))
 
     def wrap(self, local: torch.Tensor, shape: Sequence[int], stride: Sequence[int] | None = None) -> DTensor:
-        """Return this rank's part as a DTensor of the given global shape, without asking other ranks.
+        """Return this rank's shard as a DTensor of the given global shape, without communication.
 
         Args:
-            local: The part.
+            local: The shard.
             shape: The whole tensor's shape.
-            stride: The whole tensor's stride; that of a contiguous tensor by default.
+            stride: The whole tensor's stride in elements; by default that of a contiguous tensor.
         """
         whole = torch.Size(shape)
         return DTensor.from_local(
@@ -97,17 +110,17 @@ class Placed:
 
 
 def placed(tensor: DTensor, name: str) -> Placed:
-    """Return where the parts of a DTensor are.
+    """Return the mesh and placements of a DTensor called `name`.
 
     Raises:
-        ParallelError: A placement that is neither Shard, _StridedShard nor Replicate; or the local part does not have
-            the size that the placements give it.
+        ParallelError: A placement is neither Shard, _StridedShard nor Replicate; or the local shard does not have the
+            size that the placements give it.
     """
     found = Placed(tensor.device_mesh, tuple(_placement(p, name) for p in tensor.placements))
     local = tuple(local_of(tensor).shape)
     if local != found.local_shape(tensor.shape):
         raise ParallelError(
-            "a DTensor whose local part is not what its placements say",
+            "a DTensor whose local shard does not have the shape that its placements give it",
             tensor=name,
             expected=list(found.local_shape(tensor.shape)),
             found=f"{list(local)} with {tensor.placements}",
@@ -117,7 +130,7 @@ def placed(tensor: DTensor, name: str) -> Placed:
 
 
 def expert_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
-    """Return the part of a mesh over which the experts of one pipeline stage are sharded, None for a single rank."""
+    """Return the submesh that shards one pipeline stage's experts; None for a single rank."""
     names = None if mesh is None else mesh.mesh_dim_names
     if mesh is not None and names is not None and _OUTSIDE & set(names):
         inner = tuple(name for name in names if name not in _OUTSIDE)
@@ -126,10 +139,10 @@ def expert_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
 
 
 def placed_on(mesh: DeviceMesh, name: str) -> Placed:
-    """Return where the parts of a native expert tensor belong on a mesh, by the names of its dimensions.
+    """Return a native expert tensor's placements by the names of a mesh's dimensions.
 
     Raises:
-        ParallelError: A dimension has no name, or one that says nothing about experts.
+        ParallelError: A dimension has no name, or one that is not in `NAMED_DIMENSIONS`.
     """
     names = mesh.mesh_dim_names
     if names is None or not set(names) <= NAMED_DIMENSIONS.keys():
@@ -144,28 +157,28 @@ def placed_on(mesh: DeviceMesh, name: str) -> Placed:
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a DTensor, or a plain tensor, outside of any graph; the storage is shared."""
+    """Return this rank's shard of a DTensor, or a plain tensor, as a detached view."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def whole_shape(
     shape: tuple[int, ...], axes: Sequence[str], sizes: Mapping[str, int], where: Placed, name: str
 ) -> tuple[int, ...]:
-    """Return the shape of the tensor that a plain tensor beside a mesh is, or is this rank's part of.
+    """Return the whole tensor's shape, given that of a plain tensor, maybe a shard.
 
     Args:
         shape: The plain tensor's own shape.
-        axes: What its axes are.
-        sizes: What is known of E, H and I.
+        axes: The letters of its axes, such as ("E", "H", "2I").
+        sizes: The known sizes among E, H and I.
         where: How the mesh shards such a tensor.
         name: Its name.
 
     Returns:
-        `shape` itself for a whole tensor, and for one that is neither: whoever checks shapes will say so.
+        `shape` itself for a whole tensor. Also for a tensor that is neither whole nor a shard, which the check of
+        shapes then refuses.
 
     Raises:
-        ParallelError: An axis that the mesh shards has a size that is not known, so that nothing tells a part from
-            the whole.
+        ParallelError: The size of an axis that the mesh shards is not known: nothing tells a shard from the whole.
     """
     known = [2 * sizes["I"] if axis == "2I" and "I" in sizes else sizes.get(axis) for axis in axes]
     sharded = {placement.axis for placement in where.placements if placement is not None}
@@ -174,7 +187,7 @@ def whole_shape(
     for axis in sharded & set(range(len(axes))):
         if known[axis] is None:
             raise ParallelError(
-                "nothing tells whether a plain tensor beside a mesh is whole or a part",
+                "nothing tells whether a plain tensor given with a mesh is whole or a shard",
                 tensor=name,
                 expected=f"the size of {axes[axis]} from config or moe_config",
                 found=list(shape),
@@ -185,14 +198,17 @@ def whole_shape(
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's elements in order as flat bytes; a view where they lie so already."""
+    """Return a tensor's elements in order as flat bytes; a view of a contiguous tensor."""
     whole = tensor.contiguous()
-    # A tensor of one element counts as contiguous whatever its stride; bytes can only be seen through stride one.
+    # A tensor of one element counts as contiguous whatever its stride, and only stride one can be viewed as bytes.
     return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
 
 
 def take(value: Any, runs: Sequence[Sequence[range]]) -> torch.Tensor:
-    """Return the part of a tensor, or of a lazy slice, at `runs` of each axis: a view where that is possible."""
+    """Return a tensor's, or a lazy slice's, values at `runs` of each axis.
+
+    The result is a view if each axis has one run.
+    """
     for axis in range(len(runs)):
         if len(runs[axis]) > 1:
             return torch.cat([take(value, [*runs[:axis], [run], *runs[axis + 1 :]]) for run in runs[axis]], axis)
@@ -200,13 +216,14 @@ def take(value: Any, runs: Sequence[Sequence[range]]) -> torch.Tensor:
     return part.detach()
 
 
-def convert_view(tensor: DTensor, operation: Operation, name: str) -> DTensor:
-    """Return a DTensor's view on the other side of an operation that only exchanges axes. No data moves."""
-    where = placed(tensor, name).converted(operation, tensor.ndim)
-    shape = converted_shape(operation, tuple(tensor.shape))
-    stride = converted_shape(operation, tuple(tensor.stride()))
-    local = local_of(tensor)
-    return where.wrap(local if shape == tuple(tensor.shape) else local.transpose(-1, -2), shape, stride)
+def transposed_view(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Return a view with the last two axes exchanged; for a DTensor a DTensor."""
+    view = local_of(tensor).transpose(-1, -2)
+    if not isinstance(tensor, DTensor):
+        return view
+    where = placed(tensor, name).converted(Operation.TRANSPOSE, tensor.ndim)
+    shape, stride = (converted_shape(Operation.TRANSPOSE, tuple(sizes)) for sizes in (tensor.shape, tensor.stride()))
+    return where.wrap(view, shape, stride)
 
 
 def _placement(placement: TorchPlacement, name: str) -> Placement:
@@ -222,7 +239,7 @@ def _placement(placement: TorchPlacement, name: str) -> Placement:
         tensor=name,
         expected="Shard, _StridedShard or Replicate on each dimension of the mesh",
         found=repr(placement),
-        hint="redistribute the tensor first",
+        hint="redistribute the tensor to one of these first",
     )
 
 

@@ -1,6 +1,6 @@
-"""Ranks that write one target together: who they are, and a meeting point at which a failure of one stops all.
+"""Ranks that write one target together; if one rank fails, all stop.
 
-Without a process group there is one rank and nothing to meet. torch is imported only where a group exists, so that the
+Without a process group there is one rank, which waits for nobody. torch is imported only if a group exists, so that the
 converter runs alone without it.
 """
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The ranks of a run.
+    """The ranks that work together, as this process sees them.
 
     Attributes:
         rank: This process' number.
-        world: How many there are.
+        world: The number of ranks.
     """
 
     rank: int = 0
@@ -33,11 +33,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank does what only one may do."""
+        """Whether this rank does the work that only one rank may do."""
         return self.rank == 0
 
     def everyones(self, value: Any) -> list[Any]:
-        """Return what each rank gave, in the order of ranks. All must call.
+        """Return each rank's value, in the order of ranks. All ranks must call.
 
         Raises:
             ParallelError: Another rank does not answer.
@@ -53,13 +53,16 @@ class Ranks:
             raise ParallelError(
                 f"ranks could not meet: {str(error).splitlines()[0]}",
                 expected=f"{self.world} ranks",
-                hint="another rank was killed or has left: look at the first error in the logs of the other ranks",
+                hint="read the first error in the logs of the other ranks: one was killed or has ended",
             ) from error
         return values
 
     @contextmanager
     def together(self, action: str) -> Iterator[None]:
-        """Do something on every rank and meet at its end; where one fails, all fail.
+        """Run a `with` block on every rank; if one rank fails, all fail.
+
+        Args:
+            action: A verb with its object for the error on the other ranks: "write its tensors".
 
         Raises:
             ParallelError: Another rank failed; its own error is raised on that rank.
@@ -67,29 +70,31 @@ class Ranks:
         failure: Exception | None = None
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - whatever it is, the others must not wait for it; it is raised below
+        except Exception as error:  # noqa: BLE001 - the other ranks must not wait for this one; it is raised below
             failure = error
-        said = self.everyones(None if failure is None else str(failure))
+        messages = self.everyones(None if failure is None else str(failure))
         if failure is not None:
             raise failure
-        for rank, words in enumerate(said):
-            if words is not None:
-                raise ParallelError(f"rank {rank} could not {action}", found=words.replace("\n", ";"), hint=_LOOK)
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise ParallelError(
+                    f"rank {rank} could not {action}", found=message.replace("\n", ";"), hint="read that rank's log"
+                )
 
 
 def launched_as_one_of_several() -> bool:
-    """Say whether torchrun, or a launcher that sets the same variables, has started this process as one of several."""
+    """Return whether torchrun, or a launcher that sets its variables, started several processes."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def ranks_on_this_host() -> int:
-    """Return how many ranks the launcher has started on this host, which share its cores; one without a launcher."""
+    """Return the number of ranks that share this host's cores; 1 without a launcher."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager
 def under_torchrun() -> Iterator[Ranks]:
-    """Join the other ranks where torchrun has started this process as one of several; otherwise there is one rank."""
+    """Join the other ranks that torchrun started, if any, for a `with` block."""
     if not launched_as_one_of_several():
         yield current()
         return
@@ -102,14 +107,12 @@ def under_torchrun() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-#: How long a rank waits for another: as long as the slowest share of a large checkpoint may take longer than others.
+#: How long a rank waits for another: the slowest share of a large checkpoint may take this much longer than others.
 _PATIENCE = timedelta(hours=1)
-
-_LOOK = "look at that rank's log"
 
 
 def current() -> Ranks:
-    """Return the ranks of torch's default process group, or a single one where none is initialised."""
+    """Return the ranks of torch's default process group; a single rank if none is initialised."""
     if "torch.distributed" not in sys.modules:
         return Ranks()
     import torch.distributed as dist

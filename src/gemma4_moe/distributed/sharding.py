@@ -1,8 +1,10 @@
-"""Which indices of an axis a rank holds: DTensor's own rules as a formula, for any rank, without torch.
+"""The indices of an axis that a rank holds: DTensor's rules as a formula, without torch.
 
-The dimensions of a mesh are taken from left to right. `Shard` cuts what is left of the axis as `torch.chunk` does: the
-first parts have ceil(size / ranks), the last may be short or empty. `StridedShard` (FSDP over an axis that is already
-sharded further right) cuts it into `split_factor` pieces first, and takes its part of each.
+The dimensions of a mesh are applied from left to right. `Shard` cuts the remaining indices as `torch.chunk` does: the
+first chunks have ceil(size / ranks) of them, the last may be short or empty. `StridedShard` (FSDP over an axis that is
+sharded further right already) cuts them into `split_factor` pieces first, and takes a chunk of each piece.
+
+A run is a range of consecutive indices.
 """
 
 from __future__ import annotations
@@ -17,21 +19,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """One dimension of a mesh cuts an axis.
+    """The placement of a mesh dimension that cuts an axis.
 
     Attributes:
         axis: The axis, counted from the front.
-        split_factor: 1 for `Shard`; for `StridedShard`, how many parts it cuts first.
+        split_factor: 1 for `Shard`; for `StridedShard`, the number of pieces that it cuts first.
     """
 
     axis: int
     split_factor: int = 1
 
 
-#: What a dimension of a mesh does to a tensor: cut one axis, or nothing (None: each rank has a replica).
+#: A mesh dimension cuts one axis of a tensor, or none (None: each rank has a replica).
 Placement = Sharded | None
 
-#: How NeMo AutoModel's native expert tensors lie on its meshes, by the name of the dimension. Axis 0 is E; axis 1 is H
+#: The placements of NeMo AutoModel's native expert tensors, by the name of the mesh dimension. Axis 0 is E; axis 1 is H
 #: of `gate_and_up_projs` and I of `down_projs`.
 NAMED_DIMENSIONS: dict[str, Placement] = {
     "ep": Sharded(0),
@@ -46,30 +48,30 @@ NAMED_DIMENSIONS: dict[str, Placement] = {
 def local_runs(
     size: int, axis: int, mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
 ) -> tuple[range, ...]:
-    """Return the indices of `axis` that the rank at `coordinate` holds, in its order, as non-empty runs.
+    """Return the indices of `axis` that the rank at `coordinate` holds, as non-empty runs.
 
     Args:
         size: The axis' whole size.
         axis: The axis.
         mesh_shape: Ranks along each dimension of the mesh.
-        coordinate: The rank's place in each.
-        placements: What each dimension does.
+        coordinate: The rank's index in each dimension.
+        placements: The placement of each dimension.
     """
     runs = [range(size)]
-    for ranks, place, placement in zip(mesh_shape, coordinate, placements, strict=True):
+    for ranks, index, placement in zip(mesh_shape, coordinate, placements, strict=True):
         if placement is not None and placement.axis == axis:
             pieces = [_chunk(runs, placement.split_factor, number) for number in range(placement.split_factor)]
-            runs = [run for piece in pieces for run in _chunk(piece, ranks, place)]
+            runs = [run for piece in pieces for run in _chunk(piece, ranks, index)]
     return joined(runs)
 
 
 def count(runs: Iterable[range]) -> int:
-    """Return how many indices runs hold together."""
+    """Return the number of indices in all runs together."""
     return sum(map(len, runs))
 
 
 def _chunk(runs: Sequence[range], chunks: int, number: int) -> list[range]:
-    """Return part `number` of `chunks` of a sequence of indices, sized as `torch.chunk` sizes them."""
+    """Return chunk `number` of `chunks` of a sequence of indices, sized as `torch.chunk` sizes them."""
     step = -(-count(runs) // chunks)
     return list(part_of(runs, number * step, (number + 1) * step))
 
@@ -101,7 +103,7 @@ def overlaps(runs: Iterable[range], start: int, end: int) -> Iterator[tuple[slic
 
 
 def joined(runs: Sequence[range]) -> tuple[range, ...]:
-    """Return runs with those that continue each other made one."""
+    """Return runs, with each two that continue each other joined into one."""
     if not runs:
         return ()
     starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(runs)) if a.stop != b.start), len(runs)]

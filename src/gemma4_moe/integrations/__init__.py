@@ -1,1 +1,4 @@
-"""Hooks into other frameworks. Each module names one; none is imported before it is asked for."""
+"""Hooks into other frameworks, one module each; importing this package imports none of them.
+
+May import: errors, sizes, layout, kernels, distributed, adapter.
+"""

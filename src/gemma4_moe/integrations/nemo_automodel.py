@@ -1,8 +1,8 @@
-"""NeMo AutoModel: its Gemma 4 MoE model, its Checkpointer and NeMo-RL take our adapter once this is installed.
+"""Make NeMo AutoModel's Gemma 4 MoE model, its Checkpointer and NeMo-RL use our adapter.
 
-Three names are replaced: the adapter's class where the model's module looks it up, the same class in the module beside
-it, where NeMo-RL looks, and the one method of the Checkpointer that reads a checkpoint into a model's own storage.
-Nothing is replaced unless everything that it relies on is found as expected.
+`install` replaces three names: the adapter's class in the model's module, the same class in the adapter's own module,
+which NeMo-RL searches, and the one method of the Checkpointer that reads a checkpoint into a model's own storage.
+It replaces nothing unless every part of NeMo that it depends on is as expected.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 
 __all__ = ["adapter_class", "install", "installed", "uninstall"]
 
-#: What was replaced: its owner, its name, and what stood there.
+#: Each replaced name: the module or class that has it, the name, and the original object.
 _replaced: list[tuple[Any, str, Any]] = []
 
 
 def install() -> None:
-    """Let NeMo AutoModel use our adapter for every Gemma 4 MoE model that is built from now on.
+    """Make NeMo AutoModel use our adapter for Gemma 4 MoE models built from now on.
 
-    A second call changes nothing. A model that was built before keeps its adapter; assign
+    A second call changes nothing. A model that exists already keeps its adapter: assign
     `adapter_class()(text_config, moe_config, backend, dtype=...)` to its `state_dict_adapter`.
 
     Raises:
-        UsageError: NeMo AutoModel is not installed, or lacks something that this relies on; the message says what.
+        UsageError: NeMo AutoModel is not installed, or not as expected; the message names the part.
 
     Warns:
-        UserWarning: The version is not the one that this was tested with; the message says what was checked.
+        UserWarning: The version is not the tested one; the message lists the checks that passed.
     """
     if _replaced:
         return
@@ -52,23 +52,23 @@ def install() -> None:
     nemo_contract.check(nemo)
     adapter = adapter_class()
     _replace(nemo.model, ADAPTER, adapter)
-    _replace(nemo.beside, ADAPTER, adapter)
+    _replace(nemo.adapter_module, ADAPTER, adapter)
     _replace(nemo.checkpointer, READ, refusing_to_round_twice(getattr(nemo.checkpointer, READ), nemo.checkpointing))
 
 
 def uninstall() -> None:
-    """Put back exactly what `install` replaced. Without an `install` before, nothing happens.
-
-    Models that were built in between keep the adapter that they have.
-    """
+    """Restore every name that `install` replaced; models that exist keep their adapter."""
     while _replaced:
-        owner, name, before = _replaced.pop()
-        setattr(owner, name, before)
+        holder, name, original = _replaced.pop()
+        setattr(holder, name, original)
 
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """Install for the length of a `with` block, unless it is installed already; then leave it so. Errors: `install`."""
+    """Install for a `with` block; an installation from before the block stays.
+
+    Errors and warnings are those of `install`.
+    """
     was_installed = bool(_replaced)
     install()
     try:
@@ -78,14 +78,14 @@ def installed() -> Iterator[None]:
             uninstall()
 
 
-def _replace(owner: Any, name: str, new: Any) -> None:
-    _replaced.append((owner, name, vars(owner)[name]))
-    setattr(owner, name, new)
+def _replace(holder: Any, name: str, new: Any) -> None:
+    _replaced.append((holder, name, vars(holder)[name]))
+    setattr(holder, name, new)
 
 
 @cache
 def adapter_class() -> type[Gemma4MoEStateDictAdapter]:
-    """Return our adapter's class, derived from NeMo's `StateDictAdapter` and `MoESplitExpertsStateDictMixin` too.
+    """Return our adapter's class, derived also from NeMo's `StateDictAdapter` and `MoESplitExpertsStateDictMixin`.
 
     Raises:
         UsageError: NeMo AutoModel is not installed.
@@ -95,24 +95,24 @@ def adapter_class() -> type[Gemma4MoEStateDictAdapter]:
     class Installed(Gemma4MoEStateDictAdapter, nemo.mixin, nemo.interface):  # type: ignore[misc, name-defined]
         __doc__ = Gemma4MoEStateDictAdapter.__doc__
 
-        #: How NeMo names the experts in adapter_config.json's `target_parameters`.
+        #: NeMo's names of the experts in the `target_parameters` of adapter_config.json.
         _v5_peft_target_parameters = (GATE_UP.hf, DOWN.hf)
 
         def get_hf_state_dict_keys(self, state_dict: StateDict) -> list[str]:
-            """Return the names that NeMo will save: it leaves a module's extra state out of hf checkpoints."""
+            """Return the names that NeMo saves: all but a module's `_extra_state`."""
             return [name for name in super().get_hf_state_dict_keys(state_dict) if "_extra_state" not in name]
 
-    # NeMo-RL looks for a class by the ending of its name, and messages of NeMo show it.
+    # NeMo-RL finds a class by the ending of its name, and NeMo's messages show the name.
     Installed.__name__ = Installed.__qualname__ = Gemma4MoEStateDictAdapter.__name__
     return Installed
 
 
 def refusing_to_round_twice(read: Callable[..., Any], checkpointing: ModuleType) -> Callable[..., Any]:
-    """Return NeMo's `Checkpointer._do_load` with the dtypes of the files looked at first.
+    """Return NeMo's `Checkpointer._do_load` with a check of the files' dtypes before it.
 
     Args:
-        read: The method; it fills a state dict from a directory.
-        checkpointing: The module that it comes from.
+        read: The method, which fills a state dict from a directory.
+        checkpointing: The module of the Checkpointer.
     """
 
     @wraps(read)
@@ -134,15 +134,15 @@ def refusing_to_round_twice(read: Callable[..., Any], checkpointing: ModuleType)
 def refuse_two_roundings(
     loaded: Mapping[str, torch.Tensor], file_dtypes: Mapping[str, torch.dtype], path: object
 ) -> None:
-    """Check that a read into destinations, and the scale after it, round once.
+    """Check that reading into destinations and then folding the scale rounds only once.
 
     Args:
         loaded: Destinations by hf name.
-        file_dtypes: What the checkpoint holds, by hf name. A tensor that it lacks is for the reader to refuse.
+        file_dtypes: The dtypes in the checkpoint, by hf name. A missing tensor is for the reader to refuse.
         path: The checkpoint.
 
     Raises:
-        UsageError: A `down_proj`, or a scale, has values that its destination can't hold.
+        UsageError: A `down_proj` or a scale has a dtype whose values its destination can't hold.
     """
     for name, destination in loaded.items():
         found = lookup(name, Layout.HF)

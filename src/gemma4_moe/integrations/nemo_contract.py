@@ -1,7 +1,7 @@
-"""What the integration relies on in NeMo AutoModel: where it is, and a check of each part.
+"""The parts of NeMo AutoModel that the integration depends on, and a check of each.
 
-Private names are among it, so a version is taken at its word only where it has all of them, and where its code still
-uses them: a replaced name that nobody looks up any more would change nothing, silently.
+Some of them are private. So a version passes only if it has every name, and if its code still uses it: replacing a name
+that no code looks up would silently change nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: The version that the tests run with.
 TESTED = "0.7.0"
 
-#: The class that NeMo's model module looks up when a model is built, in that module and in the one beside it.
+#: The adapter's class, which NeMo's model module looks up when it builds a model; the adapter's own module defines it.
 ADAPTER = "Gemma4MoEStateDictAdapter"
 
 #: The Checkpointer's method that reads files into a state dict.
@@ -36,9 +36,9 @@ class Nemo:
     """The parts of an installed NeMo AutoModel.
 
     Attributes:
-        version: Its version, without what a development build appends.
+        version: Its version, without the local part of a development build.
         model: The module of the Gemma 4 MoE model.
-        beside: The module beside it that defines the adapter.
+        adapter_module: The module of NeMo's own adapter.
         checkpointing: The module of the Checkpointer.
         checkpointer: The class `Checkpointer`.
         interface: The class `StateDictAdapter`.
@@ -47,7 +47,7 @@ class Nemo:
 
     version: str
     model: ModuleType
-    beside: ModuleType
+    adapter_module: ModuleType
     checkpointing: ModuleType
     checkpointer: Any
     interface: Any
@@ -55,16 +55,16 @@ class Nemo:
 
 
 def find() -> Nemo:
-    """Import the parts.
+    """Return the parts, imported.
 
     Raises:
-        UsageError: One of them is not there.
+        UsageError: A part is missing.
     """
     checkpointing = _module(f"{_COMPONENTS}.checkpoint.checkpointing")
     return Nemo(
         version=str(_part(_module("nemo_automodel"), "__version__")).partition("+")[0],
         model=_module(f"{_COMPONENTS}.models.gemma4_moe.model"),
-        beside=_module(f"{_COMPONENTS}.models.gemma4_moe.state_dict_adapter"),
+        adapter_module=_module(f"{_COMPONENTS}.models.gemma4_moe.state_dict_adapter"),
         checkpointing=checkpointing,
         checkpointer=_part(checkpointing, "Checkpointer"),
         interface=_part(_module(f"{_COMPONENTS}.checkpoint.state_dict_adapter"), "StateDictAdapter"),
@@ -73,13 +73,13 @@ def find() -> Nemo:
 
 
 def check(nemo: Nemo) -> None:
-    """Check everything that the integration relies on.
+    """Check every part that the integration depends on.
 
     Raises:
-        UsageError: One of the checks failed; the message says which.
+        UsageError: A check failed; the message names the expectation.
 
     Warns:
-        UserWarning: All passed, on a version that is not the one that was tested.
+        UserWarning: All checks passed on a version that is not the tested one.
     """
     passed = []
     for expected, is_so in _checks(nemo):
@@ -100,14 +100,14 @@ def check(nemo: Nemo) -> None:
 
 def _checks(nemo: Nemo) -> Iterator[tuple[str, bool]]:
     """Yield each expectation and whether it holds."""
-    theirs = getattr(nemo.beside, ADAPTER, None)
+    theirs = getattr(nemo.adapter_module, ADAPTER, None)
     model = getattr(nemo.model, "Gemma4ForConditionalGeneration", None)
     load = getattr(nemo.checkpointer, "load_model", None)
     to_hf = getattr(nemo.checkpointing, "_maybe_adapt_state_dict_to_hf", None)
     from_hf = getattr(nemo.checkpointing, "_maybe_adapt_state_dict_from_hf", None)
     abstract: frozenset[str] = getattr(nemo.interface, "__abstractmethods__", frozenset())
     yield (
-        f"the model's module has the adapter's class of the module beside it as {ADAPTER}",
+        f"the model's module has the adapter's class of its adapter module as {ADAPTER}",
         inspect.isclass(theirs) and vars(nemo.model).get(ADAPTER) is theirs,
     )
     yield (
@@ -155,7 +155,7 @@ def _module(name: str) -> ModuleType:
 def _part(module: ModuleType, name: str) -> Any:
     if not hasattr(module, name):
         raise UsageError(
-            "a part of NeMo AutoModel is not where this integration looks for it",
+            "a part of NeMo AutoModel is not where this integration expects it",
             expected=f"{name} in {module.__name__}",
             hint=f"use nemo-automodel {TESTED}",
         )
@@ -166,19 +166,21 @@ def _takes(function: Any, *names: str) -> bool:
     return callable(function) and set(names) <= set(inspect.signature(function).parameters)
 
 
-def _uses(owner: Any, method: str, name: str) -> bool:
-    """Say whether a method of `owner` looks up a global or an attribute of that name."""
-    return name in _names(getattr(owner, method, None))
+def _uses(holder: Any, method: str, name: str) -> bool:
+    """Return whether a method's code looks up a global or an attribute of that name."""
+    return name in _names(getattr(holder, method, None))
 
 
 def _names(function: Any) -> set[str]:
-    code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
-    return set() if code is None else set(code.co_names)
+    return set(getattr(_code(function), "co_names", ()))
 
 
 def _constants(function: Any) -> set[str]:
-    """Return the strings among a function's constants, and the names of the keyword arguments that it passes on."""
-    code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
-    constants = () if code is None else code.co_consts
+    """Return a function's constant strings and the names of keyword arguments that it passes."""
+    constants = getattr(_code(function), "co_consts", ())
     inside = [item for constant in constants if isinstance(constant, tuple) for item in constant]
     return {item for item in (*constants, *inside) if isinstance(item, str)}
+
+
+def _code(function: Any) -> Any:
+    return getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None

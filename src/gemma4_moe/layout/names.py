@@ -131,6 +131,12 @@ def parse(name: str, layout: Layout) -> MoEName | None:
     return None
 
 
+_HINTS = {
+    Layout.HF: "start from a published Gemma 4 checkpoint",
+    Layout.NEMO: "exclude it, by exclude_key_regex of to_hf, if it isn't part of the model",
+}
+
+
 def _unknown(name: str, rest: str, layout: Layout) -> UnknownTensorError:
     if lookup(name, layout.other) is not None:
         return UnknownTensorError(
@@ -146,7 +152,7 @@ def _unknown(name: str, rest: str, layout: Layout) -> UnknownTensorError:
         tensor=name,
         expected=f"one of {', '.join(_known(layout))}",
         found=f"{rest} ({foreign.name})" if foreign else rest,
-        hint=foreign.reason if foreign else "start from a published Gemma 4 checkpoint, or from NeMo's own weights",
+        hint=foreign.reason if foreign else _HINTS[layout],
     )
 
 

@@ -207,11 +207,11 @@ def targets_of(
     return {target.name: target for target in sorted(made, key=lambda target: natural_key(target.role))}
 
 
-def hf_names(parsed: MoEName | None, name: str) -> tuple[str, ...]:
-    """Return the hf names, current spelling, that the nemo tensor `name` becomes; `parsed` is its meaning."""
+def hf_tensors(parsed: MoEName | None, name: str) -> list[tuple[str, Operation]]:
+    """Return (hf name, operation) of each hf tensor, current spelling, that the native tensor `name` becomes."""
     if parsed is None:
-        return (name,)
-    return tuple(parsed.sibling(rule).hf for rule in parsed.rule.yields(Layout.HF))
+        return [(name, Operation.KEEP)]
+    return [(parsed.sibling(rule).hf, rule.operation) for rule in parsed.rule.yields(Layout.HF)]
 
 
 def _made(

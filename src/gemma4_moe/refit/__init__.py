@@ -1,4 +1,11 @@
-"""Stream training weights into a running inference engine: the plan, pairs of name and tensor, and buckets."""
+"""Stream training weights into a running inference engine.
+
+Start with `stream`: `state` reads the trainer's tensors, `items` lists the tensors to send, `buckets` lays them out and
+`filling` converts them into place. `preflight` compares with the engine. `broadcasting` and `ipc` carry buckets to
+other processes, `vllm_source` serves vLLM.
+
+May import: everything below the command line.
+"""
 
 from gemma4_moe.refit.buckets import Bucket, BucketEntry, unpack
 from gemma4_moe.refit.items import Planned

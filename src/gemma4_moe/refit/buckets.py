@@ -1,4 +1,4 @@
-"""Buckets: many tensors side by side in one buffer, at most two buffers alive, filled while the other one is read."""
+"""Buckets: many tensors in one buffer. Two buffers take turns, so that one is read while the other is filled."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ ALIGNMENT = 512
 
 
 class BucketEntry(NamedTuple):
-    """Where one tensor lies in a bucket, as `json` can write it.
+    """The place of one tensor in a bucket, as `json` can write it.
 
     Attributes:
         name: Its hf name.
         shape: Its shape.
         dtype: torch's name of its dtype.
-        offset: Its first byte.
+        offset: Its first byte, counted from the start of the bucket.
         nbytes: Its size in bytes.
     """
 
@@ -41,16 +41,16 @@ class BucketEntry(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One item; or the same part of consecutive experts of one tensor, which lie at equal distances in a bucket.
+class Batch:
+    """Items that one kernel call writes: one item, or one part of consecutive experts.
 
     Attributes:
-        items: The items.
-        entries: Where they lie.
+        items: The items. Those of several experts are at equal distances in a bucket.
+        entries: Their places.
         dtype: Their dtype.
-        shape: What they are as one tensor: an item's own shape, or [n, rows, columns] for n experts.
-        stride: Its strides in elements.
-        start: Its first element, counted from the start of the buffer.
+        shape: Their shape as one tensor: a single item's own, or [n, rows, columns] for n experts.
+        stride: The strides of that tensor in elements.
+        start: Its first element, counted from the start of the bucket.
     """
 
     items: tuple[Item, ...]
@@ -61,8 +61,8 @@ class Run:
     start: int
 
     @classmethod
-    def of(cls, items: Sequence[Item], entries: Sequence[BucketEntry]) -> Run:
-        """Say how items of one shape, at equal distances, lie in a buffer."""
+    def of(cls, items: Sequence[Item], entries: Sequence[BucketEntry]) -> Batch:
+        """Return the batch of items of one shape at equal distances."""
         first, dtype = entries[0], getattr(torch, entries[0].dtype)
         shape, stride = first.shape, torch.empty(first.shape, device="meta").stride()
         if items[0].part.expert is not None:
@@ -73,30 +73,28 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class PlannedBucket:
-    """What one bucket will hold.
+    """The plan of one bucket.
 
     Attributes:
-        runs: Its tensors, grouped by what can be written at once.
-        entries: All of them in order.
+        batches: Its items, grouped by the kernel call that writes them.
+        entries: The places of all items, in order.
         size: Its size in bytes, a multiple of `ALIGNMENT`.
-        ordinary: Whether it is no larger than asked for.
     """
 
-    runs: tuple[Run, ...]
+    batches: tuple[Batch, ...]
     entries: tuple[BucketEntry, ...]
     size: int
-    ordinary: bool
 
 
 class Bucket:
-    """Tensors side by side in one buffer, lent to the consumer until it asks for the bucket after the next.
+    """Tensors in one buffer, valid until the bucket after the next is asked for.
 
-    On a GPU the buffer is filled on the stream that is current when the bucket is asked for, and is filled again only
-    after everything that the consumer had put on its current stream when it asked for the next one. A consumer that
-    reads on another stream lets that stream wait for the current one first, and says when it is done by `done_on`.
+    On a GPU the buffer is filled on the stream that is current when the consumer asks for the bucket. It is filled
+    again only after all work that was on the consumer's current stream when it asked for the next bucket. A consumer
+    that reads on another stream lets that stream wait for the current one first, and then calls `done_on`.
 
     Attributes:
-        entries: What lies where.
+        entries: The tensors and their places.
     """
 
     def __init__(self, buffer: torch.Tensor, entries: Sequence[BucketEntry]) -> None:
@@ -116,8 +114,8 @@ class Bucket:
             raise UsageError(
                 "a bucket that was kept too long",
                 expected="use of a bucket before the one after the next is asked for",
-                found="its buffer holds another bucket by now",
-                hint="copy what is needed later, or consume each bucket before asking for more",
+                found="a buffer that holds a later bucket",
+                hint="copy tensors that are needed later, or consume each bucket before asking for more",
             )
         return self._buffer
 
@@ -125,20 +123,20 @@ class Bucket:
         """Return (hf name, tensor) for everything in the bucket: views of the buffer, no copies."""
         return unpack(self.buffer, self.entries)
 
-    def place_of(self, run: Run) -> torch.Tensor:
-        """Return a run's place in the buffer, as one tensor; a bucket holds dozens, so this is one view each."""
-        typed = self._typed.get(run.dtype)
+    def view_of(self, batch: Batch) -> torch.Tensor:
+        """Return a batch's place in the buffer as one tensor."""
+        typed = self._typed.get(batch.dtype)
         if typed is None:
-            typed = self._typed[run.dtype] = self.buffer.view(run.dtype)
-        return typed.as_strided(run.shape, run.stride, run.start)
+            typed = self._typed[batch.dtype] = self.buffer.view(batch.dtype)
+        return typed.as_strided(batch.shape, batch.stride, batch.start)
 
     def done_on(self, stream: torch.cuda.Stream) -> None:
-        """Say that what `stream` has been given by now is the last that reads this bucket there."""
+        """Declare that no work put on `stream` after this call reads the bucket."""
         self._events.append(stream.record_event())
         self.buffer.record_stream(stream)
 
     def _retire(self, stream: torch.cuda.Stream | None) -> None:
-        """Take the buffer back; what is put on `stream` from now on comes after the consumer's last reads."""
+        """Take the buffer back, and let `stream` wait for the consumer's last reads."""
         self._buffer = None
         self._typed.clear()
         if stream is not None:
@@ -147,14 +145,14 @@ class Bucket:
 
 
 class Buffers:
-    """The two buffers of one pass, by turns.
+    """The two buffers of one pass, which take turns.
 
-    With GEMMA4_MOE_DEBUG=1 no buffer is used twice: each is given up for a new one, and a consumer that still holds
-    the old one, or a view of it, is told so.
+    With GEMMA4_MOE_DEBUG=1 no buffer is used twice: each is replaced by a new one, and it is an error if the consumer
+    still holds the old one or a view of it.
 
     Args:
-        device: Where they are.
-        size: Size in bytes of a buffer for ordinary buckets.
+        device: The buffers' device.
+        size: Size in bytes of a buffer; a larger bucket gets a buffer of its own.
     """
 
     def __init__(self, device: torch.device, size: int) -> None:
@@ -166,7 +164,7 @@ class Buffers:
         self._debug = os.environ.get("GEMMA4_MOE_DEBUG") == "1"
 
     def take(self, planned: PlannedBucket) -> Bucket:
-        """Return a bucket to be filled, in the buffer whose turn it is.
+        """Return an unfilled bucket in the buffer whose turn it is.
 
         Raises:
             UsageError: In debug mode, the consumer still holds that buffer.
@@ -188,7 +186,7 @@ class Buffers:
         return lent
 
     def asked_for_next(self, bucket: Bucket) -> None:
-        """Take note of how far the consumer's stream is as it asks for the bucket after `bucket`."""
+        """Record the position of the consumer's stream as it asks for the bucket after `bucket`."""
         stream = self._stream()
         if stream is not None:
             bucket._events.append(stream.record_event())
@@ -198,7 +196,7 @@ class Buffers:
 
 
 def plan_buckets(items: Iterable[Item], bucket_bytes: int, oversize: Oversize) -> list[PlannedBucket]:
-    """Spread items over buckets in their order, each as full as `bucket_bytes` allows.
+    """Return buckets of the items in their order, each as full as `bucket_bytes` allows.
 
     Raises:
         UsageError: An item is larger than a bucket and `oversize` is "error".
@@ -219,8 +217,8 @@ def plan_buckets(items: Iterable[Item], bucket_bytes: int, oversize: Oversize) -
             groups.append([])
             used = 0
         groups[-1].append(item)
-        used += _aligned(item.nbytes)
-    return [_planned(group, bucket_bytes) for group in groups]
+        used += aligned(item.nbytes)
+    return [_planned(group) for group in groups]
 
 
 def unpack(buffer: torch.Tensor, entries: Iterable[Sequence[Any]]) -> list[tuple[str, torch.Tensor]]:
@@ -228,7 +226,7 @@ def unpack(buffer: torch.Tensor, entries: Iterable[Sequence[Any]]) -> list[tuple
 
     Args:
         buffer: A bucket's bytes, uint8, on any device and in any process.
-        entries: The bucket's entries, or what `json` has made of them.
+        entries: The bucket's entries, also after a round trip through `json`.
     """
     found = []
     for name, shape, dtype, offset, nbytes in entries:
@@ -238,29 +236,28 @@ def unpack(buffer: torch.Tensor, entries: Iterable[Sequence[Any]]) -> list[tuple
 
 def _still_held(bucket: Bucket) -> UsageError:
     return UsageError(
-        "a consumer still holds a bucket, or a view of it, whose buffer is to be filled again",
+        "a consumer still holds a bucket, or a view of it, whose buffer must be filled again",
         found=f"the bucket that starts with {bucket.entries[0].name}",
-        hint="copy what is needed later; drop the bucket and its tensors before asking for more",
+        hint="copy tensors that are needed later; drop the bucket and its tensors before asking for more",
     )
 
 
-def _planned(group: Sequence[Item], bucket_bytes: int) -> PlannedBucket:
+def _planned(group: Sequence[Item]) -> PlannedBucket:
     entries, offset = [], 0
     for item in group:
         entries.append(BucketEntry(*item.planned[:3], offset, item.nbytes))
-        offset += _aligned(item.nbytes)
-    runs: dict[object, list[tuple[Item, BucketEntry]]] = {}
+        offset += aligned(item.nbytes)
+    batches: dict[object, list[tuple[Item, BucketEntry]]] = {}
     for item, entry in zip(group, entries, strict=True):
-        runs.setdefault(item.name if item.part.expert is None else (item.native, item.part.slot), []).append(
-            (item, entry)
-        )
+        key = item.name if item.part.expert is None else (item.native, item.part.slot)
+        batches.setdefault(key, []).append((item, entry))
     return PlannedBucket(
-        tuple(Run.of(*zip(*run, strict=True)) for run in runs.values()),
+        tuple(Batch.of(*zip(*batch, strict=True)) for batch in batches.values()),
         tuple(entries),
         offset,
-        ordinary=group[0].nbytes <= bucket_bytes,
     )
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """Return a size in bytes rounded up to a multiple of `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

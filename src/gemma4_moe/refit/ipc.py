@@ -1,6 +1,8 @@
-"""Buckets to another process of the same machine: CUDA IPC handles, or shared memory on the CPU, and no copies.
+"""Send buckets to another process of this machine without copies.
 
-Handles are made and opened by `torch.multiprocessing`'s reductions, which a `multiprocessing` connection uses for every
+The memory is shared by CUDA IPC handles, or on the CPU as shared memory.
+
+`torch.multiprocessing`'s reductions make and open the handles; a `multiprocessing` connection uses them for every
 tensor. As with any such connection, both ends must trust each other.
 """
 
@@ -25,11 +27,11 @@ _DONE = "done"
 def send(stream: WeightStream, connection: Connection) -> None:
     """Send one pass of a stream; return when the receiver has read all of it.
 
-    The receiver reads one bucket while the next one is filled. Ranks that the stream gives nothing only take part.
+    The receiver reads one bucket while the next one is filled. A rank that gets no tensors only takes part in gathers.
     """
     unread = 0
     for bucket in stream.buckets():
-        _wait_for(bucket.buffer)  # the other process knows nothing of this one's streams
+        _wait_for(bucket.buffer)  # the other process doesn't see this process' CUDA streams
         connection.send((bucket.buffer, bucket.entries))
         unread += 1
         if unread == 2:
@@ -42,7 +44,10 @@ def send(stream: WeightStream, connection: Connection) -> None:
 
 
 def receive(connection: Connection) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (hf name, tensor) of one pass: views of the sender's memory, good until the next one is asked for."""
+    """Yield (hf name, tensor) of one pass, each valid until the next is asked for.
+
+    The tensors are views of the sender's memory.
+    """
     while (received := connection.recv()) is not None:
         buffer, entries = received
         yield from unpack(buffer, entries)

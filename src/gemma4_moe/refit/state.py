@@ -1,4 +1,4 @@
-"""The native state that a stream reads: a module, a mapping, or one mapping a layer, read anew on every pass."""
+"""The native state that a stream sends, read again on every pass."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from gemma4_moe.errors import InputError, UsageError
 from gemma4_moe.model_io.load import storage_key
 from gemma4_moe.refit.items import Source
 
-#: Tensors by name; other values, such as a state dict may have, are no weights.
+#: Tensors by name; a value that is no tensor, as a state dict may have, is skipped.
 Tensors = Mapping[str, Any]
-#: What a stream takes.
+#: The states that a stream accepts.
 State = torch.nn.Module | Tensors | Iterable[Tensors]
 
 
 def check_readable_again(state: State) -> None:
-    """Check that every pass over a state can start anew.
+    """Check that a state can be read on more than one pass.
 
     Raises:
-        UsageError: It is an iterator, which ends after one pass.
+        UsageError: The state is an iterator, which ends after one pass.
     """
     if isinstance(state, Iterator):
         raise UsageError(
             "a state that can be read only once",
-            expected="a module, a mapping, or an iterable that starts anew each time, such as a list",
+            expected="a module, a mapping, or an iterable that can be read again, such as a list",
             found=type(state).__name__,
             hint="give an object whose __iter__ is the generator, instead of the generator itself",
         )
 
 
 def mappings_of(state: State) -> Iterator[Tensors]:
-    """Yield the mappings of a state: one, or one after the other."""
+    """Yield the mappings of a state, in its order."""
     if isinstance(state, torch.nn.Module):
         yield state.state_dict()
     elif isinstance(state, Mapping):
@@ -43,8 +43,8 @@ def mappings_of(state: State) -> Iterator[Tensors]:
         yield from state
 
 
-def describe(tensors: Tensors) -> tuple[dict[str, Source], dict[str, str]]:
-    """Return what each tensor is, tied ones once, and for each alias the name that stands for it."""
+def sources_of(tensors: Tensors) -> tuple[dict[str, Source], dict[str, str]]:
+    """Return each tensor's source, and for each alias of one its first name."""
     sources: dict[str, Source] = {}
     aliases: dict[str, str] = {}
     first: dict[object, str] = {}
@@ -59,12 +59,12 @@ def describe(tensors: Tensors) -> tuple[dict[str, Source], dict[str, str]]:
     return sources, aliases
 
 
-class Reader:
-    """The values of one pass over a state, each of which must still be what it was when the stream was planned.
+class StatePass:
+    """One pass over a state, whose tensors must still be as planned.
 
     Args:
         state: The state.
-        sources: What each of its mappings had.
+        sources: The sources of each of its mappings, as planned.
     """
 
     def __init__(self, state: State, sources: Sequence[Mapping[str, Source]]) -> None:
@@ -75,10 +75,12 @@ class Reader:
         self._checked: dict[str, torch.Tensor] = {}
 
     def tensor(self, mapping: int, name: str) -> torch.Tensor:
-        """Return a tensor of a mapping; mappings are read in their order, and dropped once the next one is.
+        """Return a tensor of a mapping.
+
+        Mappings must be asked for in order; each is dropped at the next.
 
         Raises:
-            InputError: It is gone, or another.
+            InputError: The tensor is missing, or has another shape, dtype, mesh or placement than planned.
         """
         while self._number < mapping:
             self._tensors, self._checked = next(self._mappings, {}), {}
@@ -88,10 +90,10 @@ class Reader:
         return self._checked[name]
 
     def finish(self) -> None:
-        """Check that nothing more has come to the state.
+        """Check that the state has no further mappings.
 
         Raises:
-            InputError: There are more mappings than there were.
+            InputError: The state has more mappings than planned.
         """
         self._tensors, self._checked = {}, {}
         rest = len(self._sources) - 1 - self._number
@@ -110,13 +112,13 @@ def _checked(tensors: Tensors, name: str, source: Source) -> torch.Tensor:
     found = Source.of(tensor) if isinstance(tensor, torch.Tensor) else None
     if found != source:
         raise InputError(
-            "a tensor that is no longer what it was when the stream was planned",
+            "a tensor that has changed since the stream was planned",
             tensor=name,
             expected=_text(source),
             found="absent" if found is None else _text(found),
             hint="make a new WeightStream after the model has changed",
         )
-    assert isinstance(tensor, torch.Tensor), "it is what it was"
+    assert isinstance(tensor, torch.Tensor), "a source is of a tensor"
     return tensor
 
 
@@ -125,6 +127,6 @@ def _text(source: Source) -> str:
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what two names of one tensor have in common, on the meta device too, where no memory tells."""
+    """Return a key that is equal for two names of one tensor, meta tensors included."""
     local = local_of(tensor)
     return (*storage_key(tensor), local.untyped_storage()._cdata if local.is_meta else None)

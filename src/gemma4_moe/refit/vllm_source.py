@@ -1,4 +1,4 @@
-"""A weight stream as a `WeightSource`, which is what the trainer's side of vLLM's weight transfer takes."""
+"""A weight stream as a `WeightSource`, the input of vLLM's weight transfer."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 def vllm_source(stream: WeightStream) -> Any:
     """Return `stream` as a `vllm.distributed.weight_transfer.base.WeightSource`.
 
-    Every round sends everything, layer scalars and the ones of `per_expert_scale` too: vLLM leaves a parameter that a
-    round does not bring as uninitialised memory. The order is that of vLLM's own groups: what stands outside all layers
-    comes before them or after them. On several trainer ranks every rank makes one.
+    Every round sends every tensor, layer scalars and the ones of `per_expert_scale` too: a parameter that a round lacks
+    is uninitialised memory in vLLM. The order is that of vLLM's own groups, in which a tensor outside all layers comes
+    before or after the layers. Each of several trainer ranks makes a source.
 
     Raises:
-        UsageError: The stream has more than one dtype: vLLM packs tensors side by side without alignment. Or it has a
-            `dst`: vLLM's sender is always the first rank, and iterates on all.
+        UsageError: The stream has several dtypes: vLLM packs tensors without alignment. Or the stream has a `dst`:
+            vLLM's sender is always the first rank, and all ranks iterate.
         ModuleNotFoundError: vLLM is not installed.
     """
     _check(stream)
@@ -40,7 +40,7 @@ def vllm_source(stream: WeightStream) -> Any:
             pairs, early = iter(stream), dict[str, torch.Tensor]()
             for name in names:
                 while name not in early:
-                    early.update([next(pairs)])  # a final norm, say, that stands before another tower's layers
+                    early.update([next(pairs)])  # such as a final norm that comes before another tower's layers
                 yield name, early.pop(name)
 
     return Source()
@@ -57,5 +57,5 @@ def _check(stream: WeightStream) -> None:
             tensor=other.name,
             expected=f"{first.dtype}, as {first.name}",
             found=other.dtype,
-            hint='set dtype, e.g. WeightStream(..., dtype="bfloat16"), and exclude_key_regex for what is no float',
+            hint='set dtype, e.g. WeightStream(..., dtype="bfloat16"), and exclude_key_regex for other tensors',
         )
