@@ -23,7 +23,7 @@ from gemma4_moe.cli import commands
 from gemma4_moe.layout.dtypes import BFLOAT16
 from support.checkpoints import config_of, contents, write_checkpoint
 from support.formulas import assert_same_tensors
-from support.hub_server import COMMIT, Hub, serving
+from support.hub_server import COMMIT, FILE_PATH, Hub, serving
 from support.models import random_hf_state_dict, read_directory
 from support.sparse import real_config, real_names_and_shapes, write_sparse_checkpoint
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 MODEL = "google/small-gemma"
 MANIFEST = "gemma4_moe.json"
-HUB_PATH = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 @pytest.fixture
@@ -91,7 +90,7 @@ def run(
         redirect_stderr(StringIO()) as talk,
     ):
         patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + HUB_PATH)
+        patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + FILE_PATH)
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "cache"))
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
         patch.setenv("HF_TOKEN", "hf_small")

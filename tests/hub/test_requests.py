@@ -13,11 +13,11 @@ from huggingface_hub import errors
 
 from gemma4_moe import inspect
 from gemma4_moe.errors import CheckpointFormatError, Gemma4MoEError, InputError, StorageError, UsageError
-from gemma4_moe.hub.remote import RemoteFile
+from gemma4_moe.hub.remote import RemoteFile, open_on_hub
 from gemma4_moe.hub.requests import read_range, read_small, refusals
 from gemma4_moe.hub.source import locate
 from support.checkpoints import write_checkpoint
-from support.hub_server import COMMIT, Hub, serving
+from support.hub_server import COMMIT, FILE_PATH, Hub, serving
 from support.models import random_hf_state_dict
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr("time.sleep", lambda _: None)
     with serving(MODEL, source) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + FILE_PATH)
         yield hub
         huggingface_hub.close_session()
 
@@ -56,7 +57,7 @@ def test_a_range_is_the_file_s_bytes(hub: Hub) -> None:
     assert hub.requests == [(WEIGHTS, "bytes=100-156")]
 
 
-@pytest.mark.parametrize("failures", [1, 3])
+@pytest.mark.parametrize("failures", [1, 5])
 def test_an_answer_that_breaks_off_is_asked_for_again(failures: int, hub: Hub) -> None:
     hub.broken = failures
     assert read(hub, 100, 57) == (hub.directory / WEIGHTS).read_bytes()[100:157]
@@ -69,7 +70,7 @@ def test_a_connection_that_always_breaks_off_is_told(hub: Hub) -> None:
     hub.broken = 100
     with pytest.raises(StorageError, match="the Hub can't be read: "):
         read(hub, 100, 57)
-    assert len(hub.requests) == 4
+    assert len(hub.requests) == 6
 
 
 def test_a_server_that_says_nothing_is_left_in_time(hub: Hub) -> None:
@@ -100,6 +101,15 @@ def test_a_range_that_is_too_short_is_not_taken(hub: Hub) -> None:
     hub.cut = True
     with pytest.raises(StorageError, match="did not answer with the range"):
         read(hub, 100, 57)
+
+
+def test_an_answer_that_goes_on_after_the_range_is_not_read_on(hub: Hub) -> None:
+    hub.longer = 2**26
+    buffer = bytearray(b"-" * 100)
+    with pytest.raises(StorageError, match="did not answer with the range"):
+        read_range(url_of(hub), 100, memoryview(buffer)[:57], file=WEIGHTS)
+    assert buffer[57:] == b"-" * 43
+    assert hub.served[WEIGHTS] == 0, "the connection is closed before 64 MiB have come"
 
 
 def test_another_range_is_not_taken(hub: Hub) -> None:
@@ -158,6 +168,23 @@ def test_a_refusal_is_told_once_and_in_words(
         read_small(url_of(hub, "config.json"), 1000, file="it")
     assert hint in str(caught.value.hint)
     assert hub.answers == hub.requests == []
+
+
+def test_the_first_request_for_a_model_is_not_tried_again(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match="the Hub can't be read"), open_on_hub(MODEL):
+        pass
+    assert not slept
+
+
+def test_a_connection_that_does_not_come_about_is_tried_a_few_times(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    with pytest.raises(StorageError, match="the Hub can't be read"):
+        read_small("http://127.0.0.1:9/x", 1000, file="it")
+    assert slept == [1, 2, 4, 8, 8]
 
 
 def test_a_server_that_is_always_busy_is_told(hub: Hub) -> None:

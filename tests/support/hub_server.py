@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
+#: Where a file is below the server's address, as huggingface_hub's `HUGGINGFACE_CO_URL_TEMPLATE` says it.
+FILE_PATH = "/{repo_id}/resolve/{revision}/{filename}"
+
 
 @dataclass
 class Hub:
@@ -36,11 +39,12 @@ class Hub:
         gated: The model may be listed, but its files are refused.
         sizes: Whether the listing has the files' sizes.
         cut: Answers to ranges lose their last byte.
+        longer: How many bytes more than the range they have.
         broken: How many answers break off in the middle first.
         stalled: How many requests get no answer for a while first.
         whole: Ranges are ignored.
         shift: By how many bytes the answer to a range begins late.
-        encodes: Files are compressed for whoever takes that, and ranges are of the compressed file.
+        encodes: Files are compressed for a client that accepts that, and ranges are of the compressed file.
         redirect: Files are redirected once, to a CDN on another port.
         url: Where the server is.
         cdn: Where the CDN is.
@@ -58,6 +62,7 @@ class Hub:
     gated: bool = False
     sizes: bool = True
     cut: bool = False
+    longer: int = 0
     broken: int = 0
     stalled: int = 0
     whole: bool = False
@@ -84,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # else the second packet of an answer waits 40 ms
 
     def answer(self, status: int, body: bytes = b"", length: int | None = None, **headers: str) -> bool:
-        """Answer, and say whether the client took it all."""
+        """Answer, and return whether the client took it all."""
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body) if length is None else length), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
@@ -118,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
         first, last = first + self.hub.shift, min(last + self.hub.shift, size - 1)
         with path.open("rb") as file:
             file.seek(first)
-            part = file.read(last + 1 - first)
+            part = file.read(last + 1 - first) + bytes(self.hub.longer)
         length = len(part)
         if self.hub.broken:
             self.hub.broken -= 1

@@ -27,7 +27,7 @@ def adapter(E: int, H: int, I: int, dtype: torch.dtype) -> Any:  # noqa: E741
     """The peer's adapter for E experts of inner size I and hidden size H, whose experts become `dtype`."""
     config = SimpleNamespace(hidden_size=H, moe_intermediate_size=I, num_experts=E)
     moe_config = SimpleNamespace(n_routed_experts=E, moe_inter_dim=I, dim=H)
-    cls = _module("gemma4_moe.adapter.state_dict_adapter").Gemma4MoEStateDictAdapter
+    cls = _module("gemma4_moe.state_dict_adapter").Gemma4MoEStateDictAdapter
     return cls(config, moe_config, None, dtype=dtype)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json: read warily, and the few sizes in it that this package compares with the tensors."""
+"""A checkpoint's config.json, and the few sizes in it that this package compares with the tensors."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _HINT = "get the checkpoint's own config.json; it tells which sizes its tensors 
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """What config.json says. A size is None where it does not say it.
+    """A config.json. A size that it lacks is None.
 
     Attributes:
         path: The file.
-        document: Everything in it.
+        document: The whole document.
         model_type: The top level's model_type.
         experts: E, `num_experts`.
         hidden_size: H, `hidden_size`.
@@ -47,10 +47,12 @@ class ConfigFile:
 
 
 def read_config(directory: Path) -> ConfigFile:
-    """Read the config.json of `directory`. Sizes are `text_config`'s if there is one, else the top level's.
+    """Read the config.json of `directory`.
+
+    The sizes are those of its `text_config`. A config without one has them at its top level.
 
     Raises:
-        ConfigError: It is missing, too long, not a JSON object, or a field that is read has no sensible value.
+        ConfigError: The file is missing, too long, or not a JSON object; or a field that is used has no sensible value.
         StorageError: The disk or its permissions refused.
     """
     path = directory / CONFIG_NAME

@@ -1,19 +1,21 @@
 """The header of a safetensors file, read strictly.
 
 A file is eight bytes n (little-endian), n bytes of JSON, then the data. The JSON maps each tensor's name to its dtype,
-shape and [begin, end) in the data; together they must cover the data without holes or overlaps. Whatever is accepted
-here, the safetensors library reads as the same tensors; the reverse is not so: duplicate keys, unknown fields and
-white space before the first brace are refused here.
+shape and [begin, end) in the data; together they must cover the data without holes or overlaps. The safetensors
+library reads the same tensors from each header that is accepted here. It also accepts some that are refused here:
+those with equal keys, unknown fields, white space before the first brace, names of more than 4,096 characters, or far
+more commas than tensors need.
 """
 
 from __future__ import annotations
 
 import hashlib
+import reprlib
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gemma4_moe.checkpoint.json_scanner import LARGEST_INTEGER, JsonScanner
+from gemma4_moe.checkpoint.strict_json import LARGEST_INTEGER, check_name, is_unsigned, load_object, repeated_key
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, TensorShapeError
 from gemma4_moe.layout import dtypes
 
@@ -32,7 +34,7 @@ MOST_AXES = 64
 METADATA_KEY = "__metadata__"
 
 _DAMAGED = "the header is damaged, or was not written by the safetensors library: get the file again"
-_FIELDS = ("dtype", "shape", "data_offsets")
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,11 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself.
+    """A header.
 
     Attributes:
         entries: The tensors in the order of their data.
-        metadata: The free text that the file carries.
+        metadata: The strings under `__metadata__`, by key.
         data_start: Offset of the first byte of data.
         digest: SHA-256 of the file's first `data_start` bytes, in hexadecimal.
     """
@@ -80,7 +82,7 @@ def header_size(prefix: bytes, file_size: int, *, file: object) -> int:
     """Return the size in bytes of length and JSON together, from the first eight bytes of a file.
 
     Raises:
-        CheckpointFormatError: There are no eight bytes, or the length can't be that of a header of this file.
+        CheckpointFormatError: There are fewer than eight bytes, or this file can't have a header of that length.
     """
     if len(prefix) < LENGTH.size:
         raise CheckpointFormatError(
@@ -104,91 +106,86 @@ def header_size(prefix: bytes, file_size: int, *, file: object) -> int:
 
 
 def parse_header(raw: bytes, file_size: int, *, file: object) -> Header:
-    """Read a header.
+    """Return the header of a file.
 
     Args:
         raw: The first bytes of the file, at least to the end of the header.
         file_size: Size of the whole file in bytes.
-        file: What errors call the file.
+        file: The file's name in errors.
 
     Raises:
         CheckpointFormatError: The header breaks a rule of the format.
-        DuplicateTensorError: Two entries have one name.
-        TensorShapeError: An entry's shape and dtype don't make the bytes that it claims.
+        DuplicateTensorError: Two entries have the same name.
+        TensorShapeError: An entry has another number of bytes than its shape and dtype.
     """
     data_start = header_size(raw, file_size, file=file)
     raw = raw[:data_start]
-    scanner = JsonScanner(raw[LENGTH.size :], file=file, what="header")
-    found: dict[str, TensorEntry] = {}
-    metadata: dict[str, str] | None = None
-    for name in scanner.members():
-        if name in found or (name == METADATA_KEY and metadata is not None):
-            raise DuplicateTensorError("the header has two entries of one name", tensor=name, file=file, hint=_DAMAGED)
-        if name == METADATA_KEY:
-            metadata = _metadata(scanner)
-        else:
-            found[name] = _entry(scanner, name, data_start)
-    scanner.end()
-    entries = tuple(sorted(found.values(), key=lambda entry: (entry.start, entry.end)))
+    members = load_object(raw[LENGTH.size :], file=file, what="header")
+    metadata = _metadata(dict(members).get(METADATA_KEY, ()), file)
+    found = [_entry(name, value, data_start, file) for name, value in members if name != METADATA_KEY]
+    twice = repeated_key(members)
+    if twice is not None:
+        raise DuplicateTensorError("the header has two entries of one name", tensor=twice, file=file, hint=_DAMAGED)
+    entries = tuple(sorted(found, key=lambda entry: (entry.start, entry.end)))
     _check_coverage(entries, data_start, file_size, file)
-    return Header(entries, metadata or {}, data_start, hashlib.sha256(raw).hexdigest())
+    return Header(entries, metadata, data_start, hashlib.sha256(raw).hexdigest())
 
 
-def _metadata(scanner: JsonScanner) -> dict[str, str]:
-    metadata: dict[str, str] = {}
-    for key in scanner.members():
-        if key in metadata:
-            raise CheckpointFormatError("the metadata has one key twice", file=scanner.file, found=key, hint=_DAMAGED)
-        metadata[key] = scanner.string()
-    return metadata
-
-
-def _entry(scanner: JsonScanner, name: str, data_start: int) -> TensorEntry:
-    dtype: DType | None = None
-    shape: tuple[int, ...] | None = None
-    offsets: tuple[int, ...] | None = None
-    seen: set[str] = set()
-    for field in scanner.members():
-        if field in seen or field not in _FIELDS:
-            raise CheckpointFormatError(
-                "a tensor's entry has one field twice" if field in seen else "a tensor's entry has an unknown field",
-                tensor=name,
-                file=scanner.file,
-                expected=", ".join(_FIELDS),
-                found=field,
-                hint=_DAMAGED,
-            )
-        seen.add(field)
-        if field == "dtype":
-            dtype = _dtype(scanner, name)
-        elif field == "shape":
-            shape = scanner.unsigned_list(MOST_AXES)
-        else:
-            offsets = scanner.unsigned_list(2)
-    if dtype is None or shape is None or offsets is None or len(offsets) != 2:
+def _metadata(value: object, file: object) -> dict[str, str]:
+    pairs = value if isinstance(value, tuple) else None
+    if pairs is None or repeated_key(pairs) is not None or not all(type(text) is str for _, text in pairs):
         raise CheckpointFormatError(
-            "a tensor's entry is not complete",
-            tensor=name,
-            file=scanner.file,
-            expected="dtype, shape, and data_offsets of two integers",
-            found=", ".join(sorted(seen)) or "nothing",
+            "the metadata does not give each of its keys one string",
+            file=file,
+            expected="an object of strings",
+            found=reprlib.repr(value),
             hint=_DAMAGED,
         )
-    begin, end = offsets
-    _check_size(name, dtype, shape, begin, end, scanner.file)
-    return TensorEntry(name, dtype, shape, data_start + begin, data_start + end)
+    return dict(pairs)
 
 
-def _dtype(scanner: JsonScanner, name: str) -> DType:
-    tag = scanner.name()
-    dtype = dtypes.BY_TAG.get(tag)
+def _entry(name: str, value: object, data_start: int, file: object) -> TensorEntry:
+    check_name(name, file=file)
+    pairs = value if isinstance(value, tuple) else ()
+    fields = dict(pairs)
+    if fields.keys() != _FIELDS or len(pairs) != len(_FIELDS):
+        raise _bad_entry(name, file, "dtype, shape and data_offsets, each once", value)
+    dtype = _dtype(fields["dtype"], name, file)
+    shape = _integers(fields["shape"])
+    offsets = _integers(fields["data_offsets"])
+    if shape is None or len(shape) > MOST_AXES:
+        raise _bad_entry(name, file, f"a shape of at most {MOST_AXES} integers from 0 to 2^64 - 1", fields["shape"])
+    if offsets is None or len(offsets) != 2:
+        raise _bad_entry(name, file, "data_offsets of two integers from 0 to 2^64 - 1", fields["data_offsets"])
+    _check_size(name, dtype, shape, *offsets, file)
+    return TensorEntry(name, dtype, shape, data_start + offsets[0], data_start + offsets[1])
+
+
+def _bad_entry(name: str, file: object, expected: str, found: object) -> CheckpointFormatError:
+    return CheckpointFormatError(
+        "a tensor's entry is not what the format asks for",
+        tensor=name,
+        file=file,
+        expected=expected,
+        found=reprlib.repr(found),
+        hint=_DAMAGED,
+    )
+
+
+def _integers(value: object) -> tuple[int, ...] | None:
+    """Return an array of unsigned integers as a tuple, and anything else as None."""
+    return tuple(value) if isinstance(value, list) and all(map(is_unsigned, value)) else None
+
+
+def _dtype(tag: object, name: str, file: object) -> DType:
+    dtype = dtypes.BY_TAG.get(tag) if isinstance(tag, str) else None
     if dtype is None:
         raise CheckpointFormatError(
             "a dtype that the format does not have",
             tensor=name,
-            file=scanner.file,
+            file=file,
             expected=f"one of {', '.join(dtypes.BY_TAG)}",
-            found=tag,
+            found=reprlib.repr(tag),
             hint="the file is damaged, or newer than this package: get it again, or save it in one of these dtypes",
         )
     return dtype
@@ -198,7 +195,7 @@ def tensor_nbytes(name: str, dtype: DType, shape: tuple[int, ...], *, file: obje
     """Return the size of a tensor in bytes.
 
     Raises:
-        TensorShapeError: It does not fill whole bytes, or a step of the product leaves 64 bits, as the format counts.
+        TensorShapeError: The tensor does not fill whole bytes, or a step of the product exceeds 64 bits.
     """
     bits = 1
     for size in shape:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from typing import TYPE_CHECKING
 
-from gemma4_moe.checkpoint.json_scanner import JsonScanner
+from gemma4_moe.checkpoint.strict_json import check_name, load_object, repeated_key
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError
 
 if TYPE_CHECKING:
@@ -22,60 +23,58 @@ _DAMAGED = "the index is damaged: get it again, or save the model again with sav
 
 
 def parse_index(raw: bytes, *, file: object) -> dict[str, str]:
-    """Return the file name of each tensor. What else the index says (sizes, counts) is published wrong, and ignored.
+    """Return the file name of each tensor.
+
+    All else in an index (sizes, counts) is often published wrong, and ignored.
 
     Raises:
-        CheckpointFormatError: It is not JSON, maps anything but strings to strings, or names something other than a
-            safetensors file of its own directory.
+        CheckpointFormatError: It is not strict JSON, maps anything but strings to strings, or names something other
+            than a safetensors file of its own directory.
         DuplicateTensorError: A tensor has two places.
     """
-    scanner = JsonScanner(raw, file=file, what="index")
-    seen: set[str] = set()
-    weight_map: dict[str, str] = {}
-    for key in scanner.members():
-        if key in seen:
-            raise CheckpointFormatError("the index has one key twice", file=file, found=key, hint=_DAMAGED)
-        seen.add(key)
-        if key == _WEIGHT_MAP:
-            weight_map = _weight_map(scanner)
-        else:
-            scanner.skip_value()
-    scanner.end()
-    if not weight_map:
+    members = load_object(raw, file=file, what="index")
+    twice = repeated_key(members)
+    if twice is not None:
+        raise CheckpointFormatError("the index has one key twice", file=file, found=reprlib.repr(twice), hint=_DAMAGED)
+    places = dict(members).get(_WEIGHT_MAP)
+    if not isinstance(places, tuple) or not places:
         raise CheckpointFormatError(
-            "the index names no tensor", file=file, expected=f'tensors under "{_WEIGHT_MAP}"', hint=_DAMAGED
+            "the index names no tensor",
+            file=file,
+            expected=f'tensors under "{_WEIGHT_MAP}"',
+            found=reprlib.repr(places),
+            hint=_DAMAGED,
         )
-    return weight_map
+    for tensor, name in places:
+        _check_place(tensor, name, file)
+    twice = repeated_key(places)
+    if twice is not None:
+        raise DuplicateTensorError("the index gives one tensor two places", tensor=twice, file=file, hint=_DAMAGED)
+    return dict(places)
 
 
-def _weight_map(scanner: JsonScanner) -> dict[str, str]:
-    weight_map: dict[str, str] = {}
-    for tensor in scanner.members():
-        if tensor in weight_map:
-            raise DuplicateTensorError(
-                "the index gives one tensor two places", tensor=tensor, file=scanner.file, hint=_DAMAGED
-            )
-        name = scanner.name()
-        if not is_bare_name(name) or not name.endswith(".safetensors"):
-            raise CheckpointFormatError(
-                "the index names a place outside of its directory, or no safetensors file",
-                tensor=tensor,
-                file=scanner.file,
-                expected="the bare name of a .safetensors file beside the index",
-                found=name,
-                hint="don't use this checkpoint unless you know who wrote it",
-            )
-        weight_map[tensor] = name
-    return weight_map
+def _check_place(tensor: str, name: object, file: object) -> None:
+    check_name(tensor, file=file)
+    if isinstance(name, str):
+        check_name(name, file=file)
+    if not isinstance(name, str) or not is_bare_name(name) or not name.endswith(".safetensors"):
+        raise CheckpointFormatError(
+            "the index names a place outside of its directory, or no safetensors file",
+            tensor=tensor,
+            file=file,
+            expected="the bare name of a .safetensors file in the index's directory",
+            found=name if isinstance(name, str) else reprlib.repr(name),
+            hint="don't use this checkpoint unless you know who wrote it",
+        )
 
 
 def is_bare_name(name: str) -> bool:
-    """Say whether `name` can only mean an entry of the directory that it is looked up in."""
+    """Return whether `name` can only mean an entry of the directory in which it is looked up."""
     return name not in ("", ".", "..") and not any(char in name for char in "/\\\0")
 
 
 def write_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
-    """Return an index: the same bytes for the same tensors, whatever order they are given in.
+    """Return an index: the same bytes for the same tensors, in any order.
 
     Args:
         weight_map: The file name of each tensor.

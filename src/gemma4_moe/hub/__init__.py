@@ -1,4 +1,4 @@
-"""A model on the Hugging Face Hub as a source: fetched into the Hub's cache, or read in place.
+"""A model on the Hugging Face Hub as a source: downloaded into the Hub's cache, or read in place.
 
-May import: errors, sizes, layout, checkpoint.
+May import: errors, version, sizes, layout, checkpoint, target.
 """

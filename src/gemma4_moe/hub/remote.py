@@ -1,4 +1,4 @@
-"""A model on the Hugging Face Hub: read in place over HTTP, with nothing kept, or brought into the Hub's cache."""
+"""A model on the Hugging Face Hub: read in place over HTTP, with nothing kept, or downloaded into the Hub's cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _WEIGHTS = ".safetensors"
 
-#: What a plan is made from beside the headers, and the most bytes of each that are read.
+#: The files that a plan needs besides the headers, and the most bytes of each that are read.
 _READ = {CONFIG_NAME: LONGEST_CONFIG, INDEX_NAME: LONGEST_INDEX, MANIFEST_NAME: LONGEST_MANIFEST}
 
 #: The first piece of a file of weights that is read, in bytes: enough for most headers, so that each is one request.
@@ -40,7 +40,7 @@ _HEAD = 2**16
 #: The longest listing of a model's files that is read, in bytes.
 _LONGEST_LISTING = 64 * 2**20
 
-#: What the disk of the Hub's cache may say besides; a connection says none of these.
+#: Errors of the disk of the Hub's cache besides `FULL`. A connection has none of these.
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE, errno.EEXIST, errno.ENOTDIR)
 
 #: How the Hub's client for its storage, Xet, ends the text of an error of the operating system.
@@ -48,7 +48,7 @@ _OS_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 
 
 class RemoteFile(SafetensorsFile):
-    """A safetensors file on the Hub, at one commit. Its bytes can't change, but the connection can fail."""
+    """A safetensors file on the Hub, at one commit: its bytes never change, but its connection can fail."""
 
     def __init__(self, repository: str, commit: str, name: str, size: int | None) -> None:
         """Read the file's header.
@@ -63,9 +63,11 @@ class RemoteFile(SafetensorsFile):
             InputError: The header breaks a rule of the format.
             StorageError: The Hub can't be reached, or refuses.
         """
+        from huggingface_hub import hf_hub_url
+
         self.path = Path(_place(repository, commit)) / name
         self._repository, self._commit = repository, commit
-        self._url = _file_url(repository, commit, name)
+        self._url = hf_hub_url(repository, name, revision=commit)
         self._descriptor = -1
         if size is None:
             size = read_range(self._url, 0, memoryview(bytearray(1)), file=self.path)
@@ -74,13 +76,18 @@ class RemoteFile(SafetensorsFile):
         self._read_header(size, 0, 0)
         self._head = bytearray()
 
-    def reader(self, *, buffered: bool = False) -> Reader:  # noqa: ARG002 - there is no page cache between
-        """Return what reads ranges of the file."""
-        return _RemoteReader(self)
+    def reader(self, *, buffered: bool = False) -> Reader:  # noqa: ARG002 - no page cache is between
+        """Return the file itself: connections belong to the Hub's client, and a reader has nothing of its own."""
+        return self
 
     def quickest_reader(self) -> Reader:
-        """Return what reads ranges of the file: there is one way."""
-        return _RemoteReader(self)
+        """Return the file itself."""
+        return self
+
+    def read(self, offset: int, size: int, buffer: memoryview) -> memoryview:
+        """Read `size` bytes from `offset` on into the beginning of `buffer`, and return that part of it."""
+        self.read_into(offset, buffer[:size])
+        return buffer[:size]
 
     def read_into(self, offset: int, destination: memoryview) -> None:
         """Fill `destination` with the file's bytes from `offset` on, in one request.
@@ -92,10 +99,10 @@ class RemoteFile(SafetensorsFile):
             read_range(self._url, offset, destination, file=self.path)
 
     def check_unchanged(self) -> None:
-        """Return: what a commit names never changes."""
+        """Return at once: the files of a commit never change."""
 
     def is_cached(self) -> bool:
-        """Say whether the whole file is in the Hub's cache on this machine."""
+        """Return whether the whole file is in the Hub's cache on this machine."""
         from huggingface_hub import try_to_load_from_cache
 
         return isinstance(try_to_load_from_cache(self._repository, self.path.name, revision=self._commit), str)
@@ -106,21 +113,9 @@ class RemoteFile(SafetensorsFile):
         return bytes(self._head[:count] + more)
 
 
-class _RemoteReader:
-    def __init__(self, file: RemoteFile) -> None:
-        self._file = file
-
-    def read(self, offset: int, size: int, buffer: memoryview) -> memoryview:
-        self._file.read_into(offset, buffer[:size])
-        return buffer[:size]
-
-    def close(self) -> None:
-        """There is nothing to give back: connections belong to the Hub's client."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """What the Hub says of a model.
+    """The Hub's answer about a revision of a model.
 
     Attributes:
         commit: The full hash of the commit that the revision names.
@@ -137,15 +132,15 @@ class _Listing:
 def open_on_hub(
     repository: str, revision: str | None = None, *, headers_only: bool = False
 ) -> Iterator[tuple[Checkpoint, str]]:
-    """Open a model on the Hub as a checkpoint whose weights stay there, and give it with its commit.
+    """Open a model on the Hub as a checkpoint whose weights stay there, and yield it with its commit.
 
-    Only what stands beside the weights is fetched, into a temporary directory. Files that are not taken along are empty
-    there: their names alone tell what else the model has.
+    Side files are downloaded into a temporary directory. Files that a conversion does not copy are empty there: their
+    names alone tell what else the model has.
 
     Args:
         repository: The model's id.
         revision: Branch, tag or commit.
-        headers_only: Leave side files empty too, but for those that a plan is made from.
+        headers_only: Leave side files empty too, except for those that a plan needs.
 
     Raises:
         InputError: There is no such model; or what `open_checkpoint` raises.
@@ -165,7 +160,7 @@ def open_on_hub(
             if name.endswith(_WEIGHTS):
                 weights[name] = partial(RemoteFile, repository, commit, name, size)
             else:
-                content = _beside(repository, commit, name, size, headers_only=headers_only)
+                content = _small_content(repository, commit, name, size, headers_only=headers_only)
                 with disk_refusals("write", directory / name):
                     (directory / name).write_bytes(content)
         with open_checkpoint(directory, weights) as checkpoint:
@@ -173,11 +168,11 @@ def open_on_hub(
 
 
 def _list(repository: str, revision: str | None) -> _Listing:
-    """Ask the Hub what a revision of a model has."""
+    """Ask the Hub for the commit and the files of a revision of a model."""
     with refusals(repository):
         from huggingface_hub import constants
     url = f"{constants.ENDPOINT}/api/models/{repository}/revision/{quote(revision or 'main', safe='')}?blobs=true"
-    raw = read_small(url, _LONGEST_LISTING, file=repository, patient=False)
+    raw = read_small(url, _LONGEST_LISTING, file=repository, attempts=1)
     try:
         answer: Any = json.loads(raw)
         commit, files = answer["sha"], {file["rfilename"]: file.get("size") for file in answer["siblings"]}
@@ -199,8 +194,10 @@ def _list(repository: str, revision: str | None) -> _Listing:
     return _Listing(commit, sizes, {name for name in directories if is_bare_name(name)})
 
 
-def _beside(repository: str, commit: str, name: str, size: int | None, *, headers_only: bool) -> bytes:
-    """Fetch a file beside the weights, if it is of use; else return nothing."""
+def _small_content(repository: str, commit: str, name: str, size: int | None, *, headers_only: bool) -> bytes:
+    """Return the content of a file without weights, or nothing if a conversion has no use for it."""
+    from huggingface_hub import hf_hub_url
+
     most = _READ.get(name)
     if most is None and not is_side_file(name):
         return b""
@@ -209,27 +206,21 @@ def _beside(repository: str, commit: str, name: str, size: int | None, *, header
         raise too_large(place, largest, f"{size} bytes")
     if most is None and headers_only:
         return b""
-    return read_small(_file_url(repository, commit, name), largest, file=place)
+    return read_small(hf_hub_url(repository, name, revision=commit), largest, file=place)
 
 
 def _place(repository: str, commit: str) -> str:
-    """Return what a model at a commit is called."""
+    """Return the name of a model at a commit, for errors."""
     return f"{repository}@{commit[:12]}"
 
 
-def _file_url(repository: str, commit: str, name: str) -> str:
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{repository}/resolve/{commit}/{quote(name)}"
-
-
 def fetch(repository: str, revision: str | None = None, *, cached_only: bool = False) -> Path:
-    """Bring a model into the Hub's cache, and return its directory there.
+    """Download a model into the Hub's cache, and return its directory there.
 
     Args:
         repository: The model's id.
         revision: Branch, tag or commit.
-        cached_only: Ask for nothing over the network.
+        cached_only: Make no request: return the directory only if the cache has the model.
 
     Raises:
         InputError: There is no such model or revision, or not for this token.
@@ -251,7 +242,7 @@ def fetch(repository: str, revision: str | None = None, *, cached_only: bool = F
 
 @contextmanager
 def _refusals_of_the_cache(repository: str) -> Iterator[None]:
-    """Turn what the disk of the Hub's cache refuses, as the Hub's client tells it, into a StorageError."""
+    """Turn an error of the disk of the Hub's cache, in any form of the Hub's client, into a StorageError."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # RuntimeError: any failure of the client for Xet
@@ -271,7 +262,7 @@ def _refusals_of_the_cache(repository: str) -> Iterator[None]:
 
 
 def bytes_to_fetch(checkpoint: Checkpoint) -> int:
-    """Return how many bytes of weights `fetch` would bring into the Hub's cache, for a model opened on the Hub."""
+    """Return how many bytes of weights `fetch` would download, for a model opened on the Hub."""
     remote = [file for file in checkpoint.files.values() if isinstance(file, RemoteFile)]
     return sum(file.size for file in remote if not file.is_cached())
 

@@ -1,17 +1,16 @@
 """Requests to the Hugging Face Hub: ranges of files and whole small ones, with this package's errors.
 
-An answer is taken as it comes and never beyond what was asked for, so that no server can fill the memory. Where the Hub
-is busy or the connection breaks off, the request is made again for a while; where nothing comes, it ends in time.
+The connection, the token, redirects, and the retries for a busy server are the work of huggingface_hub. Here an answer
+is read as it comes and never beyond the bytes that were asked for, so that no server can fill the memory. A connection
+that breaks off is made again, a few times.
 """
 
 from __future__ import annotations
 
-import importlib
-import itertools
 import re
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemma4_moe.errors import CheckpointFormatError, Gemma4MoEError, InputError, StorageError, UsageError
 from gemma4_moe.version import __version__
@@ -19,22 +18,17 @@ from gemma4_moe.version import __version__
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_PARTIAL_CONTENT = 206
+_T = TypeVar("_T")
+
 _REFUSED = (401, 403)
 
-#: Statuses of a server that may answer in a moment. Those after which nothing changes, 401 and 404 say, are not here.
-_BUSY = (408, 429, 500, 502, 503, 504)
-
-#: How often a request is made whose answer breaks off.
-_ATTEMPTS = 4
+#: How many times a request is made whose connection fails, and the longest pause before the next time, in seconds.
+_ATTEMPTS = 6
+_LONGEST_PAUSE = 8
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 _LOG_IN = "check the name; a private or gated model needs `hf auth login`"
-
-
-class _BrokenOffError(Exception):
-    """The connection has failed while an answer came."""
 
 
 def read_range(url: str, offset: int, destination: memoryview, *, file: object) -> int:
@@ -42,118 +36,98 @@ def read_range(url: str, offset: int, destination: memoryview, *, file: object) 
 
     Raises:
         InputError: There is no such file, or not for this token.
-        StorageError: The Hub can't be reached, refuses, or answers with something else.
+        StorageError: The Hub can't be reached, refuses, or answers with another range.
     """
     wanted = destination.cast("B")
     first, last = offset, offset + wanted.nbytes - 1
-    size = 0
 
-    def take(response: Any) -> None:
-        nonlocal size
+    def take(response: Any) -> int:
         found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         count = 0
-        if response.status_code == _PARTIAL_CONTENT and found and (int(found[1]), int(found[2])) == (first, last):
+        if found and (int(found[1]), int(found[2])) == (first, last):
             for chunk in response.iter_bytes():
-                if count + len(chunk) <= wanted.nbytes:
-                    wanted[count : count + len(chunk)] = chunk
                 count += len(chunk)
-            size = int(found[3])
-        if count != wanted.nbytes:
-            raise StorageError(
-                "the Hub did not answer with the range that was asked for",
-                file=file,
-                expected=f"status {_PARTIAL_CONTENT} and bytes {first}-{last}",
-                found=f"status {response.status_code}, {found[0] if found else 'no range'}, and {count} bytes",
-                hint="try again; --resume goes on where this run has ended",
-            )
+                if count > wanted.nbytes:
+                    break
+                wanted[count - len(chunk) : count] = chunk
+            if count == wanted.nbytes:
+                return int(found[3])
+        raise StorageError(
+            "the Hub did not answer with the range that was asked for",
+            file=file,
+            expected=f"status 206 and bytes {first}-{last}",
+            found=f"status {response.status_code}, {found[0] if found else 'no range'}, and {count} bytes",
+            hint="try again; --resume goes on where this run has ended",
+        )
 
-    # An encoding would make another range of it.
-    _receive(url, {"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}, take, file=file)
-    return size
+    return _receive(url, take, file=file, range=f"bytes={first}-{last}")
 
 
-def read_small(url: str, most: int, *, file: object, patient: bool = True) -> bytes:
+def read_small(url: str, most: int, *, file: object, attempts: int = _ATTEMPTS) -> bytes:
     """Return a whole file of at most `most` bytes.
 
     Args:
-        url: Where it is.
+        url: Its address.
         most: Its largest size in bytes.
-        file: What it is called in errors.
-        patient: Try again where no connection comes about.
+        file: Its name in errors.
+        attempts: How many times the request is made if its connection fails.
 
     Raises:
         CheckpointFormatError: It is larger.
         InputError: There is no such file, or not for this token.
         StorageError: The Hub can't be reached, or refuses.
     """
-    content = bytearray()
 
-    def take(response: Any) -> None:
-        content.clear()
+    def take(response: Any) -> bytes:
+        content = bytearray()
         for chunk in response.iter_bytes():
-            content.extend(chunk)
+            content += chunk
             if len(content) > most:
                 raise too_large(file, most, f"more than {most} bytes")
+        return bytes(content)
 
-    _receive(url, {}, take, file=file, patient=patient)
-    return bytes(content)
+    return _receive(url, take, file=file, attempts=attempts)
 
 
 def too_large(file: object, most: int, found: str) -> CheckpointFormatError:
-    """Return the error for a file beside the weights that has more than `most` bytes."""
+    """Return the error for a file without weights that has more than `most` bytes."""
     return CheckpointFormatError(
         "a file that is far larger than such a file can be", file=file, expected=f"at most {most} bytes", found=found
     )
 
 
-def _receive(
-    url: str, headers: dict[str, str], take: Callable[[Any], None], *, file: object, patient: bool = True
-) -> None:
-    """Make a request and let `take` have its answer, from the beginning where an earlier one has broken off."""
-    from huggingface_hub import constants, utils
+def _receive(url: str, take: Callable[[Any], _T], *, file: object, attempts: int = _ATTEMPTS, **headers: str) -> _T:
+    """Return the result of `take` on the answer to a request; after a failure, on the whole of the next answer."""
+    with refusals(file):
+        from huggingface_hub import constants, utils
 
-    client: Any = utils
-    options: dict[str, Any] = {} if patient else {"retry_on_exceptions": ()}
-    for failures in itertools.count(1):
-        answering = client.http_stream_backoff(
-            "GET",
-            url,
-            headers=client.build_hf_headers(library_name="gemma4-moe", library_version=__version__) | headers,
-            follow_redirects=True,
-            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            retry_on_status_codes=_BUSY,
-            **options,
-        )
-        try:
-            with refusals(file), answering as response, _noticing_a_break():
-                client.hf_raise_for_status(response)
-                take(response)
-            return
-        except _BrokenOffError as error:
-            if failures == _ATTEMPTS:
-                raise unreadable(file, error) from error
-            time.sleep(failures)
-
-
-def _http() -> Any:
-    """Return the client's HTTP library: its name has changed before, and the client's own errors know it."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
-
-
-@contextmanager
-def _noticing_a_break() -> Iterator[None]:
-    """Keep a failure within an answer from the client's own retries, which know only answers that don't begin."""
-    try:
-        yield
-    except _http().TransportError as error:
-        raise _BrokenOffError(_first_line(error)) from error
+        client: Any = utils
+        headers |= client.build_hf_headers(library_name="gemma4-moe", library_version=__version__)
+        headers["accept-encoding"] = "identity"  # a range of an encoded file would be another one
+        failures = 0
+        while True:
+            answering = client.http_stream_backoff(
+                "GET",
+                url,
+                headers=headers,
+                follow_redirects=True,
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                retry_on_exceptions=(),  # the client's own retries break where a connection fails within an answer
+            )
+            try:
+                with answering as response:
+                    client.hf_raise_for_status(response)
+                    return take(response)
+            except client.httpx.TransportError:
+                failures += 1
+                if failures == attempts:
+                    raise
+            time.sleep(min(2 ** (failures - 1), _LONGEST_PAUSE))
 
 
 @contextmanager
 def refusals(file: object) -> Iterator[None]:
-    """Turn what the Hub's client raises into this package's errors.
+    """Turn the errors of the Hub's client into this package's.
 
     Raises:
         UsageError: huggingface_hub is not installed.
@@ -161,13 +135,14 @@ def refusals(file: object) -> Iterator[None]:
         StorageError: The Hub can't be reached, or refuses; or the disk does.
     """
     try:
-        from huggingface_hub import errors
+        from huggingface_hub import errors, utils
     except ImportError as error:
         raise UsageError(
             "no such directory, and a model on the Hub needs huggingface_hub",
             file=file,
             hint="check the path, or: pip install 'gemma4-moe[hub]'",
         ) from error
+    client: Any = utils
     try:
         yield
     except Gemma4MoEError:
@@ -190,7 +165,7 @@ def refusals(file: object) -> Iterator[None]:
             file=file,
             hint="check the path or the connection; with HF_HUB_OFFLINE, the model must be in the cache",
         ) from error
-    except (_http().HTTPError, OSError) as error:
+    except (client.httpx.HTTPError, OSError) as error:
         response = getattr(error, "response", None)
         if response is not None and response.status_code in _REFUSED:
             problem = f"the Hub refuses this token: status {response.status_code}"

@@ -1,4 +1,4 @@
-"""Where a source is: a directory on this machine, or a model on the Hugging Face Hub, fetched or read in place."""
+"""A source by its path or Hub id: a directory, or a model on the Hugging Face Hub, downloaded or read in place."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ _HUB_ID = re.compile(rf"(?!.*(--|\.\.|\.git$)){_PART}/{_PART}", re.ASCII)
 def open_source(
     source: str | Path, revision: str | None = None, *, stream: bool = False
 ) -> Iterator[tuple[Checkpoint, str | None]]:
-    """Open a source, and give it with the commit at which it is read; None for a directory.
+    """Open a source, and yield it with its commit, or None if its files are on this machine.
 
     Args:
         source: A path, or a Hub id. A directory of that name comes first.
         revision: Branch, tag or commit on the Hub.
-        stream: Leave the weights of a model on the Hub there, instead of fetching them into its cache first.
+        stream: Read the weights of a model on the Hub in place. Without it they are downloaded into the cache first.
 
     Raises:
-        UsageError: What `locate` raises.
-        InputError, StorageError: What `locate`, `open_checkpoint` or `open_on_hub` raises.
+        UsageError, InputError, StorageError: As `locate`, `open_checkpoint` and `open_on_hub` raise them.
     """
     if stream and is_hub_id(source):
         with open_on_hub(source, revision) as (checkpoint, commit):
@@ -44,16 +43,16 @@ def open_source(
 
 @contextmanager
 def open_headers(source: str | Path, revision: str | None = None) -> Iterator[Checkpoint]:
-    """Open a source for its headers alone. Of a model on the Hub, little more is fetched, and nothing is kept.
+    """Open a source for its headers alone: of a model on the Hub, no weights are downloaded.
 
-    Where the Hub can't be asked, or refuses, a model that is in its cache is read there, as `locate` would find it.
+    If the Hub can't be reached, or refuses, the model is read from the Hub's cache.
 
     Args:
         source: A path, or a Hub id. A directory of that name comes first.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        UsageError, InputError, StorageError: What `locate`, `open_checkpoint` or `open_on_hub` raises.
+        UsageError, InputError, StorageError: As `locate`, `open_checkpoint` and `open_on_hub` raise them.
     """
     with ExitStack() as stack:
         if is_hub_id(source):
@@ -70,7 +69,7 @@ def open_headers(source: str | Path, revision: str | None = None) -> Iterator[Ch
 
 
 def is_hub_id(source: str | Path) -> TypeGuard[str]:
-    """Say whether a source is the id of a model on the Hub, and no path of this machine.
+    """Return whether a source is the id of a model on the Hub, and no path on this machine.
 
     Raises:
         StorageError: The disk or its permissions refused.
@@ -82,12 +81,12 @@ def is_hub_id(source: str | Path) -> TypeGuard[str]:
 
 
 def on_hub(*sources: str | Path | None) -> list[str]:
-    """Return those of several sources that are models on the Hub."""
+    """Return the sources that are models on the Hub."""
     return [source for source in sources if source is not None and is_hub_id(source)]
 
 
 def check_streamed(source: str | Path, base: str | Path | None) -> None:
-    """Check that there is something to stream.
+    """Check that the source or the base can be streamed.
 
     Raises:
         UsageError: Neither the source nor the base is a model on the Hub.
@@ -97,7 +96,7 @@ def check_streamed(source: str | Path, base: str | Path | None) -> None:
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
-    """Return the directory of a source; a model on the Hub is brought into the Hub's cache first.
+    """Return the directory of a source; a model on the Hub is downloaded into its cache first.
 
     Args:
         source: A path, or a Hub id such as google/gemma-4-26B-A4B. A directory of that name comes first.
@@ -117,7 +116,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:
-    """Return the directory of a model in the Hub's cache, if it is there."""
+    """Return the directory of a model in the Hub's cache, or None if the cache lacks it."""
     try:
         return fetch(repository, revision, cached_only=True)
     except StorageError:
