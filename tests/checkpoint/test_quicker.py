@@ -72,6 +72,7 @@ def test_it_does_not_matter_that_one_way_has_read_more(monkeypatch: pytest.Monke
     assert bytes(reader.read(0, 1, buffer)) == b"d"
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("trial", [1, 5_000])
 def test_the_target_is_the_same_whichever_way_the_source_was_read(
     trial: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

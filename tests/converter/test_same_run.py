@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.converter.plan import Plan, PlannedTensor
 
-pytestmark = pytest.mark.usefixtures("small_chunks")
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_what_a_run_is_called_by_is_what_the_filesystem_says(source: Path) -> No
     assert len(plan_digest) == 64
     assert opening == {
         "version": gemma4_moe.__version__,
-        "chunk_bytes": 8192,
+        "block_bytes": 8192,
         "options": {"dtype": "keep", "commit": "abc"},
         "source": files,
     }
@@ -71,7 +71,7 @@ def test_each_fact_of_a_run_is_compared_and_named(source: Path, tmp_path: Path) 
     control = tmp_path / ".nemo.gemma4-moe"
     known = read_journals(control)
     facts = leaves(known.opening)
-    assert len(facts) == 3 + 2 + 4 * 2, "version, chunks, plan; two options; four facts of each of two files"
+    assert len(facts) == 3 + 2 + 4 * 2, "version, size of blocks, plan; two options; four facts of each of two files"
     for fact in facts:
         opening = copy.deepcopy(known.opening)
         inner: Any = opening
@@ -82,7 +82,7 @@ def test_each_fact_of_a_run_is_compared_and_named(source: Path, tmp_path: Path) 
             path.unlink()
         with Journal(control, 0) as journal:
             journal.append(opening=opening)
-            journal.append(target=as_rows(known.target))
+            journal.append(pieces=as_rows(known.pieces.values()))
         with pytest.raises(UsageError, match="another one") as caught:
             resume(source, tmp_path / "nemo")
         assert caught.value.facts["found"].startswith(f"{' '.join(fact)} was another, is "), fact
@@ -164,7 +164,7 @@ def test_a_manifest_that_says_something_else_is_of_another_conversion(fact: str,
 
 
 @pytest.mark.parametrize("said", [None, True, 3, "x", [], {}, {"bytes": None}])
-@pytest.mark.parametrize("where", ["a source file", "what overflowed", "a source tensor", "what overflowed of one"])
+@pytest.mark.parametrize("where", ["a source file", "what overflowed", "a block of the source", "what was given back"])
 def test_a_manifest_that_makes_no_sense_is_of_another_conversion(
     where: str, said: object, source: Path, done: Path
 ) -> None:
@@ -174,10 +174,10 @@ def test_a_manifest_that_makes_no_sense_is_of_another_conversion(
         manifest["source"]["files"]["model-00002-of-00002.safetensors"] = said
     elif where == "what overflowed":
         manifest["overflowed"] = {"no such tensor": 1} if said == {} else said
-    elif where == "a source tensor":
-        manifest["source"]["tensors"]["model.language_model.layers.1.layer_scalar"] = said
+    elif where == "a block of the source":
+        manifest["source"]["blocks"]["model.language_model.layers.1.layer_scalar"] = said
     else:
-        manifest["overflowed"] = {"model.language_model.layers.1.layer_scalar": -3 if said == 3 else said}
+        manifest["given_back"] = {"model.language_model.layers.1.layer_scalar": -3 if said == 3 else said}
     path.write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match="the target exists"):
         resume(source, done)

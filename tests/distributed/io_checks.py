@@ -109,26 +109,26 @@ def check_save_groups(source: Path, target: Path) -> None:
 
 def check_save_read_back(source: Path, target: Path) -> None:
     """The last byte of the last rank's experts changes on the disk before the target appears: no rank publishes it."""
-    from gemma4_moe.model_io import save
+    from gemma4_moe.target import directory
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = shard_all(native(), mesh, (Shard(0),))
-    write = save.copy_side_files
+    copy_files = directory.copy_files
 
-    def flipping(paths: Any, out: Path) -> None:
-        write(paths, out)
+    def flipping(paths: Any, out: Path) -> Any:
         file = out / "model.safetensors"
         length = int.from_bytes(file.read_bytes()[:8], "little")
         entry = json.loads(file.read_bytes()[8 : 8 + length])["model.language_model.layers.1.experts.down_proj"]
         content = bytearray(file.read_bytes())
         content[8 + length + entry["data_offsets"][1] - 1] ^= 1
         file.write_bytes(content)
+        return copy_files(paths, out)
 
-    save.copy_side_files = flipping
+    directory.copy_files = flipping
     with pytest.raises(StorageError if mesh.get_rank() == mesh.size() - 1 else ParallelError, match="other bytes"):
         save_hf(model, target, config_from=source)
     assert not target.exists()
-    save.copy_side_files = write
+    directory.copy_files = copy_files
     save_hf(model, target, config_from=source)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What tells a file from another one, or from itself after a change.
+    """The facts that tell a file from another one, or from itself after a change.
 
     Attributes:
         size: Its size in bytes.
@@ -46,7 +46,7 @@ class SafetensorsFile:
     Attributes:
         path: Where it was opened.
         header: Its header.
-        identity: What it was when it was opened.
+        identity: Its identity when it was opened.
     """
 
     header: Header
@@ -85,15 +85,15 @@ class SafetensorsFile:
         return self.identity.size
 
     def fileno(self) -> int:
-        """Return the descriptor, for calls that copy between files."""
+        """Return the descriptor."""
         return self._descriptor
 
     def reader(self, *, buffered: bool = False) -> Reader:
-        """Return what reads the file in large pieces, past the page cache unless `buffered`."""
+        """Return a reader of large pieces, past the page cache unless `buffered`."""
         return PageReader(self, buffered=buffered)
 
     def quickest_reader(self) -> Reader:
-        """Return what reads the file in large pieces in whichever way is quicker here, and leaves none in the cache."""
+        """Return a reader of large pieces in the quicker of two ways, which leaves none in the cache."""
         return QuickerReader(PageReader(self), PageReader(self, buffered=True))
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ class SafetensorsFile:
         read_at(self._descriptor, self.path, offset, destination)
 
     def check_unchanged(self) -> None:
-        """Check that the file, and whatever its path names now, are what was opened.
+        """Check that the open file, and the one that its path names now, have not changed.
 
         Raises:
             SourceChangedError: Size, time of writing, inode or header differ, or the path names nothing any more.

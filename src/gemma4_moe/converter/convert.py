@@ -14,16 +14,17 @@ from gemma4_moe.converter import preview
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.converter.finish import finish
 from gemma4_moe.converter.job import Job
-from gemma4_moe.converter.notes import cast_notes, overflow_notes
+from gemma4_moe.converter.notes import base_notes, cast_notes, overflow_notes, unusual_scales
 from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.converter.resume import is_made_already
-from gemma4_moe.converter.scales import read_scales, unfolded_experts, unusual_scales, written_scales
+from gemma4_moe.converter.scales import read_scales
 from gemma4_moe.converter.write import write_weights
 from gemma4_moe.distributed.ranks import current, ranks_on_this_host
 from gemma4_moe.errors import StorageError
 from gemma4_moe.hub.source import check_streamed, on_hub, open_source
 from gemma4_moe.kernels.choice import allowed_cores
 from gemma4_moe.sizes import parse_size
+from gemma4_moe.target.directory import TargetFiles
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
 from gemma4_moe.target.manifest import read_manifest
 from gemma4_moe.target.preconditions import check_existing, check_place
@@ -41,15 +42,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What `convert` did.
+    """The result of `convert`.
 
     Attributes:
         target: The directory that it made.
-        plan: What was planned, and done.
+        plan: The plan that was carried out.
         memory: The buffers that were used.
-        notes: What a user should know of the values: scales that are zero, negative or not finite; experts that got
-            their scale back; casts that round, tensors that are not cast, and finite values that became infinite.
-        left_behind: Names in the source directory that were not taken along.
+        notes: Sentences on the values: scales that are zero, negative or not finite; experts that got the base's
+            scale, or that without a base every scale is one; casts that round, tensors that are not cast, and finite
+            values that became infinite.
+        left_behind: Names of files in the source directory that were not copied.
     """
 
     target: Path
@@ -81,8 +83,8 @@ def convert(
 ) -> Conversion:
     """Convert the checkpoint `source` into the new directory `target`.
 
-    A run that fails or is interrupted leaves the target as it was. What it has written and journalled stays in a hidden
-    directory beside the target, for `resume` to go on with; where there is nothing of use, nothing stays.
+    A run that fails or is interrupted leaves the target as it was. Blocks that it has journalled stay in a hidden
+    directory next to the target, and `resume` continues from them. If no block is journalled, nothing stays.
 
     Args:
         source: A directory of safetensors files with its config.json, or a Hub id.
@@ -161,7 +163,7 @@ def convert(
                 scales=scales,
                 options=options,
                 target=target,
-                out=out,
+                files=TargetFiles(out, plan.files, ranks, memory.peak_bytes, buffered),
                 memory=memory,
                 workers=workers,
                 buffered=buffered,
@@ -169,8 +171,7 @@ def convert(
                 sha256=sha256,
                 ranks=ranks,
             )
-            write_weights(job, None if transaction is None else transaction.confirm, progress)
-            finish(job)
+            finish(job, write_weights(job, None if transaction is None else transaction.confirm, progress))
             with ranks.together("publish the target"):
                 job.check_unchanged()
                 if transaction is not None:
@@ -182,8 +183,8 @@ def _check_before_a_fetch(source: str | Path, target: Path, **options: Any) -> N
     """Check by headers, before anything is brought into the Hub's cache, that all fits together and onto the disk.
 
     Raises:
-        StorageError: There is no room for what would be fetched and for the target.
-        InputError, UsageError: What `plan` raises.
+        StorageError: There is no room for the model in the cache and for the target.
+        InputError, UsageError: See `plan`.
     """
     space = preview.plan(source, target, **options).space
     if space.cache_bytes and space.missing_bytes:
@@ -218,7 +219,7 @@ def _is_made(
     resume: bool,
     break_lock: bool,
 ) -> bool:
-    """Finish or clear away what an earlier run has left, and say whether it has left nothing to do."""
+    """Finish or delete the work of an earlier run, and return whether the target is complete."""
     heal(target)
     if not resume or not is_made_already(target, plan, checkpoint, options, memory.peak_bytes):
         return False
@@ -227,6 +228,6 @@ def _is_made(
 
 
 def _notes(target: Path, plan: Plan, scales: Scales) -> tuple[str, ...]:
-    overflows = overflow_notes(plan, read_manifest(target)["overflowed"])
-    unfolded = unfolded_experts(plan, written_scales(plan, target))
-    return (*unusual_scales(scales), *unfolded, *cast_notes(plan), *overflows)
+    said = read_manifest(target)
+    overflows = overflow_notes(plan, said["overflowed"])
+    return (*unusual_scales(scales), *base_notes(plan, said["given_back"]), *cast_notes(plan), *overflows)

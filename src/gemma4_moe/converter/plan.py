@@ -19,7 +19,6 @@ from gemma4_moe.layout.table import Layout, Operation
 from gemma4_moe.layout.targets import Target
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE, PlannedFile, layout_files
-from gemma4_moe.target.manifest import read_folded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.converter.base import BaseExperts
     from gemma4_moe.layout.dtypes import DType
-    from gemma4_moe.target.manifest import Folded
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +33,10 @@ class PlannedTensor(Target["StoredTensor"]):
     """One tensor of the converter's target.
 
     Attributes:
-        folded: The scales that the source's manifest says were folded into it, or None.
         base: The base's experts, which its own may still be, or None.
     """
 
-    folded: Folded | None = None
     base: BaseExperts | None = None
-
-    @property
-    def comes_back(self) -> bool:
-        """Whether its experts may get a scale back: a manifest or a base names one."""
-        return self.folded is not None or self.base is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +93,7 @@ def make_plan(
     targets = checkpoint_targets(checkpoint.tensors.values(), layout, config, cast)
     downs = {name: target for name, target in targets.items() if target.operation is Operation.TRANSPOSE_SCALE}
     bases = {} if base is None else find_base(base, downs)
-    folded = _folded(checkpoint, downs) if layout is Layout.NEMO else {}
-    tensors = {
-        name: PlannedTensor(**_fields(target), folded=folded.get(name), base=bases.get(name))
-        for name, target in targets.items()
-    }
+    tensors = {name: PlannedTensor(**_fields(target), base=bases.get(name)) for name, target in targets.items()}
     return Plan(
         source_layout=layout,
         spelling=recognition.spelling,
@@ -132,13 +119,6 @@ def _check_direction(layout: Layout, to: Layout | str | None, base: Checkpoint |
             found=f"a source in the {layout} layout",
             hint="leave --base out",
         )
-
-
-def _folded(checkpoint: Checkpoint, downs: Mapping[str, Target[StoredTensor]]) -> dict[str, Folded]:
-    """Return the scales that a manifest names, by the target's name."""
-    natives = {target.origin.name: name for name, target in downs.items()}
-    found = read_folded(checkpoint.path, {target.origin.name: target.shape[0] for target in downs.values()})
-    return {natives[native]: folded for native, folded in found.items()}
 
 
 def _fields(target: Target[StoredTensor]) -> dict[str, Any]:
