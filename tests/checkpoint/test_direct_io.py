@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from gemma4_moe.checkpoint import readers
-from gemma4_moe.checkpoint.hashing import OpenFile
+from gemma4_moe.checkpoint.file import OpenFile
 from gemma4_moe.checkpoint.readers import PAGE, SLACK, PageReader, allocate
 from gemma4_moe.errors import CheckpointFormatError, StorageError
 from gemma4_moe.target.writers import PageWriter, SafetensorsWriter

@@ -11,7 +11,8 @@ import pytest
 from blake3 import blake3
 
 from gemma4_moe.checkpoint import hashing
-from gemma4_moe.checkpoint.hashing import Extent, OpenFile, blake3_of, hash_extents
+from gemma4_moe.checkpoint.file import OpenFile
+from gemma4_moe.checkpoint.hashing import Extent, blake3_of, hash_extents
 from gemma4_moe.errors import CheckpointFormatError
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ import pytest
 from gemma4_moe import convert
 from gemma4_moe.checkpoint import readers
 from gemma4_moe.checkpoint.directory import open_checkpoint
-from gemma4_moe.checkpoint.hashing import Extent, OpenFile, hash_extents
+from gemma4_moe.checkpoint.file import OpenFile
+from gemma4_moe.checkpoint.hashing import Extent, hash_extents
 from gemma4_moe.converter import blocks as block_module
 from gemma4_moe.converter.blocks import MOST_BUFFERS, blocks, plan_memory
 from gemma4_moe.converter.plan import make_plan

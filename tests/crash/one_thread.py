@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from gemma4_moe.converter.blocks import Block, Memory
-    from gemma4_moe.converter.pipeline import Steps
+    from gemma4_moe.converter.steps import ConversionSteps
 
 
-def run_in_order(blocks: Iterable[Block], steps: Steps[Any, Any, Any], memory: Memory) -> None:
+def run_in_order(blocks: Iterable[Block], steps: ConversionSteps, memory: Memory) -> None:
     source, target = allocate(memory.buffer_bytes), allocate(memory.buffer_bytes)
     for block in blocks:
         facts = steps.compute(block, steps.read(block, source), target)

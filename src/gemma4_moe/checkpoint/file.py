@@ -40,7 +40,56 @@ class FileIdentity:
     header_digest: str
 
 
-class SafetensorsFile:
+class OpenFile:
+    """Any regular file, opened for reading at positions. Use it as a context manager, or call `close`.
+
+    Attributes:
+        path: Where it was opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the file. Raises what `open_regular` raises."""
+        self.path = path
+        self._descriptor = open_regular(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def size(self) -> int:
+        """The file's size in bytes."""
+        return os.fstat(self._descriptor).st_size
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._descriptor
+
+    def reader(self, *, buffered: bool = False) -> Reader:
+        """Return a reader of large pieces, past the page cache unless `buffered`."""
+        return PageReader(self, buffered=buffered)
+
+    def close(self) -> None:
+        """Close the file. Further calls do nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def read_into(self, offset: int, destination: memoryview) -> None:
+        """Fill `destination` (C-contiguous) with the file's bytes from `offset` on.
+
+        Raises:
+            CheckpointFormatError: The file ends too early: it was cut off after it was opened.
+            StorageError: The disk refused.
+        """
+        read_at(self._descriptor, self.path, offset, destination)
+
+
+class SafetensorsFile(OpenFile):
     """An open file whose header has been checked. Use it as a context manager, or call `close`.
 
     Attributes:
@@ -61,8 +110,7 @@ class SafetensorsFile:
             TensorShapeError: A shape and dtype don't make the bytes that the header claims.
             StorageError: The disk or its permissions refused.
         """
-        self.path = path
-        self._descriptor = open_regular(path)
+        super().__init__(path)
         try:
             with refusals("look at the file", path):
                 status = os.fstat(self._descriptor)
@@ -71,45 +119,14 @@ class SafetensorsFile:
             self.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     @property
     def size(self) -> int:
         """The file's size in bytes when it was opened."""
         return self.identity.size
 
-    def fileno(self) -> int:
-        """Return the descriptor."""
-        return self._descriptor
-
-    def reader(self, *, buffered: bool = False) -> Reader:
-        """Return a reader of large pieces, past the page cache unless `buffered`."""
-        return PageReader(self, buffered=buffered)
-
     def quickest_reader(self) -> Reader:
         """Return a reader of large pieces in the quicker of two ways, which leaves none in the cache."""
         return QuickerReader(PageReader(self), PageReader(self, buffered=True))
-
-    def close(self) -> None:
-        """Close the file. Further calls do nothing."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def read_into(self, offset: int, destination: memoryview) -> None:
-        """Fill `destination` (C-contiguous) with the file's bytes from `offset` on.
-
-        Raises:
-            CheckpointFormatError: The file ends too early: it was cut off after it was opened.
-            StorageError: The disk refused.
-        """
-        read_at(self._descriptor, self.path, offset, destination)
 
     def check_unchanged(self) -> None:
         """Check that the open file, and the one that its path names now, have not changed.

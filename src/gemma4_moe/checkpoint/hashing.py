@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from gemma4_moe.checkpoint.readers import PAGE, SLACK, PageReader, allocate
-from gemma4_moe.checkpoint.storage import open_regular, read_at
+from gemma4_moe.checkpoint.readers import PAGE, SLACK, allocate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from pathlib import Path
-    from types import TracebackType
 
-    from gemma4_moe.checkpoint.readers import Reader
+    from gemma4_moe.checkpoint.file import OpenFile
 
 #: The most bytes that a thread reads at once.
 _READ_BYTES = 8 * 2**20
@@ -35,67 +31,11 @@ def blake3_of(contents: Iterable[bytes | memoryview]) -> str:
     return hasher.hexdigest()
 
 
-class OpenFile:
-    """Any regular file, opened for reading at positions. Use it as a context manager.
-
-    Attributes:
-        path: Where it was opened.
-        size: Its size in bytes.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Open the file. Raises what `open_regular` raises."""
-        self.path = path
-        self._descriptor = open_regular(path)
-        self.size = os.fstat(self._descriptor).st_size
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        os.close(self._descriptor)
-
-    def fileno(self) -> int:
-        """Return the descriptor."""
-        return self._descriptor
-
-    def read_into(self, offset: int, destination: memoryview) -> None:
-        """Fill `destination` with the bytes from `offset` on. Raises what `read_at` raises."""
-        read_at(self._descriptor, self.path, offset, destination)
-
-    def reader(self, *, buffered: bool = False) -> Reader:
-        """Return a reader of the file in large pieces, past the page cache unless `buffered`."""
-        return PageReader(self, buffered=buffered)
-
-
-class Readable(Protocol):
-    """A file with a reader: one of this machine, or one that is read over the network."""
-
-    @property
-    def size(self) -> int:
-        """Its size in bytes."""
-
-    def reader(self, *, buffered: bool = False) -> Reader:
-        """Return a reader of the file in large pieces."""
-
-
-class Hasher(Protocol):
-    """A hash of bytes that come one after the other, as in `hashlib`."""
-
-    def update(self, content: memoryview, /) -> object:
-        """Add bytes."""
-
-    def hexdigest(self) -> str:
-        """Return the hash in hexadecimal."""
-
-
 @dataclass(frozen=True, slots=True)
 class Extent:
     """Bytes (start, end) of an open file."""
 
-    file: Readable
+    file: OpenFile
     start: int
     end: int
 
@@ -106,7 +46,7 @@ def hash_extents(
     *,
     buffered: bool = False,
     hashed: Callable[[int], None] | None = None,
-    algorithm: Callable[[], Hasher] = blake3,
+    algorithm: Callable[[], Any] = blake3,
 ) -> list[str]:
     """Return the hash of each group of extents, one after the other, in hexadecimal.
 
@@ -115,7 +55,7 @@ def hash_extents(
         memory: The most bytes of buffers.
         buffered: Read through the page cache, which forgets the files first.
         hashed: Told of the bytes of each group when it is hashed; from several threads, one at a time.
-        algorithm: Makes the hasher of a group.
+        algorithm: Makes the hasher of a group, as in `hashlib`.
 
     Raises:
         CheckpointFormatError: A file is too short.

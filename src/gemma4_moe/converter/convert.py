@@ -119,35 +119,21 @@ def convert(
         ParallelError: Another rank failed.
     """
     ranks, target = current(), Path(target)
-    workers = workers or max(1, allowed_cores() // ranks_on_this_host())
+    asked: dict[str, Any] = {"to": to, "dtype": dtype, "max_shard_size": max_shard_size}
     with ExitStack() as stack:
         with ranks.together("plan the conversion"):
             if stream:
                 check_streamed(source, base)
             elif on_hub(source, base) and ranks.is_first and not resume:  # an earlier run may hold the space already
-                _check_before_a_fetch(
-                    source,
-                    target,
-                    to=to,
-                    dtype=dtype,
-                    max_shard_size=max_shard_size,
-                    max_memory=max_memory,
-                    revision=revision,
-                    base=base,
-                )
+                _check_before_a_fetch(source, target, max_memory=max_memory, revision=revision, base=base, **asked)
             checkpoint, commit = stack.enter_context(open_source(source, revision, stream=stream))
             check_place(target, checkpoint.path)
             origin, origin_commit = stack.enter_context(_open_base(base, target, stream))
-            plan = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=origin)
+            plan = make_plan(checkpoint, base=origin, **asked)
             memory = plan_memory(plan, parse_size(max_memory))
             scales = read_scales(plan)
-            options: dict[str, Any] = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
-            if commit is not None:
-                options["commit"] = commit
-            if origin is not None:
-                options["base"] = {name: file.header.digest for name, file in origin.files.items()}
-            if origin_commit is not None:
-                options["base_commit"] = origin_commit
+            options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
+            options |= _identities(commit, origin, origin_commit)
         transaction = None
         with ranks.together("take the target"):
             known = resume and origin is None  # no manifest has hashes of a base
@@ -165,7 +151,7 @@ def convert(
                 target=target,
                 files=TargetFiles(out, plan.files, ranks, memory.peak_bytes, buffered),
                 memory=memory,
-                workers=workers,
+                workers=workers or max(1, allowed_cores() // ranks_on_this_host()),
                 buffered=buffered,
                 read_back=read_back,
                 sha256=sha256,
@@ -177,6 +163,13 @@ def convert(
                 if transaction is not None:
                     transaction.publish(overwrite=overwrite)
         return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.left_behind)
+
+
+def _identities(commit: str | None, base: Checkpoint | None, base_commit: str | None) -> dict[str, Any]:
+    """Return the options that say which source and base it was: commits of the Hub, headers of the base."""
+    headers = None if base is None else {name: file.header.digest for name, file in base.files.items()}
+    found = {"commit": commit, "base": headers, "base_commit": base_commit}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _check_before_a_fetch(source: str | Path, target: Path, **options: Any) -> None:

@@ -7,14 +7,13 @@ import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.checkpoint.hashing import Extent, OpenFile, hash_extents
-from gemma4_moe.converter import blocks
-from gemma4_moe.converter.resume import described_sources, plan_digest, source_digests
+from gemma4_moe.checkpoint.file import OpenFile
+from gemma4_moe.checkpoint.hashing import Extent, hash_extents
+from gemma4_moe.converter.resume import described_source, plan_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gemma4_moe.checkpoint.hashing import Readable
     from gemma4_moe.converter.job import Job
     from gemma4_moe.converter.plan import Plan
     from gemma4_moe.target.pieces import Piece
@@ -40,27 +39,21 @@ def finish(job: Job, pieces: Sequence[Piece]) -> None:
 def _manifest(job: Job, files: dict[str, Any], pieces: Sequence[Piece]) -> dict[str, Any]:
     """Return the manifest without the files, and add SHA-256 to `files`."""
     plan = job.plan
-    sources = described_sources(job.checkpoint)
+    digests = {piece.place: piece.facts["source"] for piece in pieces if "source" in piece.facts}
+    source = described_source(plan, job.checkpoint, digests)
     if job.sha256:
         with ExitStack() as stack:
             written = [stack.enter_context(OpenFile(job.out / name)) for name in files]
-            opened: list[Readable] = [*written, *job.checkpoint.files.values()]
+            opened: list[OpenFile] = [*written, *job.checkpoint.files.values()]
             whole = [(Extent(file, 0, file.size),) for file in opened]
             found = hash_extents(whole, job.memory.peak_bytes, buffered=job.buffered, algorithm=hashlib.sha256)
-        for said, digest in zip([*files.values(), *sources.values()], found, strict=True):
+        for said, digest in zip([*files.values(), *source["files"].values()], found, strict=True):
             said["sha256"] = digest
-    digests = {piece.place: piece.facts["source"] for piece in pieces if "source" in piece.facts}
     return {
         "plan": plan_digest(plan),
         "options": job.options | {"to": plan.target_layout, "read_back": job.read_back},
         "layout": plan.target_layout,
-        "source": {
-            "layout": plan.source_layout,
-            "spelling": plan.spelling,
-            "files": sources,
-            "block_bytes": blocks.BLOCK_BYTES,
-            "blocks": source_digests(plan, digests),
-        },
+        "source": source,
         "source_dtypes": {
             tensor.name: tensor.source.dtype.name for tensor in plan.tensors.values() if tensor.source is not None
         },

@@ -10,7 +10,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.readers import allocate
 
@@ -18,26 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from gemma4_moe.converter.blocks import Block, Memory
-
-_Read = TypeVar("_Read")
-_Facts = TypeVar("_Facts")
-_Piece = TypeVar("_Piece")
-
-
-class Steps(Protocol[_Read, _Facts, _Piece]):
-    """The steps of one block. Only one block at a time is in each step; blocks are read in their order."""
-
-    def read(self, block: Block, buffer: memoryview) -> _Read:
-        """Read the block's source bytes into `buffer`, and return where they are."""
-
-    def compute(self, block: Block, read: _Read, buffer: memoryview) -> _Facts:
-        """Make the block's target bytes in `buffer`, and return facts of them."""
-
-    def digest(self, block: Block, buffer: memoryview, facts: _Facts) -> _Piece:
-        """Hash the block's target bytes."""
-
-    def write(self, block: Block, buffer: memoryview, piece: _Piece) -> None:
-        """Write the block's target bytes."""
+    from gemma4_moe.converter.steps import ConversionSteps
 
 
 class Stopped(Exception):  # noqa: N818 - a signal between threads, not an error
@@ -57,8 +38,8 @@ class _Turn:
             yield
 
 
-def run(blocks: Iterable[Block], steps: Steps[_Read, _Facts, _Piece], memory: Memory) -> None:
-    """Take every block through its four steps.
+def run(blocks: Iterable[Block], steps: ConversionSteps, memory: Memory) -> None:
+    """Take every block through its four steps; blocks are read in their order.
 
     Raises:
         The first error that a step raised.

@@ -127,47 +127,45 @@ def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: M
     sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
     with refusals("look at the target", target):
         whole = all((target / name).is_file() and (target / name).stat().st_size == sizes[name] for name in sizes)
-    said = manifest.get("source")
-    return (
+    said = manifest.get("source", {"files": {}})
+    for file in said["files"].values():
+        if isinstance(file, dict):
+            file.pop("sha256", None)
+    same = (
         whole
-        and said is not None
         and manifest.get("plan") == plan_digest(plan)
         and {key: value for key, value in manifest["options"].items() if key in options} == options
-        and {name: _identity(file) for name, file in said["files"].items()} == described_sources(checkpoint)
         and all(_is_count(manifest.get(counts), plan) for counts in ("overflowed", "given_back"))
-        and ("commit" in options or said.get("blocks") == _read_again(plan, memory))
+        and said | {"blocks": {}} == described_source(plan, checkpoint, {})
     )
+    if not same or "commit" in options:
+        return same
+    reading = [block for block in blocks.blocks(plan) if block.tensor.source is not None]
+    found = hash_extents([block.source_extents() for block in reading], memory)
+    digests = {block.place: digest for block, digest in zip(reading, found, strict=True)}
+    return bool(said == described_source(plan, checkpoint, digests))
 
 
-def described_sources(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the manifest's entry of each source file, without SHA-256."""
-    return {name: {"bytes": file.size, "header_sha256": file.header.digest} for name, file in checkpoint.files.items()}
-
-
-def _identity(said: Any) -> Any:
-    """Return the entry of one source file, as a manifest has it, without SHA-256."""
-    return {key: value for key, value in said.items() if key != "sha256"} if isinstance(said, dict) else None
-
-
-def source_digests(plan: Plan, digests: Mapping[tuple[str, int, int], str]) -> dict[str, list[str]]:
-    """Return the source digest of each block, by the target's tensors, in the order of the plan.
+def described_source(plan: Plan, checkpoint: Checkpoint, digests: Mapping[tuple[str, int, int], str]) -> dict[str, Any]:
+    """Return what a manifest says of the source, without SHA-256.
 
     Args:
         plan: The plan.
-        digests: The digest of each block that reads something, by its place.
+        checkpoint: The source, open.
+        digests: The source digest of each block that reads something, by its place.
     """
     found: dict[str, list[str]] = {}
     for block in blocks.blocks(plan):
         if block.place in digests:
             found.setdefault(block.tensor.name, []).append(digests[block.place])
-    return {name: found[name] for name in plan.tensors if name in found}
-
-
-def _read_again(plan: Plan, memory: int) -> dict[str, list[str]]:
-    """Hash the source as `convert` would."""
-    reading = [block for block in blocks.blocks(plan) if block.tensor.source is not None]
-    found = hash_extents([block.source_extents() for block in reading], memory)
-    return source_digests(plan, {block.place: digest for block, digest in zip(reading, found, strict=True)})
+    files = checkpoint.files.items()
+    return {
+        "layout": plan.source_layout,
+        "spelling": plan.spelling,
+        "files": {name: {"bytes": file.size, "header_sha256": file.header.digest} for name, file in files},
+        "block_bytes": blocks.BLOCK_BYTES,
+        "blocks": {name: found[name] for name in plan.tensors if name in found},
+    }
 
 
 def _is_count(said: Any, plan: Plan) -> bool:

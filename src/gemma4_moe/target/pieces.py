@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.checkpoint.hashing import Extent, OpenFile, blake3_of, hash_extents
+from gemma4_moe.checkpoint.file import OpenFile
+from gemma4_moe.checkpoint.hashing import Extent, blake3_of, hash_extents
 from gemma4_moe.checkpoint.storage import refusals
 
 if TYPE_CHECKING:
