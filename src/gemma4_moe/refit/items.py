@@ -84,12 +84,12 @@ class Item:
 
     @property
     def planned(self) -> Planned:
-        """What the plan says of it."""
+        """Its line of the plan."""
         return Planned(self.name, self.shape, self.dtype.name, self.nbytes)
 
 
-class Source(NamedTuple):
-    """What is known of a native tensor without its values.
+class TensorFacts(NamedTuple):
+    """A native tensor without its values.
 
     Attributes:
         shape: The whole tensor's shape.
@@ -104,8 +104,8 @@ class Source(NamedTuple):
     placements: str
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Source:
-        """Describe a tensor."""
+    def of(cls, tensor: torch.Tensor) -> TensorFacts:
+        """Return the facts of a tensor."""
         mesh, placements = (tensor.device_mesh, str(tensor.placements)) if isinstance(tensor, DTensor) else (None, "")
         return cls(tuple(tensor.shape), str(tensor.dtype), mesh, placements)
 
@@ -121,7 +121,7 @@ class Native:
 
 
 def items_of(
-    mappings: Sequence[Mapping[str, Source]],
+    mappings: Sequence[Mapping[str, TensorFacts]],
     inventory: Inventory,
     dtype: DType | None,
     form: Spelling,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gemma4_moe.refit.buckets import Bucket, Oversize, PlannedBucket
-    from gemma4_moe.refit.items import Experts, Item, Planned, Source
+    from gemma4_moe.refit.items import Experts, Item, Planned, TensorFacts
     from gemma4_moe.refit.state import State
 
 
@@ -89,7 +89,7 @@ class WeightStream:
         self.keeps = dst is None or dst == ranks.rank
         self._kernel = conversion_of(adapter.backend)
         self._state = state
-        self._sources: list[dict[str, Source]] = []
+        self._sources: list[dict[str, TensorFacts]] = []
         self._aliases: dict[str, str] = {}
         self._buckets: list[PlannedBucket] | None = None
         inventory = Inventory(Layout.NEMO, axis_sizes(adapter.config, adapter.moe_config))
