@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from gemma4_moe.converter.plan import PlannedTensor
+    from gemma4_moe.converter.steps import Array
+
 LAYER = "model.language_model.layers.1."
 DOWN, SCALE, DOWNS = (
     LAYER + name for name in ("experts.down_proj", "router.per_expert_scale", "moe.experts.down_projs")
@@ -183,6 +186,29 @@ def test_resuming_does_not_show_and_wants_the_same_base(
             convert(tmp_path / "nemo", tmp_path / "back", base=other, resume=True)
     convert(tmp_path / "nemo", tmp_path / "back", base=base, max_memory=60_000, resume=True)
     assert contents(tmp_path / "back") == contents(tmp_path / "whole")
+
+
+def test_no_expert_is_judged_twice(base: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted at the first scale, when all experts are written: a resumed run knows them from the journal."""
+    judged: list[tuple[str, int]] = []
+    whole = unfold.Unfolding.convert
+
+    def noted(self: unfold.Unfolding, tensor: PlannedTensor, first: int, native: Array, out: Array) -> list[int]:
+        judged.extend((tensor.name, number) for number in range(first, first + len(native)))
+        return whole(self, tensor, first, native, out)
+
+    def stop(done: int, total: int) -> None:
+        if done > total - 2 * 6 * 2:  # two scales of six experts in bf16
+            raise KeyboardInterrupt
+
+    small_blocks(monkeypatch)
+    convert(base, tmp_path / "nemo")
+    monkeypatch.setattr(unfold.Unfolding, "convert", noted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "nemo", tmp_path / "back", base=base, progress=stop)
+    convert(tmp_path / "nemo", tmp_path / "back", base=base, resume=True)
+    assert len(judged) == len(set(judged)) == 2 * 6
+    assert_same_tensors(read_directory(tmp_path / "back"), state)
 
 
 def test_a_complete_target_is_not_taken_for_that_of_another_base(base: Path, tmp_path: Path) -> None:

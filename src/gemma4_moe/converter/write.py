@@ -33,7 +33,7 @@ def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progre
 
     Args:
         job: The job.
-        confirm: Called now and then; raises if the target is not ours any more. Rank 0's.
+        confirm: Called before each journal entry; raises if the target is not ours any more. Rank 0's.
         progress: Told how far this rank's writing is.
 
     Returns:
@@ -72,8 +72,11 @@ def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progre
         journal.append(opening=opening)
         own = _write(job, soon, {}, Ledger(journal, known, check, count))
     pieces += [piece for part in job.ranks.everyones(own) for piece in part]
-    with job.ranks.together("write the scales"), Journal(job.control, job.ranks.rank) as journal:
-        own = _write(job, last, given_back_scales(job.plan, pieces), Ledger(journal, known, check, count))
+    own = []
+    with job.ranks.together("write the scales"):
+        if last:
+            with Journal(job.control, job.ranks.rank) as journal:
+                own = _write(job, last, given_back_scales(job.plan, pieces), Ledger(journal, known, check, count))
     return pieces + [piece for part in job.ranks.everyones(own) for piece in part]
 
 
