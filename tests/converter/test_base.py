@@ -147,7 +147,7 @@ def test_a_base_that_does_not_fit_is_refused(
 
 
 def test_the_base_of_a_conversion_to_nemo_and_a_base_in_nemo_are_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="for the way back"):
+    with pytest.raises(UsageError, match="for the conversion to hf"):
         convert(base, tmp_path / "nemo", base=base)
     convert(base, tmp_path / "nemo")
     with pytest.raises(UsageError, match="wrong layout"):

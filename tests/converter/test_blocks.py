@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gemma4_moe import convert
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.converter import blocks as block_module
-from gemma4_moe.converter.blocks import Block, Part, blocks, share
+from gemma4_moe.converter.blocks import Block, blocks, share
 from gemma4_moe.converter.plan import make_plan
 from gemma4_moe.target.pieces import gaps
-from support.checkpoints import contents, write_checkpoint
+from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from gemma4_moe.converter.plan import Plan
@@ -45,7 +43,7 @@ def test_they_cover_every_file_and_are_no_larger_than_one_row_asks(
         assert ranges == sorted(ranges)
     for block in found:
         assert block.end - block.start <= block_bytes or block.last - block.first == 1
-        assert sum(part.nbytes for part in block.parts()) == block.end - block.start, "bf16 on both sides"
+        assert sum(read.end - read.start for read in block.reads()) == block.end - block.start, "bf16 on both sides"
         assert len(block.source_extents()) == 1 + (block.tensor.scale is not None)
 
 
@@ -68,29 +66,3 @@ def test_ranks_share_them_and_never_a_page(world: int, plan: Plan, monkeypatch: 
 
 def pages_of(block: Block) -> set[tuple[str, int]]:
     return {(block.file, page) for page in range(block.start // PAGE, (block.end - 1) // PAGE + 1)}
-
-
-def halves(block: Block) -> Iterator[Part]:
-    """As a form would give them that has a tensor for each half of each expert's rows."""
-    for part in PARTS(block):
-        if "gate_up" not in part.stored.name:
-            yield part
-            continue
-        half = part.nbytes // (block.last - block.first) // 2
-        width = part.inner.stop // 2
-        for number, expert in enumerate(range(block.first, block.last)):
-            for side in (0, 1):
-                offset = part.offset + (2 * number + side) * half
-                inner = slice(side * width, (side + 1) * width)
-                yield Part(part.stored, offset, half, slice(expert, expert + 1), inner)
-
-
-PARTS = Block.parts
-
-
-def test_a_block_may_be_made_of_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24))
-    convert(source, tmp_path / "whole")
-    monkeypatch.setattr(Block, "parts", halves)
-    convert(source, tmp_path / "parts")
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")

@@ -123,7 +123,7 @@ def test_a_budget_is_used_and_not_exceeded(budget: int, large: Plan) -> None:
     work = list(blocks(large))
     assert {(block.last - block.first) for block in work if "down_projs" in block.tensor.name} == {2}
     assert {(block.last - block.first) for block in work if "gate_and_up" in block.tensor.name} == {1}
-    most = max(max(block.end - block.start, *(part.nbytes for part in block.parts())) for block in work)
+    most = max(max(block.end - block.start, *(read.end - read.start for read in block.reads())) for block in work)
     assert most == 2 * 2 * 416 * 480 == 798_720
     assert most + readers.SLACK <= memory.buffer_bytes <= most + 2 * readers.SLACK
 

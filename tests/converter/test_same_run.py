@@ -88,26 +88,31 @@ def test_each_fact_of_a_run_is_compared_and_named(source: Path, tmp_path: Path) 
         assert caught.value.facts["found"].startswith(f"{' '.join(fact)} was another, is "), fact
 
 
-def moved(tensor: PlannedTensor) -> PlannedTensor:
+def having_stored(tensor: PlannedTensor, **changes: Any) -> PlannedTensor:
+    """The tensor, made from another stored tensor."""
     assert tensor.source is not None
-    return replace(tensor, source=replace(tensor.source, entry=replace(tensor.source.entry, start=1, end=2)))
+    (part,) = tensor.source.parts
+    part = replace(part, stored=replace(part.stored, **changes))
+    return replace(tensor, source=replace(tensor.source, parts=(part,)))
+
+
+def moved(tensor: PlannedTensor) -> PlannedTensor:
+    return having_stored(tensor, entry=replace(tensor.origin.entry, start=1, end=2))
 
 
 def renamed(tensor: PlannedTensor) -> PlannedTensor:
-    assert tensor.source is not None
-    return replace(tensor, source=replace(tensor.source, entry=replace(tensor.source.entry, name="another")))
+    return having_stored(tensor, entry=replace(tensor.origin.entry, name="another"))
 
 
 def of_another_dtype(tensor: PlannedTensor) -> PlannedTensor:
-    assert tensor.source is not None
-    return replace(tensor, source=replace(tensor.source, entry=replace(tensor.source.entry, dtype=FLOAT32)))
+    return having_stored(tensor, entry=replace(tensor.origin.entry, dtype=FLOAT32))
 
 
 def test_whatever_decides_the_bytes_decides_the_hash_of_the_plan(source: Path) -> None:
     with open_checkpoint(source) as checkpoint:
         plan = make_plan(checkpoint)
         name, down = next((name, tensor) for name, tensor in plan.tensors.items() if tensor.scale is not None)
-        other = next(tensor.source for tensor in plan.tensors.values() if tensor.source.file is not down.source.file)
+        other = next(tensor.origin for tensor in plan.tensors.values() if tensor.origin.file is not down.origin.file)
 
         def having(tensor: PlannedTensor) -> Plan:
             return replace(plan, tensors={**plan.tensors, name: tensor})
@@ -118,7 +123,7 @@ def test_whatever_decides_the_bytes_decides_the_hash_of_the_plan(source: Path) -
             *(having(change(down)) for change in (moved, renamed, of_another_dtype)),
             having(replace(down, name="another")),
             having(replace(down, operation=Operation.KEEP)),
-            having(replace(down, source=replace(down.source, file=other.file))),
+            having(having_stored(down, file=other.file)),
             having(replace(down, scale=None)),
             having(replace(down, scale=other)),
             replace(plan, source_layout=plan.target_layout),

@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from distributed.placement_checks import CASES, is_expert, same, shard
-from gemma4_moe import load_hf, save_hf
+from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig, load_hf, save_hf
 from gemma4_moe.errors import ParallelError, StorageError
+from support import forms
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 
@@ -139,3 +140,32 @@ def _everyones(value: int) -> list[int]:
 
 def whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_form(world: int, source: Path, form: str) -> None:
+    """A made-up form is loaded into every placement, from the directory and by `from_hf`."""
+    forms.register()
+    state = forms.FORMS[form](random_hf_state_dict(E=E, H=H, I=I, layers=2))
+    adapter = Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I), None, MODEL)
+    for shape, placements, names in CASES[world]:
+        mesh = init_device_mesh("cpu", shape)
+        expected = shard_all(native(), mesh, placements)
+        model = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
+        load_hf(model, source)
+        same(model, expected)
+        model = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
+        adapter.from_hf(state, out=model)
+        same(model, expected)
+        if names is not None and world > 1:
+            named = init_device_mesh("cpu", shape, mesh_dim_names=names)
+            found = adapter.from_hf(state, named)
+            same({n: t for n, t in found.items() if is_expert(n)}, {n: t for n, t in expected.items() if is_expert(n)})
+
+
+def check_form_of_dtensors(form: str) -> None:
+    forms.register()
+    state: dict[str, Any] = forms.FORMS[form](random_hf_state_dict(E=E, H=H, I=I, layers=2))
+    mesh = init_device_mesh("cpu", (1,))
+    state = {name: distribute_tensor(tensor, mesh, [Replicate()]) for name, tensor in state.items()}
+    with pytest.raises(ParallelError, match="several tensors for a role"):
+        Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I), None, MODEL).from_hf(state)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.converter.plan import Plan, PlannedTensor
+    from gemma4_moe.layout.targets import Read
 
 DEFAULT_MEMORY = 2**30
 
@@ -28,31 +29,6 @@ BLOCK_BYTES = 32 * 2**20
 
 #: Buffers on each side of the kernel: enough to keep reader, kernel and writer busy.
 MOST_BUFFERS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Bytes of one stored tensor that a block reads, and the place of their values.
-
-    Attributes:
-        stored: The stored tensor.
-        offset: The first byte in it.
-        nbytes: How many bytes.
-        rows: Which rows of the target tensor they make: experts, or elements where no axes are exchanged.
-        inner: Which indices of the target tensor's last axis they make; all of them where no axes are exchanged.
-    """
-
-    stored: StoredTensor
-    offset: int
-    nbytes: int
-    rows: slice
-    inner: slice
-
-    @property
-    def extent(self) -> Extent:
-        """The bytes in their file."""
-        start = self.stored.entry.start + self.offset
-        return Extent(self.stored.file, start, start + self.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +62,24 @@ class Block:
         source = self.tensor.source
         return self.tensor.operation is Operation.KEEP and source is not None and source.dtype == self.tensor.dtype
 
-    def parts(self) -> Iterator[Part]:
-        """Yield the parts of stored tensors that the block is made of, without the scale; none for a scale of ones."""
+    def reads(self) -> list[Read[StoredTensor]]:
+        """Return the reads that give the block's values, without the scale; none for a scale of ones."""
         source = self.tensor.source
-        if source is not None:
-            row = source.nbytes // _rows(self.tensor)
-            inner = slice(0, self.tensor.shape[-1]) if transposes(self.tensor.operation) else slice(None)
-            yield Part(source, self.first * row, (self.last - self.first) * row, slice(self.first, self.last), inner)
+        return [] if source is None else list(source.reads(self.first, self.last))
 
     def source_extents(self) -> list[Extent]:
-        """Return all bytes of the source that decide the block's: its parts, and the scale of its experts."""
-        extents = [part.extent for part in self.parts()]
+        """Return all bytes of the source that decide the block's: its reads, and the scale of its experts."""
+        extents = [extent_of(read) for read in self.reads()]
         if (scale := self.tensor.scale) is not None:
             start, size = scale.entry.start, scale.dtype.itemsize
             extents.append(Extent(scale.file, start + self.first * size, start + self.last * size))
         return extents
+
+
+def extent_of(read: Read[StoredTensor]) -> Extent:
+    """Return the bytes of a read in their file."""
+    start = read.stored.entry.start
+    return Extent(read.stored.file, start + read.start, start + read.end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +165,7 @@ def share(work: Iterable[Block], done: Container[tuple[str, int, int]], rank: in
 
 def _buffer_bytes(block: Block) -> int:
     """Return the buffer that a block takes, on the side where it is larger."""
-    return max(room_for(block.end - block.start), sum(room_for(part.nbytes) for part in block.parts()))
+    return max(room_for(block.end - block.start), sum(room_for(read.end - read.start) for read in block.reads()))
 
 
 def _rows(tensor: PlannedTensor) -> int:

@@ -33,8 +33,8 @@ def plan_digest(plan: Plan) -> str:
         (
             tensor.name,
             tensor.operation,
-            *(None if stored is None else _place(stored) for stored in (tensor.source, tensor.scale)),
-            *([] if tensor.base is None else [_place(tensor.base.weights), _place(tensor.base.scale)]),
+            [_place(stored) for stored in tensor.stored],
+            *([] if tensor.base is None else map(_place, tensor.base.stored)),
         )
         for tensor in plan.tensors.values()
     ]

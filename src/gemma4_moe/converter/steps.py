@@ -9,7 +9,7 @@ import numpy as np
 from gemma4_moe import kernels
 from gemma4_moe.checkpoint.hashing import blake3_of
 from gemma4_moe.checkpoint.readers import PAGE
-from gemma4_moe.converter.blocks import room_for
+from gemma4_moe.converter.blocks import extent_of, room_for
 from gemma4_moe.converter.overflows import can_overflow, count_overflows
 from gemma4_moe.layout.table import Operation, transposes
 from gemma4_moe.target.pieces import Piece, piece_of
@@ -17,11 +17,13 @@ from gemma4_moe.target.pieces import Piece, piece_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.checkpoint.readers import Reader
-    from gemma4_moe.converter.blocks import Block, Part
+    from gemma4_moe.converter.blocks import Block
     from gemma4_moe.converter.job import Job
     from gemma4_moe.converter.unfold import Unfolding
     from gemma4_moe.layout import dtypes
+    from gemma4_moe.layout.targets import Read
     from gemma4_moe.target.ledger import Ledger
     from gemma4_moe.target.writers import PageWriter
 
@@ -64,12 +66,13 @@ class ConversionSteps:
         self.written: list[Piece] = []
 
     def read(self, block: Block, buffer: memoryview) -> list[memoryview]:
-        """Read the bytes of each of the block's parts."""
+        """Read the bytes of each of the block's reads."""
         found = []
-        for part in block.parts():
-            reader = self._readers[part.stored.file.path.name]
-            found.append(reader.read(part.extent.start, part.nbytes, buffer))
-            buffer = buffer[room_for(part.nbytes) :]
+        for read in block.reads():
+            reader, extent = self._readers[read.stored.file.path.name], extent_of(read)
+            size = extent.end - extent.start
+            found.append(reader.read(extent.start, size, buffer))
+            buffer = buffer[room_for(size) :]
         return found
 
     def compute(self, block: Block, contents: list[memoryview], buffer: memoryview) -> dict[str, Any]:
@@ -83,43 +86,43 @@ class ConversionSteps:
             return {}
         scale = self._scales.get(tensor.name)
         factors = None if scale is None else scale[block.first : block.last]
-        read = [*contents, *([] if factors is None else [factors.view(np.uint8).data])]
-        facts: dict[str, Any] = {"tensor": tensor.name, "source": blake3_of(read)}
-        for part, content in zip(block.parts(), contents, strict=True):
+        given = [*contents, *([] if factors is None else [factors.view(np.uint8).data])]
+        facts: dict[str, Any] = {"tensor": tensor.name, "source": blake3_of(given)}
+        for read, content in zip(block.reads(), contents, strict=True):
             if block.is_copy:
                 np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(content, np.uint8))
             else:
-                self._convert(block, part, content, into, factors, facts)
+                self._convert(block, read, content, into, factors, facts)
         return facts
 
     def _convert(
         self,
         block: Block,
-        part: Part,
+        read: Read[StoredTensor],
         content: memoryview,
         into: memoryview,
         factors: Array | None,
         facts: dict[str, Any],
     ) -> None:
-        """Convert one part into its place in the block, and add its facts to `facts`."""
+        """Convert what one read gave into its place in the block, and add its facts to `facts`."""
         tensor, rows = block.tensor, block.last - block.first
-        own = slice(part.rows.start - block.first, part.rows.stop - block.first)
+        own = slice(read.experts[0] - block.first, read.experts[1] - block.first)
         count = own.stop - own.start
         if tensor.operation is Operation.KEEP:
             result = _array(into, tensor.dtype, (rows,))[own]
-            given = _array(content, part.stored.dtype, (count,))
+            given = _array(content, read.stored.dtype, (count,))
             kernels.scale_cast(given, out=result, threads=self._workers)
         else:
             assert transposes(tensor.operation), "a scale has no source"
-            result = _array(into, tensor.dtype, (rows, *tensor.shape[1:]))[own, :, part.inner]
-            experts = _array(content, part.stored.dtype, (count, result.shape[2], result.shape[1]))
+            result = _array(into, tensor.dtype, (rows, *tensor.shape[1:]))[own, :, slice(*read.rows)]
+            experts = _array(content, read.stored.dtype, (count, result.shape[2], result.shape[1]))
             given = experts.swapaxes(1, 2)
             if tensor.base is not None:
-                facts["given_back"] = self._unfolding.convert(tensor, part.rows.start, experts, result)
+                facts["given_back"] = self._unfolding.convert(tensor, read.experts[0], experts, result)
             else:
                 scale = None if factors is None else factors[own].astype(np.float32)
                 kernels.transpose_scale_cast(experts, scale=scale, out=result, threads=self._workers)
-        if can_overflow(part.stored.dtype, tensor.dtype) and (number := count_overflows(given, result)):
+        if can_overflow(read.stored.dtype, tensor.dtype) and (number := count_overflows(given, result)):
             facts["overflowed"] = facts.get("overflowed", 0) + number
 
     def digest(self, block: Block, buffer: memoryview, facts: dict[str, Any]) -> Piece:

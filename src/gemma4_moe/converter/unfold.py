@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.checkpoint.readers import Reader
     from gemma4_moe.converter.plan import PlannedTensor
+    from gemma4_moe.layout.targets import Source
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -100,22 +101,23 @@ class Unfolding:
         size, width = weights.shape[1:]
         first = min(size, max(1, _FIRST // width))
         for rows in (slice(0, first), slice(0, size)):
-            read = self._read(weights, number, rows)
-            fold = partial(_fold_rows, read, scale, native, out)
+            own = self._read(weights, number, rows)
+            fold = partial(_fold_rows, own, scale, native, out)
             if not all(list(self._pool.map(fold, _pieces(rows.stop, width)))):
                 return False
         return True
 
-    def _read(self, stored: StoredTensor, expert: int, rows: slice) -> Array:
+    def _read(self, weights: Source[StoredTensor], expert: int, rows: slice) -> Array:
         """Return rows of one expert of a tensor [E, R, C] of the base; valid until the next call."""
-        file = stored.file
+        (read,) = weights.reads(expert, expert + 1)  # no form cuts the rows of a down_proj
+        file = read.stored.file
         if file.path not in self._readers:
             self._readers[file.path] = self._stack.enter_context(closing(file.reader(buffered=self._buffered)))
-        _, size, width = stored.shape
-        row = width * stored.dtype.itemsize
-        start = stored.entry.start + (expert * size + rows.start) * row
+        width = weights.shape[2]
+        row = width * weights.dtype.itemsize
+        start = read.stored.entry.start + read.start + rows.start * row
         raw = self._readers[file.path].read(start, (rows.stop - rows.start) * row, self._buffer)
-        return np.frombuffer(raw, np.uint8).view(stored.dtype.numpy()).reshape(-1, width)
+        return np.frombuffer(raw, np.uint8).view(weights.dtype.numpy()).reshape(-1, width)
 
 
 def _pieces(size: int, width: int) -> Iterator[slice]:

@@ -39,8 +39,8 @@ from gemma4_moe.target.writers import SafetensorsWriter
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from gemma4_moe.converter.plan import PlannedTensor
-    from gemma4_moe.model_io.saving_plan import Target
+    from gemma4_moe.layout.targets import Target
+    from gemma4_moe.model_io.saving_plan import Native
     from gemma4_moe.target.pieces import Piece
 
 
@@ -102,9 +102,7 @@ def save_hf(
     tensors = describe(state, ranks, called)
     with ranks.together("plan the checkpoint"):
         targets = make_targets(tensors, config_from, dtype)
-        files = layout_files(
-            [(t.planned.name, t.planned.dtype, t.planned.shape) for t in targets.values()], shard_bytes
-        )
+        files = layout_files([(t.name, t.dtype, t.shape) for t in targets.values()], shard_bytes)
     transaction = None
     with ExitStack() as stack:
         with ranks.together("make the target's files"):
@@ -149,7 +147,7 @@ def _without_tied_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 def _write(
     state: Mapping[str, torch.Tensor],
-    targets: Mapping[str, Target],
+    targets: Mapping[str, Target[Native]],
     work: TargetFiles,
     confirm: Callable[[], None] | None,
 ) -> list[Piece]:
@@ -164,7 +162,7 @@ def _write(
                 if (held := _held(state, target, work.ranks.rank, number)) is None:
                     continue
                 row = entry.nbytes // max(1, entry.shape[0] if entry.shape else 1)
-                for first, rows in held.blocks(target.planned):
+                for first, rows in held.blocks(target):
                     raw = as_bytes(rows.cpu()).numpy().data
                     # Hashed before it is written: the device must give back what is in memory.
                     pieces.append(piece_of(file.name, entry.start + first * row, raw))
@@ -192,7 +190,7 @@ class _Held:
     sharers: int = 1
     turn: int = 0
 
-    def blocks(self, planned: PlannedTensor) -> Iterator[tuple[int, torch.Tensor]]:
+    def blocks(self, target: Target[Native]) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield the first row, and the rows in the target's layout and dtype, of every run that this rank writes."""
         step = rows_at_once(prod(self.local.shape[1:]) * self.local.element_size())
         for number, first in enumerate(range(0, len(self.local), step)):
@@ -201,24 +199,24 @@ class _Held:
                 block = gather(block, self.along, (len(block), *self.shape[1:]), BLOCK_BYTES)
             if number % self.sharers != self.turn:
                 continue
-            converted, done = _converted(block, planned), 0
+            converted, done = _converted(block, target), 0
             for run in part_of(self.rows, first, first + len(block)):
                 yield run.start, converted[done : done + len(run)]
                 done += len(run)
 
 
-def _held(state: Mapping[str, torch.Tensor], target: Target, rank: int, number: int) -> _Held | None:
+def _held(state: Mapping[str, torch.Tensor], target: Target[Native], rank: int, number: int) -> _Held | None:
     """Return the rows of a target that a rank converts. A whole tensor is written by one rank, chosen by `number`."""
-    planned = target.planned
-    if rank not in target.ranks:
+    writers = target.origin.writers
+    if rank not in writers:
         return None
-    tensor = state.get(target.native) if target.native is not None else None
+    tensor = None if target.source is None else state.get(target.origin.name)
     if isinstance(tensor, DTensor):
-        return _held_shard(tensor, planned.name)
-    if target.ranks[number % len(target.ranks)] != rank:
+        return _held_shard(tensor, target.name)
+    if writers[number % len(writers)] != rank:
         return None
-    if target.native is None:
-        tensor = torch.ones(planned.shape, dtype=getattr(torch, planned.dtype.name))
+    if target.source is None:
+        tensor = torch.ones(target.shape, dtype=getattr(torch, target.dtype.name))
     if tensor is None:
         return None
     local = local_of(tensor) if tensor.ndim else local_of(tensor).reshape(1)
@@ -239,9 +237,9 @@ def _held_shard(tensor: DTensor, name: str) -> _Held | None:
     return _Held(local_of(tensor), where.runs(tensor.shape)[0], along, tuple(tensor.shape), sharers, turn)
 
 
-def _converted(block: torch.Tensor, planned: PlannedTensor) -> torch.Tensor:
-    dtype = getattr(torch, planned.dtype.name)
-    if transposes(planned.operation):
+def _converted(block: torch.Tensor, target: Target[Native]) -> torch.Tensor:
+    dtype = getattr(torch, target.dtype.name)
+    if transposes(target.operation):
         block = transpose_scale_cast(block, dtype=dtype)
     elif block.dtype != dtype:
         block = scale_cast(block, dtype=dtype)
