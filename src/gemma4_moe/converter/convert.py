@@ -152,10 +152,8 @@ def convert(
                 files=TargetFiles(out, plan.files, ranks, memory.peak_bytes, buffered),
                 memory=memory,
                 workers=workers or max(1, allowed_cores() // ranks_on_this_host()),
-                buffered=buffered,
                 read_back=read_back,
                 sha256=sha256,
-                ranks=ranks,
             )
             finish(job, write_weights(job, None if transaction is None else transaction.confirm, progress))
             with ranks.together("publish the target"):

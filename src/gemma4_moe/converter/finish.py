@@ -30,7 +30,7 @@ def finish(job: Job, pieces: Sequence[Piece]) -> None:
         StorageError: The disk or its permissions refused, or gave back other bytes than were written.
         ParallelError: Another rank failed.
     """
-    own = pieces if job.ranks.is_first else ()
+    own = pieces if job.files.ranks.is_first else ()
     written = job.files.complete(own, job.checkpoint.side_files, lambda files: _manifest(job, files, pieces))
     if job.read_back:
         job.files.read_back(written)
@@ -43,10 +43,10 @@ def _manifest(job: Job, files: dict[str, Any], pieces: Sequence[Piece]) -> dict[
     source = described_source(plan, job.checkpoint, digests)
     if job.sha256:
         with ExitStack() as stack:
-            written = [stack.enter_context(OpenFile(job.out / name)) for name in files]
+            written = [stack.enter_context(OpenFile(job.files.out / name)) for name in files]
             opened: list[OpenFile] = [*written, *job.checkpoint.files.values()]
             whole = [(Extent(file, 0, file.size),) for file in opened]
-            found = hash_extents(whole, job.memory.peak_bytes, buffered=job.buffered, algorithm=hashlib.sha256)
+            found = hash_extents(whole, job.memory.peak_bytes, buffered=job.files.buffered, algorithm=hashlib.sha256)
         for said, digest in zip([*files.values(), *source["files"].values()], found, strict=True):
             said["sha256"] = digest
     return {

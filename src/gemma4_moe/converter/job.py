@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from gemma4_moe.converter.blocks import Memory
     from gemma4_moe.converter.plan import Plan
     from gemma4_moe.converter.scales import Scales
-    from gemma4_moe.distributed.ranks import Ranks
     from gemma4_moe.target.directory import TargetFiles
 
 
@@ -27,13 +26,11 @@ class Job:
         scales: The scales that are folded, by the target tensor's name.
         options: The options that decide the bytes of the target.
         target: The directory that is to appear.
-        files: Its files, in the directory where they are written.
+        files: Its files, in the directory where they are written, with the ranks that write them.
         memory: The buffers of each rank.
         workers: Threads of the kernel.
-        buffered: Whether to go through the page cache.
         read_back: Whether to read the files back before they are published.
         sha256: Whether SHA-256 is wanted too.
-        ranks: The ranks that work on it.
     """
 
     checkpoint: Checkpoint
@@ -45,10 +42,8 @@ class Job:
     files: TargetFiles
     memory: Memory
     workers: int
-    buffered: bool
     read_back: bool
     sha256: bool
-    ranks: Ranks
 
     def check_unchanged(self) -> None:
         """Check that source and base are as they were opened. Raises what `Checkpoint.check_unchanged` raises."""
@@ -57,11 +52,6 @@ class Job:
                 checkpoint.check_unchanged()
 
     @property
-    def out(self) -> Path:
-        """The directory where the files are written."""
-        return self.files.out
-
-    @property
     def control(self) -> Path:
         """The directory of the lock and the journals."""
-        return self.out.parent
+        return self.files.out.parent

@@ -183,7 +183,7 @@ def true_pieces(known: Journalled, job: Job) -> list[Piece]:
     """
     places = {block.place for block in blocks.blocks(job.plan)}
     journalled = [piece for place, piece in sorted(known.pieces.items()) if place in places]
-    mine = journalled[job.ranks.rank :: job.ranks.world]
+    mine = journalled[job.files.ranks.rank :: job.files.ranks.world]
     sizes = {file.name: file.size for file in job.plan.files}
-    wrong = wrong_pieces(job.out, sizes, mine, job.memory.peak_bytes, buffered=job.buffered)
+    wrong = wrong_pieces(job.files.out, sizes, mine, job.memory.peak_bytes, buffered=job.files.buffered)
     return [piece for piece in mine if piece not in wrong]

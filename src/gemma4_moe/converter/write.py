@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing, suppress
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.storage import sync_directory
@@ -45,21 +46,22 @@ def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progre
         StorageError: The disk or its permissions refused.
         ParallelError: Another rank failed.
     """
+    ranks = job.files.ranks
     opening = opening_record(job.plan, job.checkpoint, job.options, job.base)
-    with job.ranks.together("read the journal"):
+    with ranks.together("read the journal"):
         known = read_journals(job.control)
         check_same_run(known, opening, job.target)
-    check_same_source(job.ranks.everyones(opening))
-    with job.ranks.together("check the pieces that are there"):
+    check_same_source(ranks.everyones(opening))
+    with ranks.together("check the pieces that are there"):
         own = true_pieces(known, job)
-    pieces = [piece for part in job.ranks.everyones(own) for piece in part]
-    with job.ranks.together("make the target's files"):
-        if job.ranks.is_first:
+    pieces = list(chain(*ranks.everyones(own)))
+    with ranks.together("make the target's files"):
+        if ranks.is_first:
             job.files.make()
     done = {piece.place for piece in pieces}
     late = scales_with_base(job.plan)
-    soon = share((b for b in blocks(job.plan) if b.tensor.name not in late), done, job.ranks.rank, job.ranks.world)
-    last = [b for b in blocks(job.plan) if b.tensor.name in late and b.place not in done and job.ranks.is_first]
+    soon = share((b for b in blocks(job.plan) if b.tensor.name not in late), done, ranks.rank, ranks.world)
+    last = [b for b in blocks(job.plan) if b.tensor.name in late and b.place not in done and ranks.is_first]
     count = Count(sum(block.end - block.start for block in soon + last), progress)
 
     def check() -> None:
@@ -67,17 +69,17 @@ def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progre
             confirm()
         job.check_unchanged()
 
-    with job.ranks.together("write the target"), Journal(job.control, job.ranks.rank) as journal:
+    with ranks.together("write the target"), Journal(job.control, ranks.rank) as journal:
         sync_directory(job.control)
         journal.append(opening=opening)
         own = _write(job, soon, {}, Ledger(journal, known, check, count))
-    pieces += [piece for part in job.ranks.everyones(own) for piece in part]
+    pieces += chain(*ranks.everyones(own))
     own = []
-    with job.ranks.together("write the scales"):
+    with ranks.together("write the scales"):
         if last:
-            with Journal(job.control, job.ranks.rank) as journal:
+            with Journal(job.control, ranks.rank) as journal:
                 own = _write(job, last, given_back_scales(job.plan, pieces), Ledger(journal, known, check, count))
-    return pieces + [piece for part in job.ranks.everyones(own) for piece in part]
+    return [*pieces, *chain(*ranks.everyones(own))]
 
 
 def _write(job: Job, work: list[Block], given_back: Scales, ledger: Ledger) -> list[Piece]:
@@ -86,16 +88,22 @@ def _write(job: Job, work: list[Block], given_back: Scales, ledger: Ledger) -> l
 
         def opened(path: Path, size: int) -> PageWriter:
             file = stack.enter_context(SafetensorsWriter.reopen(path, size))
-            return stack.enter_context(closing(PageWriter(file, buffered=job.buffered)))
+            return stack.enter_context(closing(PageWriter(file, buffered=job.files.buffered)))
 
         readers = {
-            name: stack.enter_context(closing(file.reader(buffered=True) if job.buffered else file.quickest_reader()))
+            name: stack.enter_context(
+                closing(file.reader(buffered=True) if job.files.buffered else file.quickest_reader())
+            )
             for name, file in job.checkpoint.files.items()
         }
         names = {block.file for block in work}
-        writers = {file.name: opened(job.out / file.name, file.size) for file in job.plan.files if file.name in names}
+        writers = {
+            file.name: opened(job.files.out / file.name, file.size) for file in job.plan.files if file.name in names
+        }
         unfolding = stack.enter_context(
-            Unfolding(job.plan.tensors.values(), job.memory.base_bytes, workers=job.workers, buffered=job.buffered)
+            Unfolding(
+                job.plan.tensors.values(), job.memory.base_bytes, workers=job.workers, buffered=job.files.buffered
+            )
         )
         steps = ConversionSteps(job, readers, writers, ledger, unfolding, given_back)
         try:
