@@ -20,7 +20,7 @@ from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, is_bare_name
 from gemma4_moe.checkpoint.side_files import LARGEST_SIDE_FILE, MANIFEST_NAME, PATTERNS, is_side_file
 from gemma4_moe.checkpoint.storage import FULL, temporary_directory
 from gemma4_moe.checkpoint.storage import refusals as disk_refusals
-from gemma4_moe.errors import StorageError
+from gemma4_moe.errors import SourceChangedError, StorageError
 from gemma4_moe.hub.requests import read_range, read_small, refusals, too_large, unreadable
 from gemma4_moe.target.manifest import LONGEST_MANIFEST
 
@@ -48,7 +48,12 @@ _OS_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 
 
 class RemoteFile(SafetensorsFile):
-    """A safetensors file on the Hub, at one commit: its bytes never change, but its connection can fail."""
+    """A safetensors file on the Hub, at one commit: its bytes never change, but its connection can fail.
+
+    Attributes:
+        repository: The model's id.
+        commit: The full hash of the commit.
+    """
 
     def __init__(self, repository: str, commit: str, name: str, size: int | None) -> None:
         """Read the file's header.
@@ -66,7 +71,8 @@ class RemoteFile(SafetensorsFile):
         from huggingface_hub import hf_hub_url
 
         self.path = Path(_place(repository, commit)) / name
-        self._repository, self._commit = repository, commit
+        self.repository, self.commit = repository, commit
+        self._copy: SafetensorsFile | None = None
         self._url = hf_hub_url(repository, name, revision=commit)
         self._descriptor = -1
         if size is None:
@@ -76,13 +82,13 @@ class RemoteFile(SafetensorsFile):
         self._read_header(size, 0, 0)
         self._head = bytearray()
 
-    def reader(self, *, buffered: bool = False) -> Reader:  # noqa: ARG002 - no page cache is between
+    def reader(self, *, buffered: bool = False) -> Reader:
         """Return the file itself: connections belong to the Hub's client, and a reader has nothing of its own."""
-        return self
+        return self if self._copy is None else self._copy.reader(buffered=buffered)
 
     def quickest_reader(self) -> Reader:
-        """Return the file itself."""
-        return self
+        """Return the file itself, or the quickest reader of its copy on this machine."""
+        return self if self._copy is None else self._copy.quickest_reader()
 
     def read(self, offset: int, size: int, buffer: memoryview) -> memoryview:
         """Read `size` bytes from `offset` on into the beginning of `buffer`, and return that part of it."""
@@ -95,17 +101,43 @@ class RemoteFile(SafetensorsFile):
         Raises:
             StorageError: The Hub can't be reached, refuses, or answers with something else.
         """
-        if destination.nbytes:
+        if self._copy is not None:
+            self._copy.read_into(offset, destination)
+        elif destination.nbytes:
             read_range(self._url, offset, destination, file=self.path)
 
     def check_unchanged(self) -> None:
-        """Return at once: the files of a commit never change."""
+        """Check a copy on this machine; the files of a commit never change."""
+        if self._copy is not None:
+            self._copy.check_unchanged()
+
+    def close(self) -> None:
+        """Close the copy on this machine, if there is one."""
+        if self._copy is not None:
+            self._copy.close()
+
+    def read_from(self, path: Path) -> None:
+        """Read the file from its copy on this machine from now on.
+
+        Raises:
+            SourceChangedError: The copy has another header.
+            InputError, StorageError: As opening the copy raises them.
+        """
+        copy = SafetensorsFile(path)
+        if copy.header != self.header:
+            copy.close()
+            raise SourceChangedError(
+                "the copy in the Hub's cache is not the file on the Hub",
+                file=path,
+                hint="remove the file from the cache, and start again",
+            )
+        self.path, self.identity, self._copy = path, copy.identity, copy
 
     def is_cached(self) -> bool:
         """Return whether the whole file is in the Hub's cache on this machine."""
         from huggingface_hub import try_to_load_from_cache
 
-        return isinstance(try_to_load_from_cache(self._repository, self.path.name, revision=self._commit), str)
+        return isinstance(try_to_load_from_cache(self.repository, self.path.name, revision=self.commit), str)
 
     def _read(self, count: int) -> bytes:
         more = bytearray(max(0, count - len(self._head)))
@@ -129,10 +161,8 @@ class _Listing:
 
 
 @contextmanager
-def open_on_hub(
-    repository: str, revision: str | None = None, *, headers_only: bool = False
-) -> Iterator[tuple[Checkpoint, str]]:
-    """Open a model on the Hub as a checkpoint whose weights stay there, and yield it with its commit.
+def open_on_hub(repository: str, revision: str | None = None, *, headers_only: bool = False) -> Iterator[Checkpoint]:
+    """Open a model on the Hub as a checkpoint whose weights stay there until `download`.
 
     Side files are downloaded into a temporary directory. Files that a conversion does not copy are empty there: their
     names alone tell what else the model has.
@@ -164,7 +194,7 @@ def open_on_hub(
                 with disk_refusals("write", directory / name):
                     (directory / name).write_bytes(content)
         with open_checkpoint(directory, weights) as checkpoint:
-            yield checkpoint, commit
+            yield checkpoint
 
 
 def _list(repository: str, revision: str | None) -> _Listing:
@@ -259,6 +289,45 @@ def _refusals_of_the_cache(repository: str) -> Iterator[None]:
         if isinstance(error, OSError):
             raise
         raise unreadable(repository, error) from error
+
+
+def commit_of(checkpoint: Checkpoint) -> str | None:
+    """Return the commit of a model that was opened on the Hub, or None for a directory."""
+    return next((file.commit for file in checkpoint.files.values() if isinstance(file, RemoteFile)), None)
+
+
+def download(checkpoint: Checkpoint, revision: str | None = None) -> None:
+    """Download a model that was opened on the Hub into the Hub's cache, and read it there from now on.
+
+    A directory stays as it is.
+
+    Args:
+        checkpoint: The model.
+        revision: The branch, tag or commit with which it was opened: the cache remembers it.
+
+    Raises:
+        SourceChangedError: The revision has moved to another commit since, or the cache has another file.
+        InputError, StorageError: As `fetch` raises them.
+    """
+    remote = [file for file in checkpoint.files.values() if isinstance(file, RemoteFile)]
+    if not remote:
+        return
+    repository, commit = remote[0].repository, remote[0].commit
+    directory = fetch(repository, revision)
+    if directory.name != commit:
+        raise SourceChangedError(
+            "the model on the Hub changed while it was read",
+            file=repository,
+            expected=f"commit {commit}",
+            found=f"commit {directory.name}",
+            hint="start again",
+        )
+    for file in remote:
+        file.read_from(directory / file.path.name)
+    for path in checkpoint.side_files:
+        with disk_refusals("write", path):
+            path.unlink()
+            path.symlink_to(directory / path.name)
 
 
 def bytes_to_fetch(checkpoint: Checkpoint) -> int:

@@ -20,36 +20,15 @@ _HUB_ID = re.compile(rf"(?!.*(--|\.\.|\.git$)){_PART}/{_PART}", re.ASCII)
 
 
 @contextmanager
-def open_source(
-    source: str | Path, revision: str | None = None, *, stream: bool = False
-) -> Iterator[tuple[Checkpoint, str | None]]:
-    """Open a source, and yield it with its commit, or None if its files are on this machine.
+def open_source(source: str | Path, revision: str | None = None, *, stream: bool = False) -> Iterator[Checkpoint]:
+    """Open a source. The weights of a model on the Hub stay there until `download`.
+
+    If the Hub can't be reached, or refuses, the model is read from the Hub's cache, except for a stream.
 
     Args:
         source: A path, or a Hub id. A directory of that name comes first.
         revision: Branch, tag or commit on the Hub.
-        stream: Read the weights of a model on the Hub in place. Without it they are downloaded into the cache first.
-
-    Raises:
-        UsageError, InputError, StorageError: As `locate`, `open_checkpoint` and `open_on_hub` raise them.
-    """
-    if stream and is_hub_id(source):
-        with open_on_hub(source, revision) as (checkpoint, commit):
-            yield checkpoint, commit
-    else:
-        with open_checkpoint(locate(source, revision)) as checkpoint:
-            yield checkpoint, None
-
-
-@contextmanager
-def open_headers(source: str | Path, revision: str | None = None) -> Iterator[Checkpoint]:
-    """Open a source for its headers alone: of a model on the Hub, no weights are downloaded.
-
-    If the Hub can't be reached, or refuses, the model is read from the Hub's cache.
-
-    Args:
-        source: A path, or a Hub id. A directory of that name comes first.
-        revision: Branch, tag or commit on the Hub.
+        stream: Whether nothing will be downloaded into the Hub's cache.
 
     Raises:
         UsageError, InputError, StorageError: As `locate`, `open_checkpoint` and `open_on_hub` raise them.
@@ -57,9 +36,9 @@ def open_headers(source: str | Path, revision: str | None = None) -> Iterator[Ch
     with ExitStack() as stack:
         if is_hub_id(source):
             try:
-                checkpoint, _ = stack.enter_context(open_on_hub(source, revision, headers_only=True))
+                checkpoint = stack.enter_context(open_on_hub(source, revision, headers_only=not stream))
             except (InputError, StorageError):
-                cached = _cached(source, revision)
+                cached = None if stream else _cached(source, revision)
                 if cached is None:
                     raise
                 checkpoint = stack.enter_context(open_checkpoint(cached))
