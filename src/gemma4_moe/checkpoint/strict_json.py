@@ -47,21 +47,16 @@ def load_object(raw: bytes, *, file: object, what: str) -> tuple[tuple[str, Any]
     """
     try:
         text = raw.decode()
-        _check_start(text)
-        _check_count(text)
+        _check_text(text)
         members: tuple[tuple[str, Any], ...] = json.loads(
             text, object_pairs_hook=tuple, parse_int=_integer, parse_constant=_refuse_constant
         )
         if _SURROGATE.search(text):
             json.dumps(members, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise CheckpointFormatError(
-            f"the {what} is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"the {what} is not strict JSON",
-            file=file,
-            expected="one JSON object in UTF-8",
-            found=error,
-            hint=_DAMAGED,
-        ) from error
+        problem = f"the {what} is not {'UTF-8' if isinstance(error, UnicodeDecodeError) else 'strict JSON'}"
+        expected = "one JSON object in UTF-8"
+        raise CheckpointFormatError(problem, file=file, expected=expected, found=error, hint=_DAMAGED) from error
     return members
 
 
@@ -76,19 +71,10 @@ def repeated_key(members: Iterable[tuple[str, Any]]) -> str | None:
 
 
 def check_name(name: str, *, file: object) -> None:
-    """Check the length of the name of a tensor or of a file.
-
-    Raises:
-        CheckpointFormatError: It is longer than `LONGEST_NAME`.
-    """
+    """Raise a CheckpointFormatError if the name of a tensor or of a file is longer than `LONGEST_NAME`."""
     if len(name) > LONGEST_NAME:
-        raise CheckpointFormatError(
-            "a name that is too long",
-            file=file,
-            expected=f"at most {LONGEST_NAME} characters",
-            found=f"{len(name)} characters, {reprlib.repr(name)}",
-            hint=_DAMAGED,
-        )
+        expected, found = f"at most {LONGEST_NAME} characters", f"{len(name)} characters, {reprlib.repr(name)}"
+        raise CheckpointFormatError("a name that is too long", file=file, expected=expected, found=found, hint=_DAMAGED)
 
 
 def is_unsigned(value: object) -> bool:
@@ -96,12 +82,9 @@ def is_unsigned(value: object) -> bool:
     return type(value) is int and 0 <= value <= LARGEST_INTEGER
 
 
-def _check_start(text: str) -> None:
+def _check_text(text: str) -> None:
     if not text.startswith("{"):
         raise json.JSONDecodeError("Expecting '{'", text, 0)
-
-
-def _check_count(text: str) -> None:
     most = _FEW + len(text) // _LENGTH_OF_ONE
     count = text.count(",") + text.count("[") + text.count("{")
     if count > most:
