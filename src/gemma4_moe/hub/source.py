@@ -47,30 +47,25 @@ def open_source(source: str | Path, revision: str | None = None, *, stream: bool
         yield checkpoint
 
 
-def is_hub_id(source: str | Path) -> TypeGuard[str]:
-    """Return whether a source is the id of a model on the Hub, and no path on this machine.
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """Return the directory of a model in the Hub's cache, or None if the cache lacks it."""
+    try:
+        return fetch(repository, revision, cached_only=True)
+    except StorageError:
+        return None
 
-    Raises:
-        StorageError: The disk or its permissions refused.
-    """
+
+def is_hub_id(source: object) -> TypeGuard[str]:
+    """Return whether a source is the id of a model on the Hub, and no path on this machine."""
     if not isinstance(source, str) or _HUB_ID.fullmatch(source) is None:
         return False
     with refusals("look at the path", source):
         return not Path(source).exists()
 
 
-def on_hub(*sources: str | Path | None) -> list[str]:
-    """Return the sources that are models on the Hub."""
-    return [source for source in sources if source is not None and is_hub_id(source)]
-
-
 def check_streamed(source: str | Path, base: str | Path | None) -> None:
-    """Check that the source or the base can be streamed.
-
-    Raises:
-        UsageError: Neither the source nor the base is a model on the Hub.
-    """
-    if not on_hub(source, base):
+    """Raise a UsageError if neither the source nor the base is a model on the Hub: nothing else can be streamed."""
+    if not is_hub_id(source) and not is_hub_id(base):
         raise UsageError("only a model on the Hub can be streamed", file=source, hint="leave --stream out")
 
 
@@ -83,20 +78,10 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
 
     Raises:
         InputError: There is no such directory or model.
-        UsageError: A revision of a directory; or huggingface_hub is not installed.
-        StorageError: The Hub can't be reached, or the disk is full.
+        UsageError: A revision of a directory.
     """
     if is_hub_id(source):
         return fetch(source, revision)
-    path = Path(source)
     if revision is not None:
-        raise UsageError("a directory has no revision", file=path, found=revision, hint="leave --revision out")
-    return path
-
-
-def _cached(repository: str, revision: str | None) -> Path | None:
-    """Return the directory of a model in the Hub's cache, or None if the cache lacks it."""
-    try:
-        return fetch(repository, revision, cached_only=True)
-    except StorageError:
-        return None
+        raise UsageError("a directory has no revision", file=source, found=revision, hint="leave --revision out")
+    return Path(source)
