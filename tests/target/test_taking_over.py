@@ -67,7 +67,7 @@ def test_a_command_that_finds_the_target_busy_does_not_offer_to_remove_the_other
     assert caught.value.code == TargetBusyError.exit_status
     talk = capsys.readouterr().err
     assert "process 77 on far-away" in talk
-    assert "stays on disk" not in talk
+    assert "kept on disk" not in talk
     assert "clean" not in talk
 
 
@@ -141,16 +141,11 @@ def test_a_run_that_is_broken_into_at_its_end_does_not_publish(
 @pytest.mark.parametrize(
     "command",
     [
-        ["inspect", "DST"],
-        ["verify", "DST"],
-        ["verify", "SRC", "DST"],
-        ["diff", "DST", "COPY"],
-        ["diff", "COPY", "DST"],
         ["clean", "DST"],
         ["convert", "SRC", "DST", "--resume"],
     ],
 )
-def test_every_command_on_a_target_finishes_the_publish_that_was_cut_off(
+def test_a_command_that_writes_a_target_finishes_the_publish_that_was_interrupted(
     command: list[str], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Between the two renames: the old directory is out of the way, the new one is not in its place yet."""
@@ -161,7 +156,7 @@ def test_every_command_on_a_target_finishes_the_publish_that_was_cut_off(
     (control / OLD).mkdir()
     target.rename(control / OUT)
     (control / PUBLISHING).write_text(json.dumps({"inode": (control / OUT).stat().st_ino}))
-    places = {"SRC": source, "DST": target, "COPY": tmp_path / "copy"}
+    places = {"SRC": source, "DST": target}
     with pytest.raises(SystemExit) as caught:
         commands.main([str(places.get(word, word)) for word in command])
     assert caught.value.code == 0, capsys.readouterr()

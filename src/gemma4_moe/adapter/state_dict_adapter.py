@@ -53,7 +53,9 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
 
     _supports_low_memory_dcp_load = True
 
-    def __init__(self, config: Any, moe_config: Any, backend: Any, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: Any = None, moe_config: Any = None, backend: Any = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.config = config
         self.moe_config = moe_config
         self.backend = backend

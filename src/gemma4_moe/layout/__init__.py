@@ -4,3 +4,7 @@ Start with `table`: one row for each tensor, with its name and axes in both layo
 
 May import: errors, sizes.
 """
+
+from gemma4_moe.layout.table import Layout
+
+__all__ = ["Layout"]

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.converter.blocks import BLOCK_BYTES
+from gemma4_moe.converter.mesh_preview import load_staging_bytes, source_row_bytes
 from gemma4_moe.converter.plan import make_plan
 from gemma4_moe.distributed.placements import local_of, placed, take
 from gemma4_moe.distributed.sharding import count, part_of
@@ -24,7 +25,7 @@ from gemma4_moe.layout.dtypes import EXPERT_DTYPES
 from gemma4_moe.layout.table import Layout, converted_axis, transposes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import StoredTensor
@@ -193,14 +194,3 @@ def _read(source: StoredTensor, offset: int, size: int, staging: torch.Tensor) -
 def rows_at_once(row_bytes: int) -> int:
     """Return how many rows of `row_bytes` bytes make a block: at least one."""
     return max(1, BLOCK_BYTES // max(1, row_bytes))
-
-
-def source_row_bytes(planned: PlannedTensor) -> int:
-    """Return what the file has for one index of a native tensor's first axis, in bytes; of a scalar, all of it."""
-    assert planned.source is not None, "every nemo tensor comes from an hf tensor"
-    return planned.source.nbytes // max(1, planned.source.shape[0] if planned.source.shape else 1)
-
-
-def load_staging_bytes(tensors: Iterable[PlannedTensor]) -> int:
-    """Return what a load needs beside the model, in bytes; the file's dtypes decide, not the model's."""
-    return max([BLOCK_BYTES, *map(source_row_bytes, tensors)])
