@@ -148,12 +148,11 @@ def open_checkpoint(
             _compare_tensors(path / INDEX_NAME, weight_map, tensors)
         stack.pop_all()
     known = {*opened, INDEX_NAME, MANIFEST_NAME, *(side_file.name for side_file in side_files)}
-    left = {*files, *(f"{name}/" for name in directories)} - known
-    return Checkpoint(path, opened, tensors, side_files, tuple(sorted(left)))
+    return Checkpoint(path, opened, tensors, side_files, tuple(sorted({*files, *directories} - known)))
 
 
 def _entries(path: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the files and of the directories in `path`, but not `.cache`."""
+    """Return the names of the files in `path`, and those of the directories but `.cache`, each with a slash."""
     with refusals("look at the directory", path):
         exists, is_directory = path.exists(), path.is_dir()
         begun = not exists and control_directory(path).is_dir()
@@ -168,42 +167,32 @@ def _entries(path: Path) -> tuple[list[str], list[str]]:
         hint = "name the file's directory"
         raise CheckpointFormatError("not a directory", file=path, expected=_DIRECTORY, hint=hint)
     with refusals("list the directory", path):
-        is_directory_by_name = {entry.name: entry.is_dir() for entry in path.iterdir() if entry.name != ".cache"}
-    files = [name for name, is_directory in is_directory_by_name.items() if not is_directory]
-    return files, [name for name, is_directory in is_directory_by_name.items() if is_directory]
+        entries = {entry.name: entry.is_dir() for entry in path.iterdir()}
+    directories = [f"{name}/" for name, is_directory in entries.items() if is_directory and name != ".cache"]
+    return [name for name, is_directory in entries.items() if not is_directory], directories
 
 
 def _require_single_file(path: Path, weights: list[str]) -> None:
     if not weights:
-        raise CheckpointFormatError(
-            "no safetensors file in the directory",
-            file=path,
-            expected=f"{INDEX_NAME} and the files that it names, or one {_SUFFIX} file",
-            hint="name the directory that holds the weights",
-        )
+        expected = f"{INDEX_NAME} and the files that it names, or one {_SUFFIX} file"
+        hint = "name the directory that holds the weights"
+        raise CheckpointFormatError("no safetensors file in the directory", file=path, expected=expected, hint=hint)
     if len(weights) > 1:
-        raise CheckpointFormatError(
-            "several safetensors files, and no index that says which belong together",
-            file=path,
-            expected=INDEX_NAME,
-            found=_some(weights),
-            hint="get the index, or leave only the file that is meant",
-        )
+        problem = "several safetensors files, and no index that says which belong together"
+        hint = "get the index, or leave only the file that is meant"
+        raise CheckpointFormatError(problem, file=path, expected=INDEX_NAME, found=_some(weights), hint=hint)
 
 
 def _compare_names(index: Path, named: set[str], present: set[str]) -> None:
     if named - present:
-        found = _some(present) if present else "no safetensors file"
         problem = "the index names a file that is not there"
+        found = _some(present) if present else "no safetensors file"
         raise CheckpointFormatError(problem, file=index, expected=_some(named - present), found=found, hint=_AGAIN)
     if present - named:
-        raise CheckpointFormatError(
-            "a safetensors file that the index does not name",
-            file=index,
-            expected="every safetensors file of the directory in the index",
-            found=_some(present - named),
-            hint="remove what is left over from another checkpoint: some readers ignore the index and would take it",
-        )
+        problem = "a safetensors file that the index does not name"
+        expected = "every safetensors file of the directory in the index"
+        hint = "remove what is left over from another checkpoint: some readers ignore the index and would take it"
+        raise CheckpointFormatError(problem, file=index, expected=expected, found=_some(present - named), hint=hint)
 
 
 def _collect(files: dict[str, SafetensorsFile]) -> dict[str, StoredTensor]:

@@ -19,13 +19,9 @@ _SHARDING_INFO = "DCP_SHARDING_INFO"
 
 
 class ForeignFormat(NamedTuple):
-    """A format that this package names and does not convert.
+    """A format that this package names and does not convert, with a pattern for names of files that only it has.
 
-    Attributes:
-        name: What it is called.
-        pattern: Matches the name of a file that only this format has.
-        beside_safetensors: Whether it is meant even if the directory holds other safetensors files or an index.
-        hint: What to do instead.
+    If `beside_safetensors`, it is meant even if the directory holds other safetensors files or an index.
     """
 
     name: str
@@ -60,21 +56,19 @@ def refuse_foreign_files(directory: Path, names: Iterable[str]) -> None:
         own = [name for name in names if re.fullmatch(form.pattern, name, re.DOTALL)]
         others = [name for name in names if name not in own and name.endswith((".safetensors", INDEX_NAME))]
         if own and (form.beside_safetensors or not others):
-            problem = f"a checkpoint of another format: {form.name}"
-            raise _refusal(problem, form, directory, "Hugging Face or NeMo safetensors", own[0])
+            raise _refusal(form, form.name, directory, "Hugging Face or NeMo safetensors", own[0])
 
 
 def refuse_partial_tensors(directory: Path, files: Mapping[str, SafetensorsFile]) -> None:
     """Raise an UnsupportedCheckpointError if a header says that its file holds parts of tensors."""
     for name, file in files.items():
         if _SHARDING_INFO in file.header.metadata:
-            problem = "a checkpoint of another format: parts of tensors, one file for each rank"
-            raise _refusal(problem, _PARTS, directory, "whole tensors", f"{_SHARDING_INFO} in {name}")
+            kind = "parts of tensors, one file for each rank"
+            raise _refusal(_PARTS, kind, directory, "whole tensors", f"{_SHARDING_INFO} in {name}")
 
 
-def _refusal(
-    problem: str, form: ForeignFormat, directory: Path, expected: str, found: str
-) -> UnsupportedCheckpointError:
+def _refusal(form: ForeignFormat, kind: str, directory: Path, expected: str, found: str) -> UnsupportedCheckpointError:
+    problem = f"a checkpoint of another format: {kind}"
     return UnsupportedCheckpointError(
         problem, form=form.name, file=directory, expected=expected, found=found, hint=form.hint
     )

@@ -79,33 +79,23 @@ def header_size(prefix: bytes, file_size: int, *, file: object) -> int:
         CheckpointFormatError: There are fewer than eight bytes, or this file can't have a header of that length.
     """
     if len(prefix) < LENGTH.size:
-        raise CheckpointFormatError(
-            "too short for a safetensors file",
-            file=file,
-            expected="at least 8 bytes",
-            found=f"{file_size} bytes",
-            hint="the file is empty or was cut off: get it again",
-        )
+        hint = "the file is empty or was cut off: get it again"
+        raise _wrong_size("too short for a safetensors file", file, "at least 8", file_size, hint)
     (length,) = LENGTH.unpack_from(prefix)
     longest = min(LONGEST_HEADER, file_size - LENGTH.size)
     if length > longest:
-        raise CheckpointFormatError(
-            "the header is longer than the format, or the file, allows",
-            file=file,
-            expected=f"at most {longest} bytes",
-            found=f"{length} bytes",
-            hint="the file was cut off, or is not a safetensors file: get it again",
-        )
+        problem = "the header is longer than the format, or the file, allows"
+        hint = "the file was cut off, or is not a safetensors file: get it again"
+        raise _wrong_size(problem, file, f"at most {longest}", length, hint)
     return LENGTH.size + int(length)
 
 
-def parse_header(raw: bytes, file_size: int, *, file: object) -> Header:
-    """Return the header of a file.
+def _wrong_size(problem: str, file: object, expected: object, found: int, hint: str) -> CheckpointFormatError:
+    return CheckpointFormatError(problem, file=file, expected=f"{expected} bytes", found=f"{found} bytes", hint=hint)
 
-    Args:
-        raw: The first bytes of the file, at least to the end of the header.
-        file_size: Size of the whole file in bytes.
-        file: The file's name in errors.
+
+def parse_header(raw: bytes, file_size: int, *, file: object) -> Header:
+    """Return the header of a file of `file_size` bytes, whose first bytes `raw` go at least to the header's end.
 
     Raises:
         CheckpointFormatError: The header breaks a rule of the format.
@@ -204,10 +194,6 @@ def _check_coverage(entries: tuple[TensorEntry, ...], data_start: int, file_size
             )
         covered = entry.end
     if covered != file_size:
-        raise CheckpointFormatError(
-            "the file is cut off" if covered > file_size else "bytes after the last tensor",
-            file=file,
-            expected=f"{covered} bytes",
-            found=f"{file_size} bytes",
-            hint="the file is damaged or was not copied to its end: get it again",
-        )
+        problem = "the file is cut off" if covered > file_size else "bytes after the last tensor"
+        hint = "the file is damaged or was not copied to its end: get it again"
+        raise _wrong_size(problem, file, covered, file_size, hint)

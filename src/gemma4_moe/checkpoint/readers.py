@@ -93,8 +93,6 @@ class PageReader:
         """Fill the start of `buffer` from the page at `start`. Return False if that can't be done this way."""
         done = 0
         while done < size:
-            if done % PAGE:  # the file's end
-                return False
             try:
                 count = os.preadv(descriptor, [buffer[done : whole_pages(size)]], start + done)
             except OSError as error:
@@ -102,9 +100,9 @@ class PageReader:
                     raise refusal("read the file", self._file.path, error) from error
                 self.close()
                 return False
-            if count == 0:
-                return False
             done += count
+            if done < size and (count == 0 or done % PAGE):  # the file's end
+                return False
         return True
 
 

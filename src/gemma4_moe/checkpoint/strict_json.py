@@ -35,12 +35,8 @@ _DAMAGED = "the file is damaged, or not what its name says: get it again"
 def load_object(raw: bytes, *, file: object, what: str) -> tuple[tuple[str, Any], ...]:
     """Return the (key, value) pairs of a JSON document that is an object.
 
-    In it, an object is a tuple of pairs too, and an array a list. Integers of more than 20 digits are floats.
-
-    Args:
-        raw: The document in UTF-8, from its first brace.
-        file: The name of its file in errors.
-        what: The name of the document in errors, e.g. "header".
+    In it, an object is a tuple of pairs too, and an array a list. Integers of more than 20 digits are floats. Errors
+    name the document by `what`, e.g. "header".
 
     Raises:
         CheckpointFormatError: It is not such a document.

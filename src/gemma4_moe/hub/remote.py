@@ -20,6 +20,7 @@ from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, is_bare_name
 from gemma4_moe.checkpoint.side_files import LARGEST_SIDE_FILE, MANIFEST_NAME, PATTERNS, is_side_file
 from gemma4_moe.checkpoint.storage import FULL, temporary_directory
 from gemma4_moe.checkpoint.storage import refusals as disk_refusals
+from gemma4_moe.checkpoint.strict_json import is_unsigned
 from gemma4_moe.errors import SourceChangedError, StorageError
 from gemma4_moe.hub.requests import read_range, read_small, refusals, too_large, unreadable
 from gemma4_moe.target.manifest import LONGEST_MANIFEST
@@ -54,11 +55,7 @@ class RemoteFile(SafetensorsFile):
     """
 
     def __init__(self, repository: str, commit: str, name: str, size: int | None) -> None:
-        """Read the header of a file, whose size in bytes is asked for if the Hub does not list it.
-
-        Raises:
-            InputError: The header breaks a rule of the format.
-        """
+        """Read the header of a file. Its size in bytes is asked for if the Hub does not list it."""
         from huggingface_hub import hf_hub_url
 
         self.path = Path(_place(repository, commit)) / name
@@ -107,13 +104,8 @@ class RemoteFile(SafetensorsFile):
 def open_on_hub(repository: str, revision: str | None = None, *, headers_only: bool = False) -> Iterator[Checkpoint]:
     """Open a model on the Hub as a checkpoint whose weights stay there until `download`.
 
-    Side files are downloaded into a temporary directory. Files that a conversion does not copy are empty there: their
-    names alone tell what else the model has.
-
-    Args:
-        repository: The model's id.
-        revision: Branch, tag or commit.
-        headers_only: Leave side files empty too, except for those that a plan needs.
+    Side files are downloaded into a temporary directory; if `headers_only`, only those that a plan needs. All other
+    files are empty there: their names alone tell what else the model has.
 
     Raises:
         InputError: There is no such model; or what `open_checkpoint` raises.
@@ -146,22 +138,19 @@ def _list(repository: str, revision: str | None) -> tuple[str, dict[str, int | N
     try:
         answer: Any = json.loads(raw)
         commit, files = answer["sha"], {file["rfilename"]: file.get("size") for file in answer["siblings"]}
-        known = re.fullmatch("[0-9a-f]{40}", commit) and all(
-            size is None or (type(size) is int and size >= 0) for size in files.values()
-        )
+        sizes = {name: size for name, size in files.items() if is_bare_name(name)}
         directories = {name.partition("/")[0] for name in files if "/" in name}
+        if re.fullmatch("[0-9a-f]{40}", commit) and all(size is None or is_unsigned(size) for size in sizes.values()):
+            return commit, sizes, set(filter(is_bare_name, directories))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        known = None
-    if not known:
-        raise StorageError(
-            "the Hub did not answer with a model's files",
-            file=repository,
-            expected="the commit, and name and size of each file",
-            found=repr(raw[:100]),
-            hint="check what HF_ENDPOINT names",
-        )
-    sizes = {name: size for name, size in files.items() if is_bare_name(name)}
-    return commit, sizes, set(filter(is_bare_name, directories))
+        pass
+    raise StorageError(
+        "the Hub did not answer with a model's files",
+        file=repository,
+        expected="the commit, and name and size of each file",
+        found=repr(raw[:100]),
+        hint="check what HF_ENDPOINT names",
+    )
 
 
 def _small_content(repository: str, commit: str, name: str, size: int | None, *, headers_only: bool) -> bytes:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-_REFUSED = (401, 403)
-
 #: How many times a request is made whose connection fails, and the longest pause before the next time, in seconds.
 _ATTEMPTS = 6
 _LONGEST_PAUSE = 8
@@ -111,13 +109,7 @@ def _receive(url: str, take: Callable[[Any], _T], *, file: object, attempts: int
 
 @contextmanager
 def refusals(file: object) -> Iterator[None]:
-    """Turn the errors of the Hub's client into this package's.
-
-    Raises:
-        UsageError: huggingface_hub is not installed.
-        InputError: There is no such model or revision, or not for this token.
-        StorageError: The Hub can't be reached, or refuses; or the disk does.
-    """
+    """Turn the errors of the Hub's client, and its absence, into this package's."""
     try:
         from huggingface_hub import errors, utils
     except ImportError as error:
@@ -147,7 +139,7 @@ def refusals(file: object) -> Iterator[None]:
         raise StorageError("no such directory, and the Hub can't be reached", file=file, hint=hint) from error
     except (client.httpx.HTTPError, OSError) as error:
         response = getattr(error, "response", None)
-        if response is not None and response.status_code in _REFUSED:
+        if response is not None and response.status_code in (401, 403):
             problem = f"the Hub refuses this token: status {response.status_code}"
             raise StorageError(problem, file=file, hint="`hf auth login` with a token that may read it") from error
         raise unreadable(file, error) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -39,21 +39,15 @@ def open_source(source: str | Path, revision: str | None = None, *, stream: bool
             try:
                 checkpoint = stack.enter_context(open_on_hub(source, revision, headers_only=not stream))
             except (InputError, StorageError):
-                cached = None if stream else _cached(source, revision)
+                cached = None
+                with suppress(StorageError):
+                    cached = None if stream else fetch(source, revision, cached_only=True)
                 if cached is None:
                     raise
                 checkpoint = stack.enter_context(open_checkpoint(cached))
         else:
             checkpoint = stack.enter_context(open_checkpoint(locate(source, revision)))
         yield checkpoint
-
-
-def _cached(repository: str, revision: str | None) -> Path | None:
-    """Return the directory of a model in the Hub's cache, or None if the cache lacks it."""
-    try:
-        return fetch(repository, revision, cached_only=True)
-    except StorageError:
-        return None
 
 
 def is_hub_id(source: object) -> TypeGuard[str]:

@@ -3,6 +3,7 @@
 On one host the lock is `flock`'s, which dies with its process. Not every shared filesystem carries it from host to
 host, and some have no locks at all. So the owner also writes its name into the file, and removes it when it is done. A
 name that `flock` can't vouch for counts as an owner until a user says, with `--break-lock`, that its process is gone.
+A disk that refuses is a StorageError everywhere.
 """
 
 from __future__ import annotations
@@ -57,7 +58,6 @@ class Lock:
 
         Raises:
             TargetBusyError: Another process has it.
-            StorageError: The disk or its permissions refused.
         """
         self.path = path
         for _ in range(_ATTEMPTS):
@@ -68,23 +68,14 @@ class Lock:
         raise _busy(path, _read_owner(path), breakable=False)
 
     def confirm(self) -> None:
-        """Check that the lock was not broken.
-
-        Raises:
-            TargetBusyError: Another process has broken it.
-            StorageError: The disk or its permissions refused.
-        """
+        """Raise a TargetBusyError if another process has broken the lock."""
         if self.is_broken():
             problem = "another process has broken this lock and taken the target"
             found = _read_owner(self.path) or "no lock"
             raise TargetBusyError(problem, file=self.path, found=found, hint="let only one of them run")
 
     def is_broken(self) -> bool:
-        """Return whether the file no longer holds our name: what the lock guards is then another process's.
-
-        Raises:
-            StorageError: The disk or its permissions refused.
-        """
+        """Return whether the file no longer holds our name: what the lock guards is then another process's."""
         with refusals("look at the lock", self.path), suppress(FileNotFoundError):
             return self.path.read_bytes() != self._name
         return True
