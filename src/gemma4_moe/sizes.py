@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from gemma4_moe.errors import UsageError
+
+#: Called with the bytes that are done so far and with their total.
+Progress = Callable[[int, int], object]
 
 _UNITS = {"": 1, "B": 1} | {
     prefix + unit: base**power

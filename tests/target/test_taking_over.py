@@ -11,18 +11,17 @@ import pytest
 
 from gemma4_moe import convert
 from gemma4_moe.cli import commands
-from gemma4_moe.converter import finish
 from gemma4_moe.errors import TargetBusyError
-from gemma4_moe.target import ledger
+from gemma4_moe.target import directory, ledger
 from gemma4_moe.target.recovery import OLD, OUT, PUBLISHING, clean, remains
-from gemma4_moe.target.transaction import Transaction, copy_side_files
+from gemma4_moe.target.transaction import Transaction
 from support.checkpoints import contents
 from support.interrupted import interrupt, resume
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.usefixtures("small_chunks")
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 def owned_far_away(target: Path) -> None:
@@ -126,11 +125,13 @@ def test_a_run_that_is_broken_into_at_its_end_does_not_publish(
 ) -> None:
     others: list[Transaction] = []
 
-    def break_in(*arguments: object) -> None:
-        copy_side_files(*arguments)  # type: ignore[arg-type]
-        others.append(broken_into(tmp_path / "nemo"))
+    copy_files = directory.copy_files
 
-    monkeypatch.setattr(finish, "copy_side_files", break_in)
+    def break_in(*arguments: object) -> object:
+        others.append(broken_into(tmp_path / "nemo"))
+        return copy_files(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(directory, "copy_files", break_in)
     with pytest.raises(TargetBusyError, match="has broken this lock"):
         convert(source, tmp_path / "nemo", max_shard_size=60_000)
     assert not (tmp_path / "nemo").exists()

@@ -18,7 +18,8 @@ from gemma4_moe.distributed.collectives import STAGING_BYTES, agree_by_mesh, gat
 from gemma4_moe.distributed.placements import local_of, placed, placed_on, transposed_view
 from gemma4_moe.errors import UsageError
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
-from gemma4_moe.layout.table import DOWN, SCALE, Operation, converted_shape
+from gemma4_moe.layout.table import Operation, converted_shape
+from gemma4_moe.layout.targets import hf_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from gemma4_moe.adapter.entries import Entry
-    from gemma4_moe.layout.names import MoEName
 
     #: Returns whether an entry is left out, given its hf name and its nemo name.
     Excluded = Callable[[str, str], bool]
@@ -113,14 +113,6 @@ class ToHf:
         shape = converted_shape(operation, entry.shape)
         shard = convert_block(operation, local_of(value), kernel=self.kernel)
         return shard.new_empty(shape) if shard.is_meta else gather(shard, where, shape, self.staging_bytes)
-
-
-def hf_tensors(parsed: MoEName | None, name: str) -> list[tuple[str, Operation]]:
-    """Return (hf name, operation) of each hf tensor that the native tensor `name` becomes."""
-    if parsed is None:
-        return [(name, Operation.KEEP)]
-    own = (parsed.hf, parsed.rule.operation)
-    return [own, (parsed.sibling(SCALE).hf, Operation.FOLD)] if parsed.rule is DOWN else [own]
 
 
 def convert_block(

@@ -14,11 +14,11 @@ from gemma4_moe.checkpoint.storage import resolved
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.converter.finish import finish
 from gemma4_moe.converter.job import Job
-from gemma4_moe.converter.notes import cast_notes, overflow_notes
+from gemma4_moe.converter.notes import base_notes, cast_notes, overflow_notes, unusual_scales
 from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.converter.preview import measure_space
 from gemma4_moe.converter.resume import is_made_already
-from gemma4_moe.converter.scales import read_scales, unfolded_experts, unusual_scales, written_scales
+from gemma4_moe.converter.scales import read_scales
 from gemma4_moe.converter.write import write_weights
 from gemma4_moe.distributed.ranks import current, ranks_on_this_host
 from gemma4_moe.errors import StorageError
@@ -26,6 +26,7 @@ from gemma4_moe.hub.remote import commit_of, download
 from gemma4_moe.hub.source import check_streamed, open_source
 from gemma4_moe.kernels.choice import allowed_cores
 from gemma4_moe.sizes import parse_size
+from gemma4_moe.target.directory import TargetFiles
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
 from gemma4_moe.target.manifest import read_manifest
 from gemma4_moe.target.preconditions import check_existing, check_place
@@ -38,20 +39,21 @@ if TYPE_CHECKING:
     from gemma4_moe.checkpoint.directory import Checkpoint
     from gemma4_moe.converter.scales import Scales
     from gemma4_moe.layout.table import Layout
-    from gemma4_moe.target.ledger import Progress
+    from gemma4_moe.sizes import Progress
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What `convert` did.
+    """The result of `convert`.
 
     Attributes:
         target: The directory that it made.
-        plan: What was planned, and done.
+        plan: The plan that was carried out.
         memory: The buffers that were used.
-        notes: What a user should know of the values: scales that are zero, negative or not finite; experts that got
-            their scale back; casts that round, tensors that are not cast, and finite values that became infinite.
-        left_behind: Names in the source directory that were not taken along.
+        notes: Sentences on the values: scales that are zero, negative or not finite; experts that got the base's
+            scale, or that without a base every scale is one; casts that round, tensors that are not cast, and finite
+            values that became infinite.
+        left_behind: Names of files in the source directory that were not copied.
     """
 
     target: Path
@@ -83,8 +85,8 @@ def convert(
 ) -> Conversion:
     """Convert the checkpoint `source` into the new directory `target`.
 
-    A run that fails or is interrupted leaves the target as it was. What it has written and journalled stays in a hidden
-    directory beside the target, for `resume` to go on with; where there is nothing of use, nothing stays.
+    A run that fails or is interrupted leaves the target as it was. Blocks that it has journalled stay in a hidden
+    directory next to the target, and `resume` continues from them. If no block is journalled, nothing stays.
 
     Args:
         source: A directory of safetensors files with its config.json, or a Hub id.
@@ -119,7 +121,6 @@ def convert(
         ParallelError: Another rank failed.
     """
     ranks, target = current(), Path(target)
-    workers = workers or max(1, allowed_cores() // ranks_on_this_host())
     with ExitStack() as stack:
         with ranks.together("plan the conversion"):
             if stream:
@@ -134,17 +135,13 @@ def convert(
             if ranks.is_first and not stream and not resume:  # an earlier run may hold the space already
                 _check_room(opened, plan, target)
         with ranks.together("read the source"):
-            options: dict[str, Any] = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
-            if stream:
-                commits = {"commit": commit_of(checkpoint), "base_commit": origin and commit_of(origin)}
-                options |= {name: commit for name, commit in commits.items() if commit is not None}
-            else:
+            if not stream:
                 download(checkpoint, revision)
                 if origin is not None:
                     download(origin)
             scales = read_scales(plan)
-            if origin is not None:
-                options["base"] = {name: file.header.digest for name, file in origin.files.items()}
+            options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
+            options |= _identities(checkpoint, origin, stream=stream)
         transaction = None
         with ranks.together("take the target"):
             known = resume and origin is None  # no manifest has hashes of a base
@@ -160,21 +157,25 @@ def convert(
                 scales=scales,
                 options=options,
                 target=target,
-                out=out,
+                files=TargetFiles(out, plan.files, ranks, memory.peak_bytes, buffered),
                 memory=memory,
-                workers=workers,
-                buffered=buffered,
+                workers=workers or max(1, allowed_cores() // ranks_on_this_host()),
                 read_back=read_back,
                 sha256=sha256,
-                ranks=ranks,
             )
-            write_weights(job, None if transaction is None else transaction.confirm, progress)
-            finish(job)
+            finish(job, write_weights(job, None if transaction is None else transaction.confirm, progress))
             with ranks.together("publish the target"):
                 job.check_unchanged()
                 if transaction is not None:
                     transaction.publish(overwrite=overwrite)
         return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.left_behind)
+
+
+def _identities(source: Checkpoint, base: Checkpoint | None, *, stream: bool) -> dict[str, Any]:
+    """Return the options that say which source and base it was: commits of a stream, headers of the base."""
+    headers = None if base is None else {name: file.header.digest for name, file in base.files.items()}
+    commits = {"commit": commit_of(source), "base_commit": base and commit_of(base)} if stream else {}
+    return {name: value for name, value in {**commits, "base": headers}.items() if value is not None}
 
 
 def _check_room(opened: list[Checkpoint], plan: Plan, target: Path) -> None:
@@ -205,7 +206,7 @@ def _is_made(
     resume: bool,
     break_lock: bool,
 ) -> bool:
-    """Finish or clear away what an earlier run has left, and say whether it has left nothing to do."""
+    """Finish or delete the work of an earlier run, and return whether the target is complete."""
     heal(target)
     if not resume or not is_made_already(target, plan, checkpoint, options, memory.peak_bytes):
         return False
@@ -214,6 +215,6 @@ def _is_made(
 
 
 def _notes(target: Path, plan: Plan, scales: Scales) -> tuple[str, ...]:
-    overflows = overflow_notes(plan, read_manifest(target)["overflowed"])
-    unfolded = unfolded_experts(plan, written_scales(plan, target))
-    return (*unusual_scales(scales), *unfolded, *cast_notes(plan), *overflows)
+    said = read_manifest(target)
+    overflows = overflow_notes(plan, said["overflowed"])
+    return (*unusual_scales(scales), *base_notes(plan, said["given_back"]), *cast_notes(plan), *overflows)

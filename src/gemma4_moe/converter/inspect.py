@@ -12,6 +12,7 @@ from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.recognition import config_sizes, recognise, wrong_tensors
 from gemma4_moe.errors import ConfigError, InputError, UnsupportedCheckpointError
 from gemma4_moe.hub.source import is_hub_id, open_source
+from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.names import fold_names, lookup, natural_key
 from gemma4_moe.layout.table import Layout, Operation
 from gemma4_moe.sizes import format_size
@@ -92,7 +93,8 @@ def _inspect(source: Path, checkpoint: Checkpoint) -> Inspection:
     if recognition.refusal is not None and not (problems and isinstance(recognition.refusal, ConfigError)):
         problems.append(recognition.refusal)  # an unreadable config is a problem once, not twice
     if recognition.layout is not None:
-        problems += wrong_tensors(checkpoint.tensors.values(), recognition.layout, config, {})
+        inventory = Inventory(recognition.layout, config_sizes(config))
+        problems += wrong_tensors(checkpoint.tensors.values(), inventory, config)
     tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: natural_key(tensor.name))
     groups: dict[str, int] = {}
     for tensor in tensors:

@@ -10,7 +10,7 @@ import torch
 from gemma4_moe.distributed.placements import local_of
 from gemma4_moe.errors import InputError, UsageError
 from gemma4_moe.model_io.load import storage_key
-from gemma4_moe.refit.items import Source
+from gemma4_moe.refit.items import TensorFacts
 
 #: Tensors by name; a value that is no tensor, as a state dict may have, is skipped.
 Tensors = Mapping[str, Any]
@@ -43,9 +43,9 @@ def mappings_of(state: State) -> Iterator[Tensors]:
         yield from state
 
 
-def sources_of(tensors: Tensors) -> tuple[dict[str, Source], dict[str, str]]:
+def sources_of(tensors: Tensors) -> tuple[dict[str, TensorFacts], dict[str, str]]:
     """Return each tensor's source, and for each alias of one its first name."""
-    sources: dict[str, Source] = {}
+    sources: dict[str, TensorFacts] = {}
     aliases: dict[str, str] = {}
     first: dict[object, str] = {}
     for name, tensor in tensors.items():
@@ -53,7 +53,7 @@ def sources_of(tensors: Tensors) -> tuple[dict[str, Source], dict[str, str]]:
             continue
         same = first.setdefault(_identity(tensor), name) if local_of(tensor).numel() else name
         if same == name:
-            sources[name] = Source.of(tensor)
+            sources[name] = TensorFacts.of(tensor)
         else:
             aliases[name] = same
     return sources, aliases
@@ -67,7 +67,7 @@ class StatePass:
         sources: The sources of each of its mappings, as planned.
     """
 
-    def __init__(self, state: State, sources: Sequence[Mapping[str, Source]]) -> None:
+    def __init__(self, state: State, sources: Sequence[Mapping[str, TensorFacts]]) -> None:
         self._mappings = mappings_of(state)
         self._sources = sources
         self._number = -1
@@ -107,9 +107,9 @@ class StatePass:
             )
 
 
-def _checked(tensors: Tensors, name: str, source: Source) -> torch.Tensor:
+def _checked(tensors: Tensors, name: str, source: TensorFacts) -> torch.Tensor:
     tensor = tensors.get(name)
-    found = Source.of(tensor) if isinstance(tensor, torch.Tensor) else None
+    found = TensorFacts.of(tensor) if isinstance(tensor, torch.Tensor) else None
     if found != source:
         raise InputError(
             "a tensor that has changed since the stream was planned",
@@ -122,7 +122,7 @@ def _checked(tensors: Tensors, name: str, source: Source) -> torch.Tensor:
     return tensor
 
 
-def _text(source: Source) -> str:
+def _text(source: TensorFacts) -> str:
     return f"{source.dtype} {list(source.shape)} {source.placements}".rstrip()
 
 

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.layout.dtypes import DType
+    from gemma4_moe.sizes import Progress
     from gemma4_moe.verifier.arithmetic import Bits
-
-    #: Called with the bytes of the target that were compared so far and with their total.
-    Progress = Callable[[int, int], object]
 
 #: The most bytes of buffers.
 DEFAULT_MEMORY = 64 * 2**20

@@ -24,7 +24,8 @@ from gemma4_moe.verifier.comparison import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gemma4_moe.verifier.comparison import Progress, Verification
+    from gemma4_moe.sizes import Progress
+    from gemma4_moe.verifier.comparison import Verification
 
 
 def diff(

@@ -64,7 +64,7 @@ def expectations(
         layout: Its layout.
         to: The target's layout. If it is the source's, every tensor stays as it is.
     """
-    scales = {name.owner: source.tensors[own] for own, name in names.items() if name and name.rule is SCALE}
+    scales = {name.layer_key: source.tensors[own] for own, name in names.items() if name and name.rule is SCALE}
     expected = {}
     for own, name in names.items():
         stored = source.tensors[own]
@@ -78,7 +78,7 @@ def expectations(
             if name.rule is not DOWN:
                 expected[name.name(to)] = Expectation(stored, shape, transposed=True)
             elif to is Layout.NEMO:
-                expected[name.nemo] = Expectation(stored, shape, transposed=True, scale=scales[name.owner])
+                expected[name.nemo] = Expectation(stored, shape, transposed=True, scale=scales[name.layer_key])
             else:
                 scale_name = name.sibling(SCALE).hf
                 expected[name.hf] = Expectation(stored, shape, transposed=True, scale_name=scale_name)

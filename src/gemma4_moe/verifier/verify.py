@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.layout.names import MoEName
     from gemma4_moe.layout.table import Layout
+    from gemma4_moe.sizes import Progress
     from gemma4_moe.verifier.arithmetic import Bits
-    from gemma4_moe.verifier.comparison import Progress
     from gemma4_moe.verifier.expected import Expectation
 
 #: Rows and columns of an expert that are computed at once: a tile of both sides stays in the cache.
