@@ -1,4 +1,4 @@
-"""A checkpoint's config.json, and the few sizes in it that this package compares with the tensors."""
+"""A checkpoint's config.json, and its few sizes that are compared with the tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGEST_SIZE = 2**20
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """A config.json: its document, its model_type, and its sizes E, H, I and number of decoder layers.
+    """A config.json: its document, model_type, sizes E, H, I and number of decoder layers.
 
     A field that the document lacks is None.
     """

@@ -1,4 +1,4 @@
-"""A checkpoint directory opened for reading: its safetensors files, checked against its index, and its other files.
+"""An open checkpoint directory: its safetensors files, checked against its index, and its other files.
 
 Only the directory's own entries count: subdirectories, `.cache` among them, are no part of a checkpoint.
 """
@@ -34,7 +34,7 @@ _AGAIN = "get the whole checkpoint again"
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a checkpoint: its entry in a header, and the file of that header."""
+    """One tensor of a checkpoint: its entry in a header, and that header's file."""
 
     entry: TensorEntry
     file: SafetensorsFile
@@ -113,7 +113,7 @@ class Checkpoint:
 def open_checkpoint(
     path: str | Path, elsewhere: Mapping[str, Callable[[], SafetensorsFile]] | None = None
 ) -> Checkpoint:
-    """Open a directory of safetensors files and check all that can be checked without reading a tensor.
+    """Open a directory of safetensors files, and check it without reading a tensor.
 
     Args:
         path: The directory.
@@ -152,7 +152,7 @@ def open_checkpoint(
 
 
 def _entries(path: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the files in `path`, and those of the directories but `.cache`, each with a slash."""
+    """Return the names of the files in `path`, and of its directories. `.cache` is left out; others get a slash."""
     with refusals("look at the directory", path):
         exists, is_directory = path.exists(), path.is_dir()
         begun = not exists and control_directory(path).is_dir()

@@ -1,4 +1,4 @@
-"""Checkpoints of other kinds, recognised by the names of their files and refused with what to do instead."""
+"""Checkpoints of other formats: recognised by their files' names, and refused with a next step."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _SHARDING_INFO = "DCP_SHARDING_INFO"
 
 
 class ForeignFormat(NamedTuple):
-    """A format that this package names and does not convert, with a pattern for names of files that only it has.
+    """A format that this package names and does not convert.
 
-    If `beside_safetensors`, it is meant even if the directory holds other safetensors files or an index.
+    `pattern` matches the name of a file that only this format has. If `beside_safetensors`, one such file tells the
+    format even in a directory with other safetensors files or an index.
     """
 
     name: str

@@ -41,7 +41,7 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file, with the range [start, end) of its bytes, counted from the start of the file."""
+    """One tensor of a file. Its bytes are [start, end), counted from the start of the file."""
 
     name: str
     dtype: DType
@@ -73,7 +73,7 @@ class Header:
 
 
 def header_size(prefix: bytes, file_size: int, *, file: object) -> int:
-    """Return the size in bytes of length and JSON together, from the first eight bytes of a file.
+    """Return the size in bytes of length and JSON, from a file's first eight bytes.
 
     Raises:
         CheckpointFormatError: There are fewer than eight bytes, or this file can't have a header of that length.
@@ -95,7 +95,7 @@ def _wrong_size(problem: str, file: object, expected: object, found: int, hint: 
 
 
 def parse_header(raw: bytes, file_size: int, *, file: object) -> Header:
-    """Return the header of a file of `file_size` bytes, whose first bytes `raw` go at least to the header's end.
+    """Return the header of a file. The first bytes `raw` go at least to the header's end.
 
     Raises:
         CheckpointFormatError: The header breaks a rule of the format.

@@ -66,7 +66,7 @@ def _check_place(tensor: str, name: object, file: object) -> None:
 
 
 def is_bare_name(name: str) -> bool:
-    """Return whether `name` can only mean an entry of the directory in which it is looked up."""
+    """Return whether `name` can only mean an entry of a directory itself."""
     return name not in ("", ".", "..") and not any(char in name for char in "/\\\0")
 
 

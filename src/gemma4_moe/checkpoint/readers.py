@@ -1,4 +1,4 @@
-"""Reading a file in large pieces: past the page cache, through it, or in the quicker of these two ways.
+"""Reading a file in large pieces: past the page cache, through it, or the quicker.
 
 Read-ahead keeps a device busy between two reads, and costs processor time. Which way is quicker depends on the device
 and on the work of other processes. Direct I/O asks that positions, sizes and memory are multiples of a page, so a
@@ -32,7 +32,7 @@ class Reader(Protocol):
     """A reader of a file in large pieces."""
 
     def read(self, offset: int, size: int, buffer: memoryview) -> memoryview:
-        """Return the file's bytes [offset, offset + size) somewhere in `buffer`, which has `SLACK` bytes more."""
+        """Return the file's bytes [offset, offset + size), somewhere in `buffer`. It has `SLACK` bytes more."""
 
     def close(self) -> None:
         """Close the descriptors that the reader has opened."""
@@ -64,7 +64,7 @@ class PageReader:
     """Reads an open file into buffers. Close it after use, and before the file."""
 
     def __init__(self, file: ReadAt, *, buffered: bool = False) -> None:
-        """Take an open file, and drop its pages from the page cache, so that the device is read.
+        """Take an open file, and drop its pages from the page cache.
 
         If `buffered`, each range is read through the page cache, and then dropped from it. Otherwise the file is read
         past the page cache if the system and the filesystem can do that.
@@ -107,13 +107,13 @@ class PageReader:
 
 
 def drop_cache(descriptor: int, offset: int, size: int) -> None:
-    """Ask the kernel to forget the pages of a range that are on the device; size 0 means to the end."""
+    """Ask the kernel to forget a range's pages that are on the device. Size 0 means to the end."""
     if descriptor >= 0 and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def reopen_direct(descriptor: int, flags: int) -> int | None:
-    """Return a second descriptor of an open file, for direct I/O, or None if there can't be one."""
+    """Return a second descriptor of an open file for direct I/O, or None if impossible."""
     if descriptor < 0 or sys.platform != "linux":
         return None
     try:
@@ -129,10 +129,10 @@ TRIALS = 2
 
 
 class QuickerReader:
-    """Reads a file in two ways by turns, then in the one that took less time. For one thread; close it after use."""
+    """Reads a file in two ways by turns, then in the quicker one. For one thread; close it after use."""
 
     def __init__(self, direct: Reader, buffered: Reader, clock: Callable[[], float] = perf_counter) -> None:
-        """Take the reader that is tried first, and chosen if both take the same time; the other; a clock in seconds."""
+        """Take two readers and a clock in seconds. If both take the same time, `direct` is chosen."""
         self._ways = (direct, buffered)
         self._clock = clock
         self._bytes = [0, 0]

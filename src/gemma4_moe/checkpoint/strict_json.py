@@ -1,4 +1,4 @@
-"""JSON of headers and indexes, read by the standard library and by no looser rules than RFC 8259.
+"""JSON of headers and indexes, read by the rules of RFC 8259, and none looser.
 
 Python's json takes NaN, keeps the last of two equal keys, lets lone surrogates pass and turns -0 into 0. Here NaN and
 surrogates are errors, -0 is no integer, and an object is a tuple of its (key, value) pairs, equal keys included.
@@ -67,14 +67,14 @@ def repeated_key(members: Iterable[tuple[str, Any]]) -> str | None:
 
 
 def check_name(name: str, *, file: object) -> None:
-    """Raise a CheckpointFormatError if the name of a tensor or of a file is longer than `LONGEST_NAME`."""
+    """Raise a CheckpointFormatError if a tensor's or file's name is longer than `LONGEST_NAME`."""
     if len(name) > LONGEST_NAME:
         expected, found = f"at most {LONGEST_NAME} characters", f"{len(name)} characters, {reprlib.repr(name)}"
         raise CheckpointFormatError("a name that is too long", file=file, expected=expected, found=found, hint=_DAMAGED)
 
 
 def is_unsigned(value: object) -> bool:
-    """Return whether a value is an integer from 0 to `LARGEST_INTEGER`; true and false are none."""
+    """Return whether a value is an integer from 0 to `LARGEST_INTEGER`. True and false are none."""
     return type(value) is int and 0 <= value <= LARGEST_INTEGER
 
 

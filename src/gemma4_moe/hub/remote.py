@@ -1,4 +1,4 @@
-"""A model on the Hugging Face Hub: read in place over HTTP, with nothing kept, or downloaded into the Hub's cache."""
+"""A model on the Hub: read in place over HTTP, or downloaded into a cache."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _OS_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 
 
 class RemoteFile(SafetensorsFile):
-    """A safetensors file on the Hub at one commit, or its copy on this machine after `read_from`.
+    """A safetensors file on the Hub at one commit. After `read_from`, its copy is read.
 
     Attributes:
         repository: The model's id.
@@ -88,7 +88,7 @@ class RemoteFile(SafetensorsFile):
             raise SourceChangedError(problem, file=path, hint="remove the file from the cache, and start again")
 
     def read_into(self, offset: int, destination: memoryview) -> None:
-        """Fill `destination` with the file's bytes from `offset` on, in one request or from the copy."""
+        """Fill `destination` with the file's bytes from `offset` on. On the Hub, it takes one request."""
         if self._descriptor >= 0:
             super().read_into(offset, destination)
         elif destination.nbytes:
@@ -130,7 +130,7 @@ def open_on_hub(repository: str, revision: str | None = None, *, headers_only: b
 
 
 def _list(repository: str, revision: str | None) -> tuple[str, dict[str, int | None], set[str]]:
-    """Return the commit of a revision, the files at its top with their sizes if known, and the directories there."""
+    """Return a revision's commit, the sizes of the files at its top (None if not listed), and the directories there."""
     with refusals(repository):
         from huggingface_hub import constants
     url = f"{constants.ENDPOINT}/api/models/{repository}/revision/{quote(revision or 'main', safe='')}?blobs=true"
@@ -154,7 +154,7 @@ def _list(repository: str, revision: str | None) -> tuple[str, dict[str, int | N
 
 
 def _small_content(repository: str, commit: str, name: str, size: int | None, *, headers_only: bool) -> bytes:
-    """Return the content of a file without weights, or nothing if a conversion has no use for it."""
+    """Return the content of a file without weights, or nothing if it is of no use."""
     from huggingface_hub import hf_hub_url
 
     if name not in _READ and not is_side_file(name):
@@ -179,7 +179,7 @@ def fetch(repository: str, revision: str | None = None, *, cached_only: bool = F
 
     Raises:
         InputError: There is no such model or revision, or not for this token.
-        StorageError: Also, the disk is full.
+        StorageError: Also if the disk refuses.
     """
     with refusals(repository):
         from huggingface_hub import snapshot_download
@@ -214,12 +214,12 @@ def _remote_files(checkpoint: Checkpoint) -> list[RemoteFile]:
 
 
 def commit_of(checkpoint: Checkpoint) -> str | None:
-    """Return the commit of a model that was opened on the Hub, or None for a directory."""
+    """Return the commit of a model opened on the Hub, or None for a directory."""
     return next((file.commit for file in _remote_files(checkpoint)), None)
 
 
 def download(checkpoint: Checkpoint, revision: str | None = None) -> None:
-    """Download a model that was opened on the Hub into the Hub's cache, and read it there from now on.
+    """Download a model opened on the Hub into its cache, and read the copy from now on.
 
     A directory stays as it is. The cache remembers `revision`, with which the model was opened.
 

@@ -1,4 +1,4 @@
-"""Requests to the Hugging Face Hub: ranges of files and whole small ones, with this package's errors.
+"""Requests to the Hugging Face Hub: ranges of files, and whole small files.
 
 The connection, the token, redirects, and the retries for a busy server are the work of huggingface_hub. Here an answer
 is read as it comes and never beyond the bytes that were asked for, so that no server can fill the memory. A connection
@@ -28,11 +28,11 @@ _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
 def read_range(url: str, offset: int, destination: memoryview, *, file: object) -> int:
-    """Fill `destination` with the bytes of a file from `offset` on, and return the size of the whole file in bytes.
+    """Fill `destination` with a file's bytes from `offset` on, and return the file's size.
 
     Raises:
         InputError: There is no such file, or not for this token.
-        StorageError: Also, the Hub answers with another range.
+        StorageError: Also if the Hub answers with another range.
     """
     wanted = destination.cast("B")
     first, last = offset, offset + wanted.nbytes - 1
@@ -60,7 +60,7 @@ def read_range(url: str, offset: int, destination: memoryview, *, file: object) 
 
 
 def read_small(url: str, most: int, *, file: object, attempts: int = _ATTEMPTS) -> bytes:
-    """Return a whole file of at most `most` bytes; a connection that fails is made `attempts` times.
+    """Return a whole file of at most `most` bytes. A connection that fails is made `attempts` times.
 
     Raises:
         CheckpointFormatError: It is larger.
@@ -85,7 +85,7 @@ def too_large(file: object, most: int, found: str) -> CheckpointFormatError:
 
 
 def _receive(url: str, take: Callable[[Any], _T], *, file: object, attempts: int = _ATTEMPTS, **headers: str) -> _T:
-    """Return the result of `take` on the answer to a request; after a failure, on the whole of the next answer."""
+    """Return the result of `take` on the answer to a request. After a failure, it gets the whole next answer."""
     with refusals(file):
         from huggingface_hub import constants, utils
 
@@ -146,7 +146,7 @@ def refusals(file: object) -> Iterator[None]:
 
 
 def unreadable(file: object, error: BaseException) -> StorageError:
-    """Return the error for a connection that fails, or for an answer that makes no sense.
+    """Return the error for a connection that fails, or an answer without sense.
 
     It has the first line of `error`, or its kind if it says nothing. Signatures of URLs stay out.
     """

@@ -1,4 +1,4 @@
-"""A source by its path or Hub id: a directory, or a model on the Hugging Face Hub, downloaded or read in place."""
+"""A source by its path or Hub id: a directory, or a model on the Hub."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def open_source(source: str | Path, revision: str | None = None, *, stream: bool
 
 
 def is_hub_id(source: object) -> TypeGuard[str]:
-    """Return whether a source is the id of a model on the Hub, and no path on this machine."""
+    """Return whether a source is a Hub id, and no path on this machine."""
     if not isinstance(source, str) or _HUB_ID.fullmatch(source) is None:
         return False
     with refusals("look at the path", source):
@@ -59,13 +59,13 @@ def is_hub_id(source: object) -> TypeGuard[str]:
 
 
 def check_streamed(source: str | Path, base: str | Path | None) -> None:
-    """Raise a UsageError if neither the source nor the base is a model on the Hub: nothing else can be streamed."""
+    """Raise a UsageError if neither source nor base is on the Hub: nothing else can be streamed."""
     if not is_hub_id(source) and not is_hub_id(base):
         raise UsageError("only a model on the Hub can be streamed", file=source, hint="leave --stream out")
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
-    """Return the directory of a source; a model on the Hub is downloaded into its cache first.
+    """Return the directory of a source. A model on the Hub is downloaded into the Hub's cache first.
 
     Args:
         source: A path, or a Hub id such as google/gemma-4-26B-A4B. A directory of that name comes first.

@@ -1,4 +1,4 @@
-"""The lock of a target: one process writes it at a time, and an error names that process.
+"""The lock of a target: one process writes it at a time, and errors name it.
 
 On one host the lock is `flock`'s, which dies with its process. Not every shared filesystem carries it from host to
 host, and some have no locks at all. So the owner also writes its name into the file, and removes it when it is done. A
@@ -34,7 +34,7 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The process that holds a target, or was killed while it held it; `since` is in seconds since the epoch."""
+    """The process that holds a target, or was killed meanwhile. `since` is in seconds since the epoch."""
 
     pid: int
     host: str
@@ -75,7 +75,7 @@ class Lock:
             raise TargetBusyError(problem, file=self.path, found=found, hint="let only one of them run")
 
     def is_broken(self) -> bool:
-        """Return whether the file no longer holds our name: what the lock guards is then another process's."""
+        """Return whether the file has lost our name. Another process then owns what the lock guards."""
         with refusals("look at the lock", self.path), suppress(FileNotFoundError):
             return self.path.read_bytes() != self._name
         return True
@@ -94,7 +94,7 @@ class Lock:
 
 
 def _take(path: Path, *, break_lock: bool) -> tuple[int, bytes] | None:
-    """Return the locked descriptor and our name. None asks for another attempt: the file was exchanged, or broken."""
+    """Return the locked descriptor and our name. None asks for another attempt: the file was removed or replaced."""
     with ExitStack() as stack:
         with refusals("open the lock", path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -130,7 +130,7 @@ def _sign(descriptor: int, path: Path) -> bytes:
 
 
 def _try_lock(descriptor: int, path: Path) -> bool | None:
-    """Return whether the lock was free, and is now ours; None if the filesystem has no locks."""
+    """Return whether the lock was free, and is now ours. None means that the filesystem has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -150,7 +150,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _read_owner(path: Path) -> Owner | None:
-    """Return the process whose name is in the lock, or None if there is none or it makes no sense."""
+    """Return the process whose name is in the lock, or None without a sensible name."""
     try:
         name: dict[str, Any] = json.loads(path.read_bytes())
         return Owner(int(name["pid"]), str(name["host"]), float(name["since"]))
