@@ -5,23 +5,25 @@ One process does it, or all ranks of torch's default process group together, on 
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.converter import preview
+from gemma4_moe.checkpoint.storage import resolved
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.converter.finish import finish
 from gemma4_moe.converter.job import Job
 from gemma4_moe.converter.notes import base_notes, cast_notes, overflow_notes, unusual_scales
 from gemma4_moe.converter.plan import Plan, make_plan
+from gemma4_moe.converter.preview import measure_space
 from gemma4_moe.converter.resume import is_made_already
 from gemma4_moe.converter.scales import read_scales
 from gemma4_moe.converter.write import write_weights
 from gemma4_moe.distributed.ranks import current, ranks_on_this_host
 from gemma4_moe.errors import StorageError
-from gemma4_moe.hub.source import check_streamed, on_hub, open_source
+from gemma4_moe.hub.remote import commit_of, download
+from gemma4_moe.hub.source import check_streamed, open_source
 from gemma4_moe.kernels.choice import allowed_cores
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.directory import TargetFiles
@@ -32,7 +34,7 @@ from gemma4_moe.target.recovery import clean, heal
 from gemma4_moe.target.transaction import Transaction
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from gemma4_moe.checkpoint.directory import Checkpoint
     from gemma4_moe.converter.scales import Scales
@@ -119,21 +121,27 @@ def convert(
         ParallelError: Another rank failed.
     """
     ranks, target = current(), Path(target)
-    asked: dict[str, Any] = {"to": to, "dtype": dtype, "max_shard_size": max_shard_size}
     with ExitStack() as stack:
         with ranks.together("plan the conversion"):
             if stream:
                 check_streamed(source, base)
-            elif on_hub(source, base) and ranks.is_first and not resume:  # an earlier run may hold the space already
-                _check_before_a_fetch(source, target, max_memory=max_memory, revision=revision, base=base, **asked)
-            checkpoint, commit = stack.enter_context(open_source(source, revision, stream=stream))
-            check_place(target, checkpoint.path)
-            origin, origin_commit = stack.enter_context(_open_base(base, target, stream))
-            plan = make_plan(checkpoint, base=origin, **asked)
+            checkpoint = stack.enter_context(open_source(source, revision, stream=stream))
+            origin = None if base is None else stack.enter_context(open_source(base, stream=stream))
+            opened = [checkpoint] if origin is None else [checkpoint, origin]
+            for one in opened:
+                check_place(target, one.path)
+            plan = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=origin)
             memory = plan_memory(plan, parse_size(max_memory))
+            if ranks.is_first and not stream and not resume:  # an earlier run may hold the space already
+                _check_room(opened, plan, target)
+        with ranks.together("read the source"):
+            if not stream:
+                download(checkpoint, revision)
+                if origin is not None:
+                    download(origin)
             scales = read_scales(plan)
             options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
-            options |= _identities(commit, origin, origin_commit)
+            options |= _identities(checkpoint, origin, stream=stream)
         transaction = None
         with ranks.together("take the target"):
             known = resume and origin is None  # no manifest has hashes of a base
@@ -163,42 +171,30 @@ def convert(
         return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.left_behind)
 
 
-def _identities(commit: str | None, base: Checkpoint | None, base_commit: str | None) -> dict[str, Any]:
-    """Return the options that say which source and base it was: commits of the Hub, headers of the base."""
+def _identities(source: Checkpoint, base: Checkpoint | None, *, stream: bool) -> dict[str, Any]:
+    """Return the options that say which source and base it was: commits of a stream, headers of the base."""
     headers = None if base is None else {name: file.header.digest for name, file in base.files.items()}
-    found = {"commit": commit, "base": headers, "base_commit": base_commit}
-    return {name: value for name, value in found.items() if value is not None}
+    commits = {"commit": commit_of(source), "base_commit": base and commit_of(base)} if stream else {}
+    return {name: value for name, value in {**commits, "base": headers}.items() if value is not None}
 
 
-def _check_before_a_fetch(source: str | Path, target: Path, **options: Any) -> None:
-    """Check by headers, before anything is brought into the Hub's cache, that all fits together and onto the disk.
+def _check_room(opened: list[Checkpoint], plan: Plan, target: Path) -> None:
+    """Check that the disk has room for the models that would be downloaded, and for the target.
 
     Raises:
-        StorageError: There is no room for the model in the cache and for the target.
-        InputError, UsageError: See `plan`.
+        StorageError: It has none.
     """
-    space = preview.plan(source, target, **options).space
+    space = measure_space(opened, plan.target_bytes, resolved(target).parent, stream=False)
     if space.cache_bytes and space.missing_bytes:
         raise StorageError(
             "the disk has no room for the model in the Hub's cache and for the target",
-            file=on_hub(source, options["base"])[0],
+            file=target,
             expected=f"{space.cache_bytes:,} bytes in the cache and {space.target_bytes:,} for the target",
             found=f"{space.missing_bytes:,} bytes too few",
             hint="free some space"
             if space.missing_without_cache
             else "give --stream: it keeps nothing of the model on this machine, and the target fits",
         )
-
-
-@contextmanager
-def _open_base(base: str | Path | None, target: Path, stream: bool) -> Iterator[tuple[Checkpoint | None, str | None]]:
-    """Open a base as `open_source` does, if there is one."""
-    if base is None:
-        yield None, None
-        return
-    with open_source(base, stream=stream) as (checkpoint, commit):
-        check_place(target, checkpoint.path)
-        yield checkpoint, commit
 
 
 def _is_made(
