@@ -17,13 +17,12 @@ from gemma4_moe.checkpoint.directory import Checkpoint, open_checkpoint
 from gemma4_moe.checkpoint.file import FileIdentity, SafetensorsFile
 from gemma4_moe.checkpoint.header import header_size, parse_header
 from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, is_bare_name
-from gemma4_moe.checkpoint.side_files import LARGEST_SIDE_FILE, MANIFEST_NAME, PATTERNS, is_side_file
+from gemma4_moe.checkpoint.side_files import LARGEST_SIDE_FILE, PATTERNS, is_side_file
 from gemma4_moe.checkpoint.storage import FULL, temporary_directory
 from gemma4_moe.checkpoint.storage import refusals as disk_refusals
 from gemma4_moe.checkpoint.strict_json import is_unsigned
 from gemma4_moe.errors import SourceChangedError, StorageError
 from gemma4_moe.hub.requests import read_range, read_small, refusals, too_large, unreadable
-from gemma4_moe.target.manifest import LONGEST_MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 _WEIGHTS = ".safetensors"
 
 #: The files that a plan needs besides the headers, and the most bytes of each that are read.
-_READ = {CONFIG_NAME: LONGEST_CONFIG, INDEX_NAME: LONGEST_INDEX, MANIFEST_NAME: LONGEST_MANIFEST}
+_READ = {CONFIG_NAME: LONGEST_CONFIG, INDEX_NAME: LONGEST_INDEX}
 
 #: The first piece of a file of weights that is read, in bytes: enough for most headers, so that each is one request.
 _HEAD = 2**16
