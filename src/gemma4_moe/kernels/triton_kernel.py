@@ -6,7 +6,7 @@ stream-ordered, read the scale on the device and never synchronise, so they may 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +25,9 @@ _Four = tuple[int, int, int, int]
 _FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _CODES = {2: torch.int16, 4: torch.int32}
 
-#: Rows (along the output's contiguous axis), columns (along the input's) and warps of a tile, by the bytes of an input
-#: and an output element. Measured on an H100; see docs/benchmarks.md.
-_TILES = {
-    (2, 2): (64, 64, 8),
-    (2, 4): (64, 64, 16),
-    (4, 2): (64, 64, 16),
-    (4, 4): (64, 64, 16),
-}
+#: Rows (along the output's contiguous axis) and columns (along the input's) of a tile, and its warps: fewer where an
+#: element of the input and one of the output take two bytes each. Measured on an H100; see docs/benchmarks.md.
+_SIDE, _FEW_WARPS, _WARPS = 64, 8, 16
 
 #: Triton asks for the interpreter once, too: when the kernel below is made.
 _INTERPRETED = interpreted()
@@ -54,8 +49,9 @@ def scale_cast(x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor)
         return
     shape, x_stride, out_stride = _matrices(x, out, scaled=factors is not None)
     rows, columns, warps = _tile(shape, out_stride, x.itemsize, out.itemsize)
-    tiles = prod(shape[:2]) * _ceil_div(shape[2], rows) * _ceil_div(shape[3], columns)
-    with _on_device(x):
+    tiles = prod(shape[:2]) * -(-shape[2] // rows) * -(-shape[3] // columns)  # triton.cdiv takes several us
+    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else nullcontext():
         _move[(tiles,)](
             x.view(_CODES[x.itemsize]),
             x if factors is None else factors,
@@ -101,21 +97,12 @@ def _tile(shape: _Four, out_stride: _Four, in_bytes: int, out_bytes: int) -> tup
     if out_stride[3] == 1:
         columns = min(_ROW_ELEMENTS, _power_of_2(shape[3]))
         return min(_ROW_ELEMENTS // columns, _power_of_2(shape[2])), columns, _ROW_WARPS
-    return _TILES[in_bytes, out_bytes]
-
-
-# triton.cdiv and triton.next_power_of_2 serve kernels, too, and take the host several us a call: a launch makes four.
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+    return _SIDE, _SIDE, _FEW_WARPS if in_bytes == out_bytes == 2 else _WARPS
 
 
 def _power_of_2(size: int) -> int:
-    """Return the least power of two that is no smaller."""
+    """Return the least power of two that is no smaller; triton.next_power_of_2 takes several us."""
     return 1 << (size - 1).bit_length()
-
-
-def _on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else nullcontext()
 
 
 def _jit(function: Callable[..., Any]) -> Any:
