@@ -65,10 +65,7 @@ def uninstall() -> None:
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """Install for a `with` block; an installation from before the block stays.
-
-    Errors and warnings are those of `install`.
-    """
+    """Install for a `with` block; an installation from before the block stays."""
     was_installed = bool(_replaced)
     install()
     try:
@@ -108,12 +105,7 @@ def adapter_class() -> type[Gemma4MoEStateDictAdapter]:
 
 
 def refusing_to_round_twice(read: Callable[..., Any], checkpointing: ModuleType) -> Callable[..., Any]:
-    """Return NeMo's `Checkpointer._do_load` with a check of the files' dtypes before it.
-
-    Args:
-        read: The method, which fills a state dict from a directory.
-        checkpointing: The module of the Checkpointer.
-    """
+    """Return NeMo's `Checkpointer._do_load` with a check of the files' dtypes before it."""
 
     @wraps(read)
     def guarded(
@@ -123,9 +115,8 @@ def refusing_to_round_twice(read: Callable[..., Any], checkpointing: ModuleType)
         if loaded:
             reader = checkpointing._maybe_msc_reader(path, storage_reader)
             metadata = checkpointing._get_checkpoint_metadata(path, reader).state_dict_metadata
-            refuse_two_roundings(
-                loaded, {name: metadata[name].properties.dtype for name in loaded if name in metadata}, path
-            )
+            dtypes_found = {name: metadata[name].properties.dtype for name in loaded if name in metadata}
+            refuse_two_roundings(loaded, dtypes_found, path)
         return read(checkpointer, state_dict, path, storage_reader, is_init_step)
 
     return guarded
@@ -140,9 +131,6 @@ def refuse_two_roundings(
         loaded: Destinations by hf name.
         file_dtypes: The dtypes in the checkpoint, by hf name. A missing tensor is for the reader to refuse.
         path: The checkpoint.
-
-    Raises:
-        UsageError: A `down_proj` or a scale has a dtype whose values its destination can't hold.
     """
     for name, destination in loaded.items():
         found = lookup(name, Layout.HF)
@@ -156,6 +144,6 @@ def refuse_two_roundings(
                 file=path,
                 expected=f"a checkpoint whose values are all values of {model.name}",
                 found=file.name,
-                hint="load with gemma4_moe.load_hf, which rounds once; or make the model in "
-                f"{file.name}; or start from a checkpoint in {model.name}",
+                hint=f"load with gemma4_moe.load_hf, which rounds once; or make the model in {file.name}; "
+                f"or start from a checkpoint in {model.name}",
             )
