@@ -45,7 +45,7 @@ def agree(action: str, mesh: DeviceMesh | None, plan: Any) -> None:
 
     Args:
         action: A verb for the errors: "convert".
-        mesh: The ranks; None for all ranks of the default process group, if there is one.
+        mesh: None for all ranks of the default process group, if there is one.
         plan: Everything that must be equal, as JSON can write it.
 
     Raises:
@@ -104,9 +104,6 @@ def gather(
         shape: The whole tensor's shape.
         staging_bytes: The most bytes of staging, unless one row on all ranks of a dimension is larger.
         out: Where to write the whole tensor: contiguous, of the shard's dtype. New memory by default.
-
-    Raises:
-        ParallelError: A collective failed.
     """
     if not where.is_cut:
         return local if out is None else out.copy_(local)
@@ -121,15 +118,9 @@ def gather(
 
 
 def broadcast(tensor: torch.Tensor, where: Placed, owner: Sequence[int]) -> None:
-    """Copy a contiguous tensor from its owner ranks to all ranks, in place.
+    """Copy a contiguous tensor of one expert in place from its owner ranks to all.
 
-    Args:
-        tensor: The tensor to send or to receive into.
-        where: The mesh and placements of the experts that the tensor is one of.
-        owner: The owner's coordinate in each dimension of the mesh that cuts axis 0; elsewhere any number.
-
-    Raises:
-        ParallelError: A collective failed.
+    `owner` is the owner's coordinate in each dimension of the mesh that cuts axis 0, and elsewhere any number.
     """
     for dim in where.expert_dims:
         with _failing_in_words("broadcast a tensor"):

@@ -21,12 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The ranks that work together, as this process sees them.
-
-    Attributes:
-        rank: This process' number.
-        world: The number of ranks.
-    """
+    """This process among the ranks that work together: its rank, and their number."""
 
     rank: int = 0
     world: int = 1
@@ -37,11 +32,7 @@ class Ranks:
         return self.rank == 0
 
     def everyones(self, value: Any) -> list[Any]:
-        """Return each rank's value, in the order of ranks. All ranks must call.
-
-        Raises:
-            ParallelError: Another rank does not answer.
-        """
+        """Return each rank's value, in the order of ranks. All ranks must call."""
         if self.world == 1:
             return [value]
         import torch.distributed as dist
@@ -59,13 +50,9 @@ class Ranks:
 
     @contextmanager
     def together(self, action: str) -> Iterator[None]:
-        """Run a `with` block on every rank; if one rank fails, all fail.
+        """Run a `with` block on every rank; if one fails, the others raise a ParallelError.
 
-        Args:
-            action: A verb with its object for the error on the other ranks: "write its tensors".
-
-        Raises:
-            ParallelError: Another rank failed; its own error is raised on that rank.
+        `action` is a verb with its object for that error: "write its tensors".
         """
         failure: Exception | None = None
         try:
@@ -77,9 +64,8 @@ class Ranks:
             raise failure
         for rank, message in enumerate(messages):
             if message is not None:
-                raise ParallelError(
-                    f"rank {rank} could not {action}", found=message.replace("\n", ";"), hint="read that rank's log"
-                )
+                found = message.replace("\n", ";")
+                raise ParallelError(f"rank {rank} could not {action}", found=found, hint="read that rank's log")
 
 
 def launched_as_one_of_several() -> bool:
