@@ -25,7 +25,7 @@ _log = logging.getLogger("gemma4_moe")
 
 
 class Availability(NamedTuple):
-    """Whether a kernel can run in this process, and the instruction set or device that it would use, or why not."""
+    """Whether a kernel can run in this process; its instruction set or device, or why not."""
 
     usable: bool
     detail: str
@@ -39,9 +39,9 @@ def available() -> dict[str, Availability]:
 def check_arguments(
     x: Any, factors: Any, out: Any, strides: Sequence[int] | None, target: Any, *, rounds: bool
 ) -> None:
-    """Check that factors and `out`, of these strides, fit a product of x [E, ...] in the dtype `target`.
+    """Check that factors and `out` fit a product of x [E, ...] in the dtype `target`.
 
-    No strides mean that `out` can't be written. `rounds` tells whether kernels round to `target`.
+    `strides` are those of `out`, None if it can't be written. `rounds` tells whether kernels round to `target`.
     """
     if out.shape != x.shape or out.dtype != target:
         expected, found = f"{target} {tuple(x.shape)}", f"{out.dtype} {tuple(out.shape)}"
@@ -60,7 +60,7 @@ def check_arguments(
 
 
 def for_array(kernel: str, supported: bool) -> str:
-    """Return "cpu" or "numpy" for a NumPy array; `supported` tells whether the compiled kernels know the dtypes."""
+    """Return "cpu" or "numpy" for a NumPy array, given whether compiled kernels know the dtypes."""
     asked = _asked(kernel)
     if asked == "triton":
         raise UsageError("the kernel can't work on this", expected="a CUDA tensor for triton", found="a NumPy array")
@@ -70,10 +70,7 @@ def for_array(kernel: str, supported: bool) -> str:
 
 
 def for_tensor(kernel: str, device: str, supported: bool) -> str:
-    """Return "cpu", "triton" or "torch" for a tensor on a type of device.
-
-    `supported` tells whether the compiled kernels know the dtypes and the kind of tensor.
-    """
+    """Return "cpu", "triton" or "torch", given whether compiled kernels know dtypes and class."""
     asked = _asked(kernel)
     if device == "meta" or asked in ("torch", "numpy"):
         return "torch"
@@ -115,7 +112,7 @@ def triton() -> Availability:
 
 
 def interpreted() -> bool:
-    """Return whether Triton runs its kernels in its interpreter, which works on CPU tensors and serves tests."""
+    """Return whether Triton runs in its interpreter, which works on CPU tensors and serves tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

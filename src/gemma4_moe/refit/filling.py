@@ -25,12 +25,7 @@ _OWN_LAUNCH_BYTES = 4 << 20
 
 
 class Filler:
-    """Fills the tensors of one pass.
-
-    Args:
-        kernel: The kernel that converts.
-        keeps: Whether this rank keeps the results. If not, it only takes part in collectives.
-    """
+    """Fills the tensors of one pass, or only takes part in collectives."""
 
     def __init__(self, kernel: str, *, keeps: bool) -> None:
         self._kernel = kernel
@@ -40,13 +35,9 @@ class Filler:
         self._sources: list[torch.Tensor] = []
 
     def fill(self, item: Item, value: torch.Tensor, out: torch.Tensor) -> None:
-        """Write one item, made from `value`, into `out`.
+        """Write one item, made from `value`, into `out`, which is contiguous.
 
-        `out` is contiguous, of the item's shape and dtype. A small copy without conversion waits for `flush`. All ranks
-        of a DTensor's mesh must call.
-
-        Raises:
-            ParallelError: A collective failed, or a placement is not known.
+        A small copy without conversion waits for `flush`. All ranks of a DTensor's mesh must call.
         """
         local = local_of(value)
         if item.operation is Operation.FOLD:
@@ -68,10 +59,7 @@ class Filler:
             self._fill_expert(item, tuple(value.shape), local, where, out)
 
     def fill_batch(self, batch: Batch, value: torch.Tensor, bucket: Bucket) -> None:
-        """Write a batch of items, made from `value`, to their places in a bucket.
-
-        Errors are those of `fill`.
-        """
+        """Write a batch of items, made from `value`, to their places in a bucket."""
         items = batch.items
         if items[0].row is None:
             self.fill(items[0], value, bucket.view_of(batch))

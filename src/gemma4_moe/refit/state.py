@@ -18,54 +18,34 @@ Tensors = Mapping[str, Any]
 State = torch.nn.Module | Tensors | Iterable[Tensors]
 
 
-def check_readable_again(state: State) -> None:
-    """Check that a state can be read on more than one pass.
-
-    Raises:
-        UsageError: The state is an iterator, which ends after one pass.
-    """
-    if isinstance(state, Iterator):
-        raise UsageError(
-            "a state that can be read only once",
-            expected="a module, a mapping, or an iterable that can be read again, such as a list",
-            found=type(state).__name__,
-            hint="give an object whose __iter__ is the generator, instead of the generator itself",
-        )
-
-
 def mappings_of(state: State) -> Iterator[Tensors]:
     """Yield the mappings of a state, in its order."""
     if isinstance(state, torch.nn.Module):
         yield state.state_dict()
     elif isinstance(state, Mapping):
         yield state
+    elif isinstance(state, Iterator):
+        raise UsageError(
+            "a state that can be read only once",
+            expected="a module, a mapping, or an iterable that can be read again, such as a list",
+            found=type(state).__name__,
+            hint="give an object whose __iter__ is the generator, instead of the generator itself",
+        )
     else:
         yield from state
 
 
 def sources_of(tensors: Tensors) -> tuple[dict[str, Source], dict[str, str]]:
     """Return each tensor's source, and for each alias of one its first name."""
-    sources: dict[str, Source] = {}
-    aliases: dict[str, str] = {}
+    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
     first: dict[object, str] = {}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        same = first.setdefault(_identity(tensor), name) if local_of(tensor).numel() else name
-        if same == name:
-            sources[name] = Source.of(tensor)
-        else:
-            aliases[name] = same
-    return sources, aliases
+    same = {name: first.setdefault(_identity(tensor) or name, name) for name, tensor in tensors.items()}
+    sources = {name: Source.of(tensors[name]) for name in same if same[name] == name}
+    return sources, {name: same[name] for name in same if same[name] != name}
 
 
 class StatePass:
-    """One pass over a state, whose tensors must still be as planned.
-
-    Args:
-        state: The state.
-        sources: The sources of each of its mappings, as planned.
-    """
+    """One pass over a state, whose tensors must still be as planned."""
 
     def __init__(self, state: State, sources: Sequence[Mapping[str, Source]]) -> None:
         self._mappings = mappings_of(state)
@@ -75,13 +55,7 @@ class StatePass:
         self._checked: dict[str, torch.Tensor] = {}
 
     def tensor(self, mapping: int, name: str) -> torch.Tensor:
-        """Return a tensor of a mapping.
-
-        Mappings must be asked for in order; each is dropped at the next.
-
-        Raises:
-            InputError: The tensor is missing, or has another shape, dtype, mesh or placement than planned.
-        """
+        """Return a tensor of a mapping, asked for in order: each is dropped at the next."""
         while self._number < mapping:
             self._tensors, self._checked = next(self._mappings, {}), {}
             self._number += 1
@@ -90,19 +64,14 @@ class StatePass:
         return self._checked[name]
 
     def finish(self) -> None:
-        """Check that the state has no further mappings.
-
-        Raises:
-            InputError: The state has more mappings than planned.
-        """
+        """Check that the state has no further mappings."""
         self._tensors, self._checked = {}, {}
-        rest = len(self._sources) - 1 - self._number
-        found = sum(1 for _ in self._mappings)
-        if found > rest:
+        found = self._number + 1 + sum(1 for _ in self._mappings)
+        if found > len(self._sources):
             raise InputError(
                 "a state of more parts than it had when the stream was planned",
                 expected=f"{len(self._sources)} mappings",
-                found=f"{self._number + 1 + found}",
+                found=f"{found}",
                 hint="make a new WeightStream after the model has changed",
             )
 
@@ -126,7 +95,8 @@ def _text(source: Source) -> str:
     return f"{source.dtype} {list(source.shape)} {source.placements}".rstrip()
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return a key that is equal for two names of one tensor, meta tensors included."""
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """Return a key that is equal for two names of one tensor; None for an empty one."""
     local = local_of(tensor)
-    return (*storage_key(tensor), local.untyped_storage()._cdata if local.is_meta else None)
+    key = (*storage_key(tensor), local.untyped_storage()._cdata if local.is_meta else None)
+    return key if local.numel() else None
