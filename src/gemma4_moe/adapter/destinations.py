@@ -34,13 +34,9 @@ def mark(view: torch.Tensor, native: torch.Tensor) -> torch.Tensor:
 
 def native_of(value: object) -> torch.Tensor | None:
     """Return the model's tensor behind a destination, None for any other value."""
-    found: _Mark | None = getattr(value, _MARK, None)
-    return None if found is None else found.native
+    return getattr(getattr(value, _MARK, None), "native", None)
 
 
 def unfilled_scale(native: torch.Tensor) -> torch.Tensor:
-    """Return a scale [E] of NaN for `native` [E, I, H].
-
-    It is fp32, so that no loaded scale is rounded.
-    """
+    """Return a scale [E] of NaN for `native` [E, I, H], in fp32: no loaded scale is rounded."""
     return torch.full(native.shape[:1], float("nan"), dtype=torch.float32, device=native.device)

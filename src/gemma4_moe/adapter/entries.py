@@ -27,19 +27,12 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """One entry of a state dict.
+    """One entry of a state dict."""
 
-    Attributes:
-        parsed: The row and the layer of its name; None for a name that is the same in both layouts.
-        name: Its name.
-        value: Its value.
-        shape: The whole tensor's shape, even if the value is only a rank's shard of it.
-    """
-
-    parsed: MoEName | None
+    parsed: MoEName | None  # None for a name that is the same in both layouts
     name: str
     value: Any
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # the whole tensor's, even if the value is only a rank's shard of it
 
     @property
     def operation(self) -> Operation:
@@ -67,12 +60,6 @@ def checked(
         inventory: Knows the layout and the sizes, and takes in each entry.
         mesh: The mesh over which plain values may be sharded.
         excluded: Whether a name that the layout does not know is skipped instead of refused.
-
-    Raises:
-        IncompleteExpertsError: A layer lacks one of its expert tensors.
-        UsageError: A layer has destinations and ordinary tensors.
-        ParallelError: Nothing tells whether a plain tensor given with a mesh is whole.
-        UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`.
     """
     rules = EXPERT_RULES[inventory.layout]
     if isinstance(state_dict, Mapping):

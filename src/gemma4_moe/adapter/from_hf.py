@@ -32,19 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FromHf:
-    """Converts entries of an hf state dict into tensors of the nemo layout.
-
-    Attributes:
-        kernel: The kernel that converts.
-        dtype: Dtype of new expert tensors.
-        mesh: The mesh over which plain values are to be sharded, or are a rank's shards of; None keeps them whole.
-        out: Native tensors to write into, by nemo name, instead of new ones.
-    """
+    """Converts entries of an hf state dict into tensors of the nemo layout."""
 
     kernel: str
-    dtype: torch.dtype
-    mesh: DeviceMesh | None
-    out: Mapping[str, torch.Tensor] | None
+    dtype: torch.dtype  # of new expert tensors
+    mesh: DeviceMesh | None  # over which plain values are to be sharded, or are a rank's shards of; None for whole ones
+    out: Mapping[str, torch.Tensor] | None  # native tensors, by nemo name, to write into instead of new ones
 
     def convert(self, entries: Iterable[Entry]) -> Iterator[tuple[str, Any]]:
         """Yield (nemo name, value); down_projs follow once both down_proj and its scale were given."""
@@ -78,11 +71,8 @@ class FromHf:
         """Return the native tensor of gate_up_proj [E, 2I, H] or of down_proj [E, H, I]."""
         loaded = destinations.native_of(expert.value)
         if loaded is not None and self.out is not None:
-            raise UsageError(
-                "a destination can't be written to `out`: it is the model's own storage",
-                tensor=name.nemo,
-                hint="give no `out` with destinations",
-            )
+            problem = "a destination can't be written to `out`: it is the model's own storage"
+            raise UsageError(problem, tensor=name.nemo, hint="give no `out` with destinations")
         if loaded is not None:
             return loaded if scale is None else _folded_in_place(name, loaded, scale.value, self.kernel)
         operation = name.rule.operation
@@ -122,12 +112,8 @@ class FromHf:
 def _out_tensor(out: Mapping[str, torch.Tensor], nemo: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return the tensor of `out` for a nemo name and a shape."""
     if nemo not in out:
-        raise UsageError(
-            "no tensor to write into",
-            tensor=nemo,
-            expected="its nemo name in `out`",
-            hint="give `out` every tensor of the state dict",
-        )
+        hint = "give `out` every tensor of the state dict"
+        raise UsageError("no tensor to write into", tensor=nemo, expected="its nemo name in `out`", hint=hint)
     if tuple(out[nemo].shape) != shape:
         raise TensorShapeError(
             "the tensor to write into has another shape",
@@ -144,10 +130,9 @@ def _shard(entry: Entry, where: Placed | None) -> torch.Tensor:
 
     The entry's value may be whole, lazy, a shard already, or a DTensor of the same placements or of replicas.
     """
-    value = entry.value
+    value: Any = entry.read() if where is None else entry.value
     if where is None:
-        whole: torch.Tensor = entry.read()
-        return whole.detach()
+        return local_of(value)
     if isinstance(value, DTensor):
         found = placed(value, entry.name)
         if found == where:

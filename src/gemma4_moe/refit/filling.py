@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
-from gemma4_moe.adapter.to_hf import convert_block
 from gemma4_moe.distributed.collectives import broadcast, gather
 from gemma4_moe.distributed.placements import Placed, local_of, placed
 from gemma4_moe.distributed.sharding import Sharded
+from gemma4_moe.kernels import scale_cast, transpose_scale_cast
 from gemma4_moe.layout.table import EXPERT_ROWS, Operation
 from gemma4_moe.refit.buckets import unpack
 
@@ -78,7 +78,17 @@ class Filler:
             self._outs, self._sources = [], []
 
     def _convert(self, item: Item, native: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return convert_block(item.operation, native, out=out, kernel=self._kernel)
+        """Write native values into `out` in hf layout, and return it; FOLD gives ones."""
+        if item.operation is Operation.FOLD:
+            return out.fill_(1)
+        if item.operation is not Operation.KEEP:
+            transpose_scale_cast(native, out=out, kernel=self._kernel)
+        elif native.dtype == out.dtype:
+            out.copy_(native)
+        else:
+            one = native.ndim == 0  # the kernels take at least one axis
+            scale_cast(native[None] if one else native, out=out[None] if one else out, kernel=self._kernel)
+        return out
 
     def _fill_expert(
         self, item: Item, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
