@@ -42,7 +42,7 @@ _FIELDS = {
 
 
 def axis_sizes(config: Any, moe_config: Any) -> dict[str, int]:
-    """Return the sizes of E, H and I that the two configs, of which each may be None, give.
+    """Return the sizes of E, H and I that the configs, if any, give.
 
     Raises:
         ConfigError: The configs disagree, or a size is not a positive integer.

@@ -96,13 +96,7 @@ class FromHf:
         if isinstance(expert.value, DTensor):
             found = placed(expert.value, expert.name)
             if target is not None and found != wanted:
-                raise ParallelError(
-                    "a DTensor and the tensor to write it into have different placements",
-                    tensor=expert.name,
-                    expected=str(wanted),
-                    found=str(found),
-                    hint="redistribute one of them, or give the tensor whole",
-                )
+                raise _misplaced(expert, "the tensor to write it into", wanted, found)
             return found
         if target is not None or self.mesh is None:
             return wanted
@@ -138,17 +132,16 @@ def _shard(entry: Entry, where: Placed | None) -> torch.Tensor:
         if found == where:
             return local_of(value)
         if any(placement is not None for placement in found.placements):
-            raise ParallelError(
-                "a DTensor whose placements differ from those of its layer's experts",
-                tensor=entry.name,
-                expected=str(where),
-                found=str(found),
-                hint="redistribute it, or give it whole",
-            )
+            raise _misplaced(entry, "its layer's experts", where, found)
         value = local_of(value)
     is_whole = not isinstance(value, torch.Tensor) or tuple(value.shape) == entry.shape
     shard = take(value, where.runs(entry.shape)) if is_whole else value.detach()
     return shard if shard.is_meta else shard.to(where.mesh.device_type)
+
+
+def _misplaced(entry: Entry, other: str, wanted: Placed | None, found: Placed) -> ParallelError:
+    problem, hint = f"a DTensor whose placements differ from those of {other}", "redistribute it, or give it whole"
+    return ParallelError(problem, tensor=entry.name, expected=str(wanted), found=str(found), hint=hint)
 
 
 def _folded_in_place(name: MoEName, native: torch.Tensor, scale: torch.Tensor, kernel: str) -> torch.Tensor:

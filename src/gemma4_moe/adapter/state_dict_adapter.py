@@ -60,13 +60,10 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         self.dtype = dtype
         axis_sizes(config, moe_config)
         conversion_of(backend)
-        if str(dtype).removeprefix("torch.") not in {known.name for known in EXPERT_DTYPES}:
-            raise UsageError(
-                "no dtype for expert tensors",
-                expected=", ".join(f"torch.{known.name}" for known in EXPERT_DTYPES),
-                found=repr(dtype),
-                hint="give the dtype in which the model holds its experts",
-            )
+        known = [f"torch.{each.name}" for each in EXPERT_DTYPES]
+        if str(dtype) not in known:
+            hint = "give the dtype in which the model holds its experts"
+            raise UsageError("no dtype for expert tensors", expected=", ".join(known), found=repr(dtype), hint=hint)
 
     def from_hf(
         self,
@@ -201,7 +198,7 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         if not isinstance(tensor, DTensor):
             return tensor
         where = placed(tensor, "experts")
-        agree("gather", where.mesh, [list(tensor.shape), str(where.placements), str(tensor.dtype)])
+        agree("gather", None, [(where.mesh, [list(tensor.shape), str(where.placements), str(tensor.dtype)])])
         return gather(local_of(tensor), where, tensor.shape)
 
     def _inventory(self, layout: Layout) -> Inventory:

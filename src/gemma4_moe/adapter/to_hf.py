@@ -6,6 +6,7 @@ results that are sharded, gathered, or destinations of a load.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe.adapter import destinations
-from gemma4_moe.distributed.collectives import agree_by_mesh, gather
+from gemma4_moe.distributed.collectives import agree, gather
 from gemma4_moe.distributed.placements import local_of, placed, placed_on, transposed_view
 from gemma4_moe.errors import UsageError
 from gemma4_moe.kernels import transpose_scale_cast
@@ -49,7 +50,7 @@ class ToHf:
         """Yield (hf name, value) in the order of the entries; ranks that gather agree first."""
         if self.form == "gathered":
             entries = list(entries)
-            agree_by_mesh("convert", self.staging_bytes, self._collectives(entries))
+            agree("convert", self.staging_bytes, self._collectives(entries))
         for entry in entries:
             wanted = self._wanted(entry)
             value = self._on_mesh(entry) if wanted else None  # a value that nobody wants is not read
@@ -84,8 +85,8 @@ class ToHf:
         local, loading = local_of(value), self.form == "destinations"
         if operation is Operation.FOLD:
             shape = value.shape[:1] if gathered else local.shape[:1]
-            ones = torch.ones(shape, dtype=local.dtype, device=local.device)
-            scale = destinations.unfilled_scale(local) if loading else ones
+            factor, dtype = (math.nan, torch.float32) if loading else (1, local.dtype)  # no loaded scale is rounded
+            scale = torch.full(shape, factor, dtype=dtype, device=local.device)
             if isinstance(value, DTensor) and not gathered:
                 scale = placed(value, entry.name).of_experts().wrap(scale, value.shape[:1])
             return destinations.mark(scale, entry.value) if loading else scale
@@ -108,7 +109,7 @@ def hf_tensors(parsed: MoEName | None, name: str) -> list[tuple[str, Operation]]
 
 
 def excluding(regex: str | None) -> Excluded:
-    """Return a function that tells whether `regex` matches the start of an hf or a nemo name."""
+    """Return a function that tells whether `regex` matches an hf or a nemo name."""
     if regex is None:
         return lambda _hf, _nemo: False
     try:

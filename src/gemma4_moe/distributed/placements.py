@@ -63,10 +63,7 @@ class Placed:
         coordinate = self.mesh.get_coordinate() if coordinate is None else coordinate
         if coordinate is None:
             raise ParallelError(
-                "this rank is not in the tensor's mesh",
-                expected="a rank of the mesh",
-                found=str(self.mesh),
-                hint="call on the mesh's ranks only",
+                "this rank is not in the tensor's mesh", found=self.mesh, hint="call on the mesh's ranks"
             )
         mesh_shape = tuple(self.mesh.shape)
         return tuple(local_runs(size, axis, mesh_shape, coordinate, self.placements) for axis, size in enumerate(shape))
@@ -138,14 +135,8 @@ def whole_shape(
 ) -> tuple[int, ...]:
     """Return the whole shape of a plain tensor that may be a shard.
 
-    A tensor that is neither whole nor a shard keeps its shape, which the check of shapes then refuses.
-
-    Args:
-        shape: The plain tensor's own shape.
-        axes: The letters of its axes, such as ("E", "H", "2I").
-        sizes: The known sizes among E, H and I.
-        where: The mesh and the placements of such a tensor.
-        name: Its name.
+    A tensor that is neither whole nor a shard keeps its shape, which the check of shapes then refuses. `axes` are the
+    letters of its axes, such as ("E", "H", "2I"), `sizes` the known sizes of E, H and I, `where` its placements.
 
     Raises:
         ParallelError: The size of an axis that the mesh shards is not known.

@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+@contextmanager
+def failing_in_words(action: str) -> Iterator[None]:
+    """Turn a failed collective into a ParallelError that names the logs to read."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ParallelError(
+            f"ranks could not {action}: {str(error).splitlines()[0]}",
+            expected="every rank to take part",
+            hint="read the first error in the logs of the other ranks: one failed, was killed or did not call",
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """This process among the ranks that work together: its rank, and their number."""
@@ -38,14 +51,8 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.world
-        try:
+        with failing_in_words("meet"):
             dist.all_gather_object(values, value)
-        except RuntimeError as error:
-            raise ParallelError(
-                f"ranks could not meet: {str(error).splitlines()[0]}",
-                expected=f"{self.world} ranks",
-                hint="read the first error in the logs of the other ranks: one was killed or has ended",
-            ) from error
         return values
 
     @contextmanager
@@ -103,6 +110,5 @@ def current() -> Ranks:
         return Ranks()
     import torch.distributed as dist
 
-    if not dist.is_available() or not dist.is_initialized():
-        return Ranks()
-    return Ranks(dist.get_rank(), dist.get_world_size())
+    started = dist.is_available() and dist.is_initialized()
+    return Ranks(dist.get_rank(), dist.get_world_size()) if started else Ranks()

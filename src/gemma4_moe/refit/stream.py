@@ -10,7 +10,7 @@ import torch
 
 from gemma4_moe.adapter.configs import axis_sizes, conversion_of
 from gemma4_moe.adapter.to_hf import excluding
-from gemma4_moe.distributed.collectives import agree_by_mesh
+from gemma4_moe.distributed.collectives import agree
 from gemma4_moe.distributed.placements import local_of
 from gemma4_moe.distributed.ranks import current
 from gemma4_moe.errors import UsageError
@@ -178,7 +178,7 @@ class WeightStream:
         """Start a pass once all ranks agree on the call, the plan and placements."""
         sources = [pair for mapping in self._sources for pair in mapping.items()]
         placements = [(source.mesh, [name, source.placements]) for name, source in sources if source.mesh is not None]
-        agree_by_mesh("stream", self._call, placements)
+        agree("stream", self._call, placements)
         return Filler(self._kernel, keeps=self.keeps), StatePass(self._state, self._sources)
 
 
