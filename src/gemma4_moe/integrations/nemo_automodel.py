@@ -82,11 +82,7 @@ def _replace(holder: Any, name: str, new: Any) -> None:
 
 @cache
 def adapter_class() -> type[Gemma4MoEStateDictAdapter]:
-    """Return our adapter's class, derived also from NeMo's `StateDictAdapter` and `MoESplitExpertsStateDictMixin`.
-
-    Raises:
-        UsageError: NeMo AutoModel is not installed.
-    """
+    """Return our adapter's class, derived also from NeMo's `StateDictAdapter` and `MoESplitExpertsStateDictMixin`."""
     nemo = nemo_contract.find()
 
     class Installed(Gemma4MoEStateDictAdapter, nemo.mixin, nemo.interface):  # type: ignore[misc, name-defined]
@@ -125,12 +121,9 @@ def refusing_to_round_twice(read: Callable[..., Any], checkpointing: ModuleType)
 def refuse_two_roundings(
     loaded: Mapping[str, torch.Tensor], file_dtypes: Mapping[str, torch.dtype], path: object
 ) -> None:
-    """Check that reading into destinations and then folding the scale rounds only once.
+    """Check that reading a checkpoint into destinations and then folding the scale rounds only once.
 
-    Args:
-        loaded: Destinations by hf name.
-        file_dtypes: The dtypes in the checkpoint, by hf name. A missing tensor is for the reader to refuse.
-        path: The checkpoint.
+    Destinations and the checkpoint's dtypes are given by hf name. A missing tensor is for the reader to refuse.
     """
     for name, destination in loaded.items():
         found = lookup(name, Layout.HF)

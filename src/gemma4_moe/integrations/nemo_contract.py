@@ -45,11 +45,7 @@ class Nemo:
 
 
 def find() -> Nemo:
-    """Return the parts, imported.
-
-    Raises:
-        UsageError: A part is missing.
-    """
+    """Return the parts, imported; a UsageError names one that is missing."""
     checkpointing = _module(f"{_COMPONENTS}.checkpoint.checkpointing")
     return Nemo(
         version=str(_part(_module("nemo_automodel"), "__version__")).partition("+")[0],
@@ -63,14 +59,7 @@ def find() -> Nemo:
 
 
 def check(nemo: Nemo) -> None:
-    """Check every part that the integration depends on.
-
-    Raises:
-        UsageError: A check failed; the message names the expectation.
-
-    Warns:
-        UserWarning: All checks passed on a version that is not the tested one.
-    """
+    """Check every part that the integration depends on; warn if another version passes."""
     passed = []
     for expected, is_so in _checks(nemo):
         if not is_so:
@@ -128,11 +117,8 @@ def _module(name: str) -> ModuleType:
 
 def _part(module: ModuleType, name: str) -> Any:
     if not hasattr(module, name):
-        raise UsageError(
-            "a part of NeMo AutoModel is not where this integration expects it",
-            expected=f"{name} in {module.__name__}",
-            hint=f"use nemo-automodel {TESTED}",
-        )
+        problem, expected = "a part of NeMo AutoModel is not where it is expected", f"{name} in {module.__name__}"
+        raise UsageError(problem, expected=expected, hint=f"use nemo-automodel {TESTED}")
     return getattr(module, name)
 
 
@@ -141,7 +127,7 @@ def _takes(function: Any, *names: str) -> bool:
 
 
 def _mentions(holder: Any, method: str, name: str) -> bool:
-    """Return whether a method's code has a name: a global, an attribute, a keyword or a string."""
+    """Return whether a method's code has a name as a lookup, keyword or string."""
     code = getattr(inspect.unwrap(getattr(holder, method, None)), "__code__", None)  # type: ignore[arg-type]
     if code is None:
         return False

@@ -25,7 +25,7 @@ _log = logging.getLogger("gemma4_moe")
 
 
 class Availability(NamedTuple):
-    """Whether a kernel can run in this process; its instruction set or device, or why not."""
+    """Whether a kernel can run here; its instruction set or device, or why not."""
 
     usable: bool
     detail: str
@@ -39,7 +39,7 @@ def available() -> dict[str, Availability]:
 def check_arguments(
     x: Any, factors: Any, out: Any, strides: Sequence[int] | None, target: Any, *, rounds: bool
 ) -> None:
-    """Check that factors and `out` fit a product of x [E, ...] in the dtype `target`.
+    """Check that factors and `out` fit a product of x [E, ...] in `target`.
 
     `strides` are those of `out`, None if it can't be written. `rounds` tells whether kernels round to `target`.
     """

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from math import prod
-from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 
 from gemma4_moe.kernels.choice import interpreted
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _Four = tuple[int, int, int, int]
 
@@ -48,7 +44,10 @@ def scale_cast(x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor)
             scale_cast(x.select(1, index), factors, out.select(1, index))
         return
     shape, x_stride, out_stride = _matrices(x, out, scaled=factors is not None)
-    rows, columns, warps = _tile(shape, out_stride, x.itemsize, out.itemsize)
+    rows, columns, warps = _SIDE, _SIDE, _FEW_WARPS if x.itemsize == out.itemsize == 2 else _WARPS
+    if out_stride[3] == 1:
+        columns = min(_ROW_ELEMENTS, _power_of_2(shape[3]))
+        rows, warps = min(_ROW_ELEMENTS // columns, _power_of_2(shape[2])), _ROW_WARPS
     tiles = prod(shape[:2]) * -(-shape[2] // rows) * -(-shape[3] // columns)  # triton.cdiv takes several us
     elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
     with torch.cuda.device(x.device) if elsewhere else nullcontext():
@@ -93,23 +92,12 @@ def _matrices(x: torch.Tensor, out: torch.Tensor, *, scaled: bool) -> tuple[_Fou
     return tuple(shape), tuple(x_stride), tuple(out_stride)  # type: ignore[return-value]
 
 
-def _tile(shape: _Four, out_stride: _Four, in_bytes: int, out_bytes: int) -> tuple[int, int, int]:
-    if out_stride[3] == 1:
-        columns = min(_ROW_ELEMENTS, _power_of_2(shape[3]))
-        return min(_ROW_ELEMENTS // columns, _power_of_2(shape[2])), columns, _ROW_WARPS
-    return _SIDE, _SIDE, _FEW_WARPS if in_bytes == out_bytes == 2 else _WARPS
-
-
 def _power_of_2(size: int) -> int:
     """Return the least power of two that is no smaller; triton.next_power_of_2 takes several us."""
     return 1 << (size - 1).bit_length()
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    return triton.jit(function)
-
-
-@_jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _move(  # type: ignore[no-untyped-def]
     x_ptr,
     factor_ptr,
@@ -164,7 +152,7 @@ def _move(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + (r * out_stride_r + c * out_stride_c), result, mask=inside)
 
 
-@_jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _decode(codes, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
     if FORMAT == 0:
         return (codes.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -174,7 +162,7 @@ def _decode(codes, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
         return codes.to(tl.float32, bitcast=True)
 
 
-@_jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _encode(value, negative, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
     if FORMAT == 0:
         if INTERPRETED:  # it cuts bits off where the device rounds

@@ -73,13 +73,10 @@ class Bucket:
     On a GPU the buffer is filled on the stream that is current when the consumer asks for the bucket. It is filled
     again only after all work that was on the consumer's current stream when it asked for the next bucket. A consumer
     that reads on another stream lets that stream wait for the current one first, and then calls `done_on`.
-
-    Attributes:
-        entries: The tensors and their places.
     """
 
     def __init__(self, memory: torch.Tensor, planned: PlannedBucket) -> None:
-        self.entries = planned.entries
+        self.entries = planned.entries  # the tensors and their places
         self._size = planned.size
         self._memory: torch.Tensor | None = memory
         self._typed: dict[torch.dtype, torch.Tensor] = {}

@@ -31,8 +31,7 @@ class Filler:
         self._kernel = kernel
         self._keeps = keeps
         self._owners: dict[Placed, list[tuple[tuple[int, ...], int]]] = {}
-        self._outs: list[torch.Tensor] = []
-        self._sources: list[torch.Tensor] = []
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def fill(self, item: Item, value: torch.Tensor, out: torch.Tensor) -> None:
         """Write one item, made from `value`, into `out`, which is contiguous.
@@ -47,8 +46,7 @@ class Filler:
         if where is None or not where.is_cut:
             small = item.operation is Operation.KEEP and local.dtype == out.dtype and item.nbytes < _OWN_LAUNCH_BYTES
             if self._keeps and small:
-                self._outs.append(out)
-                self._sources.append(local)
+                self._copies.append((out, local))
             elif self._keeps:
                 self._convert(item, local if item.expert is None else _part(local[item.expert], item), out)
         elif item.expert is None:
@@ -73,9 +71,10 @@ class Filler:
 
     def flush(self) -> None:
         """Make all small copies that wait, in one launch."""
-        if self._outs:
-            torch._foreach_copy_(self._outs, self._sources)
-            self._outs, self._sources = [], []
+        if self._copies:
+            outs, sources = zip(*self._copies, strict=True)
+            torch._foreach_copy_(outs, sources)
+            self._copies = []
 
     def _convert(self, item: Item, native: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write native values into `out` in hf layout, and return it; FOLD gives ones."""

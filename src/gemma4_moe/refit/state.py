@@ -55,12 +55,22 @@ class StatePass:
         self._checked: dict[str, torch.Tensor] = {}
 
     def tensor(self, mapping: int, name: str) -> torch.Tensor:
-        """Return a tensor of a mapping, asked for in order: each is dropped at the next."""
+        """Return a tensor of a mapping; each mapping is dropped at the next."""
         while self._number < mapping:
             self._tensors, self._checked = next(self._mappings, {}), {}
             self._number += 1
         if name not in self._checked:
-            self._checked[name] = _checked(self._tensors, name, self._sources[mapping][name])
+            tensor, source = self._tensors.get(name), self._sources[mapping][name]
+            found = Source.of(tensor) if isinstance(tensor, torch.Tensor) else None
+            if tensor is None or found != source:
+                raise InputError(
+                    "a tensor that has changed since the stream was planned",
+                    tensor=name,
+                    expected=_text(source),
+                    found="absent" if found is None else _text(found),
+                    hint="make a new WeightStream after the model has changed",
+                )
+            self._checked[name] = tensor
         return self._checked[name]
 
     def finish(self) -> None:
@@ -76,27 +86,12 @@ class StatePass:
             )
 
 
-def _checked(tensors: Tensors, name: str, source: Source) -> torch.Tensor:
-    tensor = tensors.get(name)
-    found = Source.of(tensor) if isinstance(tensor, torch.Tensor) else None
-    if found != source:
-        raise InputError(
-            "a tensor that has changed since the stream was planned",
-            tensor=name,
-            expected=_text(source),
-            found="absent" if found is None else _text(found),
-            hint="make a new WeightStream after the model has changed",
-        )
-    assert isinstance(tensor, torch.Tensor), "a source is of a tensor"
-    return tensor
-
-
 def _text(source: Source) -> str:
     return f"{source.dtype} {list(source.shape)} {source.placements}".rstrip()
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    """Return a key that is equal for two names of one tensor; None for an empty one."""
+    """Return a key that is equal for two names of one tensor; None if it is empty."""
     local = local_of(tensor)
     key = (*storage_key(tensor), local.untyped_storage()._cdata if local.is_meta else None)
     return key if local.numel() else None
