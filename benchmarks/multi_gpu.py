@@ -42,7 +42,8 @@ from across_ranks import (
 from layers_on_ranks import CountedSlices, Sizes, WholeWhenAsked, cases, unfilled, whole_of, write_source
 from loading import forget
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig, load_hf
+from gemma4_moe import Gemma4MoEStateDictAdapter, load_hf
+from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.distributed.placements import local_of
 from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.table import Layout

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig
+from gemma4_moe import Gemma4MoEStateDictAdapter
+from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.refit import WeightStream
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """An hf checkpoint of two weight files; with `small_chunks`, each has several chunks."""
+    """An hf checkpoint of two weight files; with `small_blocks`, each makes several blocks."""
     return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24))
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hash and journal by pieces of two pages, so that a small model has several of them."""
-    monkeypatch.setattr("gemma4_moe.checkpoint.hashing.CHUNK_BYTES", 8192)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convert and journal by blocks of two pages, so that a small model has several of them."""
+    monkeypatch.setattr("gemma4_moe.converter.blocks.BLOCK_BYTES", 8192)
     monkeypatch.setattr("gemma4_moe.target.ledger.FLUSH_BYTES", 8192)

@@ -15,7 +15,7 @@ import pytest
 import gemma4_moe
 
 FUNCTIONS = ["convert", "diff", "inspect", "load_hf", "plan", "save_hf", "verify"]
-CLASSES = ["BackendConfig", "Gemma4MoEError", "Gemma4MoEStateDictAdapter", "Layout", "MoEConfig", "StateDictAdapter"]
+CLASSES = ["Gemma4MoEError", "Gemma4MoEStateDictAdapter", "WeightStream"]
 
 
 def import_every_submodule() -> list[str]:
@@ -67,6 +67,27 @@ def test_every_name_is_imported_under_type_checking_from_where_it_is_found() -> 
         reversed(pair) for pair in re.findall(r"from gemma4_moe\.([\w.]+) import (\w+) as \2$", source, re.M)
     )
     assert imported == gemma4_moe._HOME
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        ("gemma4_moe.adapter", "BackendConfig"),
+        ("gemma4_moe.adapter", "MoEConfig"),
+        ("gemma4_moe.adapter", "StateDictAdapter"),
+        ("gemma4_moe.layout", "Layout"),
+    ],
+)
+def test_a_name_of_a_package_is_imported_from_it_and_not_from_the_top(package: str, name: str) -> None:
+    module = importlib.import_module(package)
+    assert isinstance(getattr(module, name), type)
+    assert name in module.__all__
+    assert not hasattr(gemma4_moe, name)
+
+
+def test_an_adapter_needs_no_argument() -> None:
+    adapter = gemma4_moe.Gemma4MoEStateDictAdapter()
+    assert (adapter.config, adapter.moe_config, adapter.backend) == (None, None, None)
 
 
 def test_names_are_listed_and_unknown_ones_refused() -> None:

@@ -1,7 +1,8 @@
 """Exact Gemma 4 mixture-of-experts checkpoints between the Hugging Face and NeMo layouts.
 
-Public names are imported when they are first used, so that `import gemma4_moe` costs next to nothing and the parts
-that need no torch don't load it.
+These names are the public face; whatever else a program needs is imported from its package, such as `MoEConfig` from
+`gemma4_moe.adapter` or `Layout` from `gemma4_moe.layout`. A name is imported when it is first used, so that
+`import gemma4_moe` costs next to nothing and torch is loaded only for the names that need it.
 """
 
 from __future__ import annotations
@@ -12,27 +13,21 @@ from typing import TYPE_CHECKING, Any
 from gemma4_moe.version import __version__
 
 if TYPE_CHECKING:
-    from gemma4_moe.adapter.configs import BackendConfig as BackendConfig
-    from gemma4_moe.adapter.configs import MoEConfig as MoEConfig
-    from gemma4_moe.adapter.interface import StateDictAdapter as StateDictAdapter
     from gemma4_moe.adapter.state_dict_adapter import Gemma4MoEStateDictAdapter as Gemma4MoEStateDictAdapter
     from gemma4_moe.converter.convert import convert as convert
     from gemma4_moe.converter.inspect import inspect as inspect
     from gemma4_moe.converter.preview import plan as plan
     from gemma4_moe.errors import Gemma4MoEError as Gemma4MoEError
-    from gemma4_moe.layout.table import Layout as Layout
     from gemma4_moe.model_io.load import load_hf as load_hf
     from gemma4_moe.model_io.save import save_hf as save_hf
+    from gemma4_moe.refit.stream import WeightStream as WeightStream
     from gemma4_moe.verifier.diff import diff as diff
     from gemma4_moe.verifier.verify import verify as verify
 
 _HOME = {
-    "BackendConfig": "adapter.configs",
     "Gemma4MoEError": "errors",
     "Gemma4MoEStateDictAdapter": "adapter.state_dict_adapter",
-    "Layout": "layout.table",
-    "MoEConfig": "adapter.configs",
-    "StateDictAdapter": "adapter.interface",
+    "WeightStream": "refit.stream",
     "convert": "converter.convert",
     "diff": "verifier.diff",
     "inspect": "converter.inspect",

@@ -1,8 +1,8 @@
 """Every error that this package raises on purpose, with its exit status and the next step.
 
-A message has one line that says what is wrong, then one line for each fact that is known: the tensor, the file, what
-was expected, what was found, and what to do next. Names that come from a checkpoint are made printable first, so that
-no file can send control sequences to a terminal.
+A message begins with one line that names the problem. One line follows for each known fact: the tensor, the file, the
+expected and the found value, and the next step. Names from a checkpoint are made printable first, so that no file can
+send control sequences to a terminal.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import Any, ClassVar
 
 
 def printable(text: str) -> str:
-    """Return `text` with every character that a terminal might obey, or can't show, as a backslash escape."""
+    """Return `text` with every character that a terminal obeys or can't show as a backslash escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def command_line(*words: object) -> str:
-    """Return a command as a hint shows it: a shell takes it as it is, whatever is in a path."""
+    """Return a command for a hint, quoted so that a shell takes it as it is."""
     return shlex.join(map(str, words))
 
 
 class Gemma4MoEError(Exception):
-    """The root of the tree.
+    """The base class of all errors of this package.
 
     Attributes:
-        problem: One sentence that says what is wrong.
-        facts: Label and value of each known fact, in the order in which they are shown.
-        hint: What to do next: the raiser's own word, or else the class's, or None where neither has one.
-        exit_status: The status with which the command line ends.
+        problem: One sentence that names the problem.
+        facts: Label and value of each known fact, in the order of the message.
+        hint: The next step, or None: that of this error, or else that of its class.
+        exit_status: The status with which the command ends.
     """
 
     exit_status: ClassVar[int] = 1
@@ -59,43 +59,43 @@ class Gemma4MoEError(Exception):
 
 
 class UsageError(Gemma4MoEError):
-    """What was asked for can't be done as asked: the target exists, an argument has no meaning."""
+    """An argument has no meaning, or a request can't be met as it stands: the target exists, for example."""
 
     exit_status = 2
-    _usual_hint = "call again with what is expected"
+    _usual_hint = "call again with the expected value"
 
 
 class InputError(Gemma4MoEError, ValueError):
-    """What was given is not a Gemma 4 MoE checkpoint or state dict that we understand."""
+    """The input is not a Gemma 4 MoE checkpoint or state dict that this package understands."""
 
     exit_status = 3
 
 
 class UnknownTensorError(InputError):
-    """A name in a place that belongs to the experts or the router, but not one of the layout's names."""
+    """A name among those of the experts or the router that is none of the layout's names."""
 
 
 class TensorShapeError(InputError):
     """A tensor whose shape or dtype is not the one that its name promises."""
 
-    _usual_hint = "give a tensor of the shape and dtype that are expected"
+    _usual_hint = "give a tensor of the expected shape and dtype"
 
 
 class DuplicateTensorError(InputError):
-    """Two entries that name the same tensor, in one spelling or in two."""
+    """Two entries with the name of one tensor, in one spelling or in two."""
 
     _usual_hint = "give each tensor once: remove all but one"
 
 
 class IncompleteExpertsError(InputError, RuntimeError):
-    """A layer that lacks one of the tensors that only together make its experts."""
+    """A layer that lacks one of its expert tensors."""
 
 
 class UnsupportedCheckpointError(InputError):
-    """A known form that this package recognises and does not convert.
+    """A form of checkpoint that this package recognises and does not convert.
 
     Attributes:
-        form: What the form is called, or None where it has no name.
+        form: The form's name, or None if it has none.
     """
 
     def __init__(self, problem: str, *, form: str | None = None, **facts: Any) -> None:
@@ -110,7 +110,7 @@ class CheckpointFormatError(InputError):
 
 
 class ConfigError(InputError):
-    """A config.json that is missing, senseless, or at odds with the tensors."""
+    """A config.json that is missing, has values without meaning, or contradicts the tensors."""
 
 
 class SourceChangedError(InputError):
@@ -124,7 +124,7 @@ class DifferenceError(Gemma4MoEError):
 
 
 class StorageError(Gemma4MoEError, OSError):
-    """The disk or its permissions refused: no space, no right, an input or output error."""
+    """The disk, its permissions or the network refused: no space, no right, an input or output error."""
 
     exit_status = 5
     _usual_hint = "check the disk, the path and its permissions, then call again"
@@ -137,4 +137,4 @@ class TargetBusyError(Gemma4MoEError):
 
 
 class ParallelError(Gemma4MoEError, RuntimeError):
-    """Ranks that disagree, a mesh or placement that we don't know, or a collective that failed."""
+    """Ranks that disagree, an unknown mesh or placement, or a collective that failed."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from gemma4_moe.errors import UsageError
+
+#: Called with the bytes that are done so far and with their total.
+Progress = Callable[[int, int], object]
 
 _UNITS = {"": 1, "B": 1} | {
     prefix + unit: base**power
     for power, prefix in enumerate("KMGT", start=1)
     for unit, base in (("", 1000), ("B", 1000), ("iB", 1024))
 }
-#: Beyond any disk, and well within what a float and 64 bits hold.
+#: More than any disk has, and small enough for a float and for 64 bits.
 _MOST = 2.0**50
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
@@ -20,7 +24,7 @@ def parse_size(size: int | str) -> int:
     """Return a size in bytes from a number of bytes, or from text such as "5GB", "1.5 GiB" or "4096".
 
     Raises:
-        UsageError: It is no such text, or not positive.
+        UsageError: The text is not a size, or the size is not positive.
     """
     if isinstance(size, int):
         amount = size
@@ -37,13 +41,13 @@ def parse_size(size: int | str) -> int:
         amount = int(min(float(match[1]), _MOST) * units[match[2].upper()])
     if amount < 1:
         raise UsageError(
-            "a size must be positive", expected="at least 1 byte", found=repr(size), hint="give a larger one"
+            "a size must be positive", expected="at least 1 byte", found=repr(size), hint="give a larger size"
         )
     return amount
 
 
 def format_size(amount: int) -> str:
-    """Return a size as a person reads it: "51.61 GB", or "812 B"."""
+    """Return a size as text for people: "51.61 GB", or "812 B"."""
     for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if amount >= factor:
             return f"{amount / factor:.2f} {unit}"

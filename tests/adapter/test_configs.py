@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
-from gemma4_moe import BackendConfig, MoEConfig
+from gemma4_moe.adapter import BackendConfig, MoEConfig
 from gemma4_moe.adapter.configs import axis_sizes, conversion_of
 from gemma4_moe.errors import ConfigError, UsageError
 

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig, StateDictAdapter
+from gemma4_moe import Gemma4MoEStateDictAdapter
+from gemma4_moe.adapter import MoEConfig, StateDictAdapter
 from gemma4_moe.errors import (
     IncompleteExpertsError,
     TensorShapeError,

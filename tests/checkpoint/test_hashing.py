@@ -1,46 +1,76 @@
-"""Hashes over fixed chunks: those of BLAKE3 on the bytes cut by hand, however the bytes come by."""
+"""Hashing what is on the device: BLAKE3 and SHA-256 of the very bytes, within the memory allowed, on a few threads."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
+from typing import TYPE_CHECKING
 
 import pytest
 from blake3 import blake3
 
 from gemma4_moe.checkpoint import hashing
-from gemma4_moe.checkpoint.hashing import Chunk, ChunkHasher, chunk_bounds, chunk_count
+from gemma4_moe.checkpoint.file import OpenFile
+from gemma4_moe.checkpoint.hashing import Extent, blake3_of, hash_extents
+from gemma4_moe.errors import CheckpointFormatError
 
-CONTENT = random.Random(3).randbytes(1000)
+if TYPE_CHECKING:
+    from pathlib import Path
 
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashing, "CHUNK_BYTES", 128)
-
-
-def by_hand(content: bytes) -> dict[Chunk, str]:
-    pieces = [content[start : start + 128] for start in range(0, len(content), 128)]
-    return {Chunk("a", number): blake3(piece).hexdigest() for number, piece in enumerate(pieces)}
+CONTENT = random.Random(2).randbytes(100_001)
 
 
-@pytest.mark.parametrize("size", [0, 1, 127, 128, 129, 1000])
-@pytest.mark.parametrize("step", [1, 7, 128, 300, 1000])
-def test_pieces_of_any_size_give_the_hashes_of_the_chunks(size: int, step: int) -> None:
-    hasher, found = ChunkHasher("a", size), {}
-    for start in range(0, size, step):
-        found |= hasher.feed(start, memoryview(CONTENT)[start : min(start + step, size)])
-    assert found == by_hand(CONTENT[:size])
-    assert len(found) == chunk_count(size)
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "f").write_bytes(CONTENT)
+    return tmp_path / "f"
 
 
-def test_after_a_jump_only_whole_chunks_are_hashed() -> None:
-    hasher, view, expected = ChunkHasher("a", 1000), memoryview(CONTENT), by_hand(CONTENT)
-    assert hasher.feed(100, view[100:300]) == {Chunk("a", 1): expected["a", 1]}
-    assert hasher.feed(512, view[512:700]) == {Chunk("a", 4): expected["a", 4]}
-    assert hasher.feed(700, view[700:800]) == {Chunk("a", 5): expected["a", 5]}
-    assert hasher.feed(900, view[900:1000]) == {}
+@pytest.mark.parametrize("buffered", [False, True])
+@pytest.mark.parametrize("memory", [1, 20_000, 10**6])
+def test_extents_of_any_place_and_size(
+    memory: int, buffered: bool, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated, whole = [], hashing.allocate
+    monkeypatch.setattr(hashing, "allocate", lambda nbytes: allocated.append(nbytes) or whole(nbytes))
+    bounds = [(0, 100_001), (4096, 8192), (5, 6), (99_999, 100_001), (7, 7)]
+    told: list[int] = []
+    with OpenFile(file) as opened:
+        groups = [(Extent(opened, *pair),) for pair in bounds]
+        found = hash_extents(groups, memory, buffered=buffered, hashed=told.append)
+    assert found == [blake3(CONTENT[start:end]).hexdigest() for start, end in bounds]
+    assert sum(told) == sum(end - start for start, end in bounds)
+    assert sum(allocated) <= max(memory, 3 * 4096)
 
 
-def test_bounds_cover_the_whole_size() -> None:
-    bounds = [chunk_bounds(number, 300) for number in range(chunk_count(300))]
-    assert bounds == [(0, 128), (128, 256), (256, 300)]
+def test_a_group_is_hashed_one_extent_after_the_other(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "g").write_bytes(b"of another file")
+    with OpenFile(file) as one, OpenFile(tmp_path / "g") as other:
+        groups = [(Extent(one, 7, 50_000), Extent(other, 3, 10), Extent(one, 0, 7)), ()]
+        found = hash_extents(groups, 10**6)
+    raw = CONTENT[7:50_000] + b"another" + CONTENT[:7]
+    assert found == [blake3(raw).hexdigest(), blake3(b"").hexdigest()]
+    assert found[0] == blake3_of([raw[:9], memoryview(raw)[9:]])
+
+
+def test_a_failure_of_one_thread_is_raised(file: Path) -> None:
+    with OpenFile(file) as opened:
+        groups = [(Extent(opened, 0, 5000),)] * 50 + [(Extent(opened, 100_000, 100_010),)]
+        with pytest.raises(CheckpointFormatError, match="truncated"):
+            hash_extents(groups, 10**6)
+
+
+def test_sha256_of_whole_files(file: Path) -> None:
+    (file.parent / "empty").write_bytes(b"")
+    with OpenFile(file) as one, OpenFile(file.parent / "empty") as other:
+        groups = [(Extent(opened, 0, opened.size),) for opened in (one, other)]
+        found = hash_extents(groups, 2**20, algorithm=hashlib.sha256)
+    assert found == [hashlib.sha256(content).hexdigest() for content in (CONTENT, b"")]
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "missing"):
+        with pytest.raises(CheckpointFormatError):
+            OpenFile(tmp_path / name)

@@ -13,7 +13,7 @@ import pytest
 
 from gemma4_moe import convert
 from gemma4_moe.checkpoint import readers
-from gemma4_moe.checkpoint.hashing import OpenFile
+from gemma4_moe.checkpoint.file import OpenFile
 from gemma4_moe.checkpoint.readers import PAGE, SLACK, PageReader, QuickerReader, allocate
 from gemma4_moe.errors import CheckpointFormatError, StorageError
 from support.checkpoints import contents, write_checkpoint
@@ -134,6 +134,7 @@ def test_it_does_not_matter_that_one_way_has_read_more(monkeypatch: pytest.Monke
     assert bytes(reader.read(0, 1, buffer)) == b"d"
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("trial", [1, 5_000])
 def test_the_target_is_the_same_whichever_way_the_source_was_read(
     trial: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gemma4_moe import convert, plan
-from gemma4_moe.checkpoint import hashing
+from gemma4_moe.converter import blocks
 from gemma4_moe.target import ledger
 from support.checkpoints import contents, write_checkpoint
 from support.formulas import nemo_from_hf
@@ -78,7 +78,7 @@ def test_blocks_and_resuming_do_not_show_in_the_counts(
         if done > 20_000:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(hashing, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(ledger, "FLUSH_BYTES", 4096)
     source = write_checkpoint(tmp_path / "hf", state)
     whole = convert(source, tmp_path / "whole", dtype="float16")
@@ -90,7 +90,7 @@ def test_blocks_and_resuming_do_not_show_in_the_counts(
         except KeyboardInterrupt:
             assert runs < 20
             file = next((tmp_path / ".nemo.gemma4-moe/out").glob("*.safetensors"))
-            with file.open("r+b") as opened:  # a chunk that has to be made again, with its count
+            with file.open("r+b") as opened:  # a block that has to be made again, with its count
                 opened.seek(4096 * (runs + 2))
                 opened.write(b"something else")
     assert runs > 2

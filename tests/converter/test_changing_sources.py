@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gemma4_moe import convert
-from gemma4_moe.converter import finish
 from gemma4_moe.errors import SourceChangedError
-from gemma4_moe.target.transaction import copy_side_files
+from gemma4_moe.target import directory
 from support.checkpoints import contents, write_checkpoint
 from support.models import random_hf_state_dict
 
@@ -72,13 +71,15 @@ def test_every_change_of_a_source_stops_the_run(
             changed.append(True)
             behind_its_time(change, source / FILE)
 
-    def after_its_last_block(*arguments: object) -> None:
-        copy_side_files(*arguments)  # type: ignore[arg-type]
+    copy_files = directory.copy_files
+
+    def after_its_last_block(*arguments: object) -> object:
         if when == "after its last block":
             changed.append(True)
             behind_its_time(change, source / FILE)
+        return copy_files(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(finish, "copy_side_files", after_its_last_block)
+    monkeypatch.setattr(directory, "copy_files", after_its_last_block)
     with pytest.raises(SourceChangedError, match="changed while it was read") as caught:
         convert(source, tmp_path / "nemo", progress=while_it_is_read)
     assert changed

@@ -16,9 +16,8 @@ from blake3 import blake3
 from safetensors.torch import load_file
 
 from gemma4_moe import convert
-from gemma4_moe.checkpoint import hashing
+from gemma4_moe.converter import blocks, write
 from gemma4_moe.converter import convert as convert_module
-from gemma4_moe.converter import write
 from gemma4_moe.errors import StorageError, TargetBusyError, UsageError
 from support.checkpoints import contents, write_checkpoint
 from support.formulas import folded, hf_from_nemo, nemo_from_hf
@@ -52,11 +51,17 @@ def test_nemo_is_the_fold_by_formula(source: Path, state: dict[str, torch.Tensor
     assert_bits(read_directory(tmp_path / "nemo"), nemo_from_hf(state))
 
 
-def test_there_and_back_keeps_native_bits_where_no_manifest_is(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("manifest", [True, False])
+def test_there_and_back_keeps_native_bits_and_a_note_names_the_base(
+    manifest: bool, source: Path, tmp_path: Path
+) -> None:
     convert(source, tmp_path / "nemo")
     native = read_directory(tmp_path / "nemo")
-    (tmp_path / "nemo/gemma4_moe.json").unlink()
-    convert(tmp_path / "nemo", tmp_path / "back")
+    if not manifest:
+        (tmp_path / "nemo/gemma4_moe.json").unlink()
+    done = convert(tmp_path / "nemo", tmp_path / "back")
+    (note,) = done.notes
+    assert "--base" in note
     assert_bits(read_directory(tmp_path / "back"), hf_from_nemo(native))
     convert(tmp_path / "back", tmp_path / "again")
     assert_bits(read_directory(tmp_path / "again"), native)
@@ -105,11 +110,23 @@ def test_fold_is_rounded_once_after_an_fp32_product(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("budget", [24_576, 50_000, 100_000])
-def test_block_size_does_not_show_in_the_bytes(source: Path, tmp_path: Path, budget: int) -> None:
+def test_the_budget_does_not_show_in_the_bytes(source: Path, tmp_path: Path, budget: int) -> None:
     convert(source, tmp_path / "whole")
     done = convert(source, tmp_path / "blocks", max_memory=budget)
     assert done.memory.peak_bytes <= budget
     assert contents(tmp_path / "blocks") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("block_bytes", [1, 300, 1000, 5000])
+def test_the_size_of_blocks_does_not_show_in_the_weights(
+    block_bytes: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(source, tmp_path / "whole")
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
+    convert(source, tmp_path / "blocks")
+    whole, cut = contents(tmp_path / "whole"), contents(tmp_path / "blocks")
+    assert whole.pop("gemma4_moe.json") != cut.pop("gemma4_moe.json")
+    assert cut == whole
 
 
 def test_source_sharding_does_not_show_in_the_weights(
@@ -257,7 +274,7 @@ def test_buffered_and_direct_make_the_same_bytes(source: Path, tmp_path: Path) -
 def test_the_manifest_has_hashes_of_both_sides_and_what_was_done(
     source: Path, state: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hashing, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
     convert(source, tmp_path / "nemo", sha256=True, read_back=False)
     manifest = json.loads((tmp_path / "nemo/gemma4_moe.json").read_text())
     assert manifest["options"] == {"dtype": "keep", "max_shard_size": 5 * 10**9, "to": "nemo", "read_back": False}
@@ -267,17 +284,42 @@ def test_the_manifest_has_hashes_of_both_sides_and_what_was_done(
             raw = (directory / name).read_bytes()
             assert said["bytes"] == len(raw)
             assert said["sha256"] == hashlib.sha256(raw).hexdigest()
-            if "blake3" in said:
-                chunks = [raw[start : start + 4096] for start in range(0, len(raw), 4096)]
-                assert said["blake3"] == [blake3(chunk).hexdigest() for chunk in chunks]
-    assert len(manifest["files"]["model.safetensors"]["blake3"]) > 2
-    assert manifest["source"]["tensors"].keys() == state.keys()
-    for name, said in manifest["source"]["tensors"].items():
-        raw = state[name].view(torch.uint8).numpy().tobytes()
-        assert said == {"bytes": len(raw), "blake3": [blake3(raw).hexdigest()]}
+    for name, said in manifest["files"].items():
+        raw, before = (tmp_path / "nemo" / name).read_bytes(), 0
+        for start, end, digest in said["pieces"]:
+            assert start == before
+            assert digest == blake3(raw[start:end]).hexdigest()
+            before = end
+        assert before == said["bytes"]
+    assert len(manifest["files"]["model.safetensors"]["pieces"]) > 50
+    assert manifest["source"]["blocks"] == blocks_by_hand(state, 200)
     for name, scale in manifest["folded_scales"].items():
         layer = name.removesuffix("moe.experts.down_projs")
         assert scale == state[layer + "router.per_expert_scale"].float().tolist()
+
+
+def blocks_by_hand(state: dict[str, torch.Tensor], block_bytes: int) -> dict[str, list[str]]:
+    """The digest of the source bytes of each block of at most `block_bytes`, by the nemo names."""
+    found = {}
+    for name, tensor in state.items():
+        raw = tensor.view(torch.uint8).numpy().tobytes()
+        native = name.replace("experts.gate_up_proj", "moe.experts.gate_and_up_projs")
+        native = native.replace("experts.down_proj", "moe.experts.down_projs")
+        step, extra = block_bytes, None
+        if native != name:
+            step = max(1, block_bytes // tensor[0].nbytes) * tensor[0].nbytes
+        if name.endswith("experts.down_proj"):
+            scale = state[name.replace("experts.down_proj", "router.per_expert_scale")]
+            extra = scale.view(torch.uint8).numpy().tobytes(), 2 * step // tensor[0].nbytes
+        native = native.replace("router.proj", "moe.gate.proj").replace("router.scale", "moe.gate.scale")
+        if not name.endswith("per_expert_scale"):
+            pieces = [raw[start : start + step] for start in range(0, len(raw), step)]
+            if extra is not None:
+                pieces = [
+                    piece + extra[0][number * extra[1] : (number + 1) * extra[1]] for number, piece in enumerate(pieces)
+                ]
+            found[native] = [blake3(piece).hexdigest() for piece in pieces]
+    return found
 
 
 def test_peak_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
@@ -286,12 +328,12 @@ def test_peak_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
         import re, sys
         from pathlib import Path
         from gemma4_moe import convert
-        convert(sys.argv[1], sys.argv[2], max_memory="4MiB")
+        convert(sys.argv[1], sys.argv[2], max_memory="8MiB")
         print(re.search(r"VmHWM:[^0-9]*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
     """
     peaks = []
     for layers in (2, 8):
-        state = random_hf_state_dict(layers=layers, E=12, H=256, I=320)  # 5.9 MB a layer
+        state = random_hf_state_dict(layers=layers, E=12, H=256, I=240)  # 4.4 MB a layer
         source = write_checkpoint(tmp_path / f"hf{layers}", state)
         command = [sys.executable, "-c", textwrap.dedent(program), source, tmp_path / f"nemo{layers}"]
         peaks.append(int(subprocess.run(command, check=True, capture_output=True).stdout) * 1024)
@@ -307,9 +349,9 @@ def test_ranks_of_one_host_share_its_cores(
     used: list[int] = []
     write_weights = write.write_weights
 
-    def note(job: Job, *others: Any) -> None:
+    def note(job: Job, *others: Any) -> Any:
         used.append(job.workers)
-        write_weights(job, *others)
+        return write_weights(job, *others)
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.setattr(convert_module, "write_weights", note)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 CONTROL = ".nemo.gemma4-moe"
 OUT = f"{CONTROL}/out"
 
-pytestmark = pytest.mark.usefixtures("small_chunks")
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @pytest.mark.parametrize("buffered", [False, True])
@@ -29,8 +29,8 @@ def test_a_conversion_syncs_what_it_is_about_to_name(
     append = journal.Journal.append
 
     def noted(self: journal.Journal, **record: object) -> None:
-        rows = record.get("target", [])
-        named.append((len(order.calls), {file for file, _, _ in rows}))  # type: ignore[attr-defined]
+        rows = record.get("pieces", [])
+        named.append((len(order.calls), {file for file, *_ in rows}))  # type: ignore[attr-defined]
         append(self, **record)
 
     monkeypatch.setattr(journal.Journal, "append", noted)
@@ -45,7 +45,7 @@ def test_a_conversion_syncs_what_it_is_about_to_name(
     before = 0
     for number, names in named:
         synced = {call[1] for call in order.calls[before:number]}
-        assert {f"{OUT}/{name}" for name in names} <= synced, "a chunk is journalled that is not on the device"
+        assert {f"{OUT}/{name}" for name in names} <= synced, "a piece is journalled that is not on the device"
         assert order.calls[number] == ("fsync", f"{CONTROL}/journal-00000")
         before = number
     assert sum(len(names) for _, names in named) > 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,29 +11,29 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gemma4_moe import convert
-from gemma4_moe.converter import finish
 from gemma4_moe.errors import StorageError
+from gemma4_moe.target.directory import TargetFiles
 from support.checkpoints import contents, flip_bit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gemma4_moe.converter.job import Job
+    from gemma4_moe.target.pieces import Piece
 
 OPTIONS = {"max_shard_size": 60_000, "max_memory": 60_000}
 
-pytestmark = pytest.mark.usefixtures("small_chunks")
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 def before_reading_back(monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], None]) -> None:
     """Do something with the finished files once all is written, and before it is read back."""
-    whole = finish._read_back
+    whole = TargetFiles.read_back
 
-    def first_act(job: Job, manifest: bytes) -> None:
-        act(job.out)
-        whole(job, manifest)
+    def first_act(files: TargetFiles, pieces: list[Piece]) -> None:
+        act(files.out)
+        whole(files, pieces)
 
-    monkeypatch.setattr(finish, "_read_back", first_act)
+    monkeypatch.setattr(TargetFiles, "read_back", first_act)
 
 
 def test_one_other_byte_of_any_file_is_found(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,15 +42,16 @@ def test_one_other_byte_of_any_file_is_found(source: Path, tmp_path: Path, monke
     weights = [name for name in sizes if name.endswith(".safetensors")]
     assert len(weights) > 1
     assert sizes.keys() - weights == {"config.json", "tokenizer.json", "model.safetensors.index.json"}
-    assert all(sizes[name] > 2 * 8192 and sizes[name] % 8192 for name in weights), "several chunks, the last one short"
+    files = json.loads((tmp_path / "whole/gemma4_moe.json").read_text())["files"]
+    assert all(len(files[name]["pieces"]) > 5 for name in weights)
     for name, size in sizes.items():
-        for position in {0, size // 2, max(0, size - size % 8192 - 1), size - 1}:
+        for position in {0, size // 2, size // 3, size - 1}:
             with monkeypatch.context() as patched:
                 before_reading_back(patched, lambda out: flip_bit(out / name, position))  # noqa: B023 - called at once
                 with pytest.raises(StorageError, match="gives back other bytes") as caught:
                     convert(source, tmp_path / "nemo", resume=True, **OPTIONS)
-            start = position // 8192 * 8192
-            assert caught.value.facts["found"].startswith(f"{name}: other bytes in [{start}, "), position
+            start, end = next((start, end) for start, end, _ in files[name]["pieces"] if start <= position < end)
+            assert caught.value.facts["found"].startswith(f"{name}: other bytes in ({start}, {end})"), position
             assert not (tmp_path / "nemo").exists()
     convert(source, tmp_path / "nemo", resume=True, **OPTIONS)
     assert contents(tmp_path / "nemo") == contents(tmp_path / "whole")
@@ -66,7 +68,7 @@ def test_one_other_byte_of_the_manifest_is_found_too(
     before_reading_back(monkeypatch, flip_behind)
     with pytest.raises(StorageError, match="gives back other bytes") as caught:
         convert(source, tmp_path / "nemo", **OPTIONS)
-    assert caught.value.facts["found"] == "gemma4_moe.json"
+    assert caught.value.facts["found"].startswith("gemma4_moe.json: other bytes in (0, ")
     assert not (tmp_path / "nemo").exists()
 
 

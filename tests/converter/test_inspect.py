@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gemma4_moe import Layout, convert, inspect
+from gemma4_moe import convert, inspect
 from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.errors import IncompleteExpertsError, UnsupportedCheckpointError
+from gemma4_moe.layout import Layout
 from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
 

@@ -1,16 +1,21 @@
-"""The four threads: order, buffers that never exceed their number, and one failure or interrupt that stops all."""
+"""Blocks in flight: one at a time in each step, no more than there are buffers, and one failure that stops all."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from gemma4_moe.converter.blocks import Memory
 from gemma4_moe.converter.pipeline import run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @dataclass
@@ -20,48 +25,67 @@ class Counting:
     fail_at: tuple[str, int] = ("", -1)
     error: BaseException = field(default_factory=lambda: OSError("the disk is gone"))
     slow: str = ""
+    read_order: list[int] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
-    threads: dict[str, set[int]] = field(default_factory=dict)
-    reading: int = 0
-    most_ahead: int = 0
+    inside: Counter[str] = field(default_factory=Counter)
+    most_in_a_step: int = 0
+    most_in_flight: int = 0
 
-    def seen(self, step: str, block: int) -> None:
-        self.threads.setdefault(step, set()).add(threading.get_ident())
+    @contextmanager
+    def step(self, step: str, block: int) -> Iterator[None]:
+        self.inside[step] += 1
+        self.most_in_a_step = max(self.most_in_a_step, self.inside[step])
         if step == self.slow:
             time.sleep(0.002)
         if (step, block) == self.fail_at:
             raise self.error
+        yield
+        self.inside[step] -= 1
 
     def read(self, block: Any, buffer: memoryview) -> memoryview:
-        self.reading += 1
-        self.most_ahead = max(self.most_ahead, self.reading - len(self.written))
-        self.seen("read", block)
-        buffer[0] = block % 256
-        return buffer[:1]
+        with self.step("read", block):
+            self.read_order.append(block)
+            self.most_in_flight = max(self.most_in_flight, len(self.read_order) - len(self.written))
+            buffer[0] = block % 256
+            return buffer[:1]
 
-    def compute(self, block: Any, source: memoryview, buffer: memoryview) -> None:
-        self.seen("compute", block)
-        buffer[0] = source[0]
+    def compute(self, block: Any, read: memoryview, buffer: memoryview) -> int:
+        with self.step("compute", block):
+            buffer[0] = read[0]
+            return -block
 
-    def digest(self, block: Any, buffer: memoryview) -> int:
-        self.seen("digest", block)
-        return buffer[0] + 1000
+    def digest(self, block: Any, buffer: memoryview, facts: int) -> tuple[int, int]:
+        with self.step("digest", block):
+            return buffer[0] + 1000, facts
 
-    def write(self, block: Any, buffer: memoryview, digest: int) -> None:
-        self.seen("write", block)
-        assert (buffer[0], digest) == (block % 256, block % 256 + 1000)
-        self.written.append(block)
+    def write(self, block: Any, buffer: memoryview, piece: tuple[int, int]) -> None:
+        with self.step("write", block):
+            assert (buffer[0], piece) == (block % 256, (block % 256 + 1000, -block))
+            self.written.append(block)
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 4])
 @pytest.mark.parametrize("slow", ["", "read", "compute", "write"])
-def test_blocks_keep_their_order_and_buffers_their_number(buffers: int, slow: str) -> None:
+def test_blocks_are_read_in_order_and_buffers_keep_their_number(buffers: int, slow: str) -> None:
     steps = Counting(slow=slow)
-    run(range(60), steps, Memory(1, 4096, buffers))  # type: ignore[arg-type]
-    assert steps.written == list(range(60))
-    assert steps.most_ahead <= 2 * buffers + 1
-    assert all(len(ids) == 1 for ids in steps.threads.values())
-    assert len(set().union(*steps.threads.values())) == 4
+    run(range(60), steps, Memory(4096, buffers))  # type: ignore[arg-type]
+    assert steps.read_order == list(range(60))
+    assert sorted(steps.written) == list(range(60))
+    assert steps.most_in_flight <= buffers
+    assert steps.most_in_a_step == 1
+
+
+def test_a_slow_step_does_not_keep_the_others_from_working() -> None:
+    both = threading.Barrier(2, timeout=20)
+
+    class Meeting(Counting):
+        @contextmanager
+        def step(self, step: str, block: int) -> Iterator[None]:
+            if (step, block) in (("write", 0), ("read", 1)):
+                both.wait()
+            yield
+
+    run(range(2), Meeting(), Memory(4096, 2))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("step", ["read", "compute", "digest", "write"])
@@ -70,15 +94,15 @@ def test_a_failure_is_the_one_that_is_raised(step: str, block: int) -> None:
     steps = Counting(fail_at=(step, block))
     for _ in range(20):
         with pytest.raises(OSError, match="the disk is gone"):
-            run(range(60), steps, Memory(1, 4096, 2))  # type: ignore[arg-type]
+            run(range(60), steps, Memory(4096, 2))  # type: ignore[arg-type]
     assert block not in steps.written
 
 
 def test_an_interrupt_in_a_step_is_raised_too() -> None:
     steps = Counting(fail_at=("write", 3), error=KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        run(range(60), steps, Memory(1, 4096, 2))  # type: ignore[arg-type]
+        run(range(60), steps, Memory(4096, 2))  # type: ignore[arg-type]
 
 
 def test_no_blocks_are_no_work() -> None:
-    run([], Counting(), Memory(1, 4096, 1))
+    run([], Counting(), Memory(4096, 1))

@@ -74,7 +74,10 @@ def test_free_space_is_that_of_the_disk_and_a_shortfall_is_told(
     assert preview.space.missing_bytes == preview.plan.target_bytes - 1000
 
 
-def test_a_budget_below_one_expert_is_refused_with_what_it_takes(tmp_path: Path) -> None:
+def test_a_budget_below_one_block_is_refused_with_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gemma4_moe.converter.blocks.BLOCK_BYTES", 1)
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(H=64, I=48))
     expert = 2 * 48 * 64 * 2 + 2 * 4096  # three whole pages, and the pages around them
     with pytest.raises(UsageError) as caught:

@@ -13,23 +13,25 @@ import torch
 import torch.distributed as dist
 
 from gemma4_moe import convert
-from gemma4_moe.checkpoint import hashing
-from gemma4_moe.converter import finish
+from gemma4_moe.converter import blocks
 from gemma4_moe.errors import ParallelError, StorageError
-from gemma4_moe.target import ledger
+from gemma4_moe.target import directory, ledger
 from gemma4_moe.target.recovery import remains
 from support import ranks
 from support.checkpoints import contents, flip_bit, write_checkpoint
 from support.models import random_hf_state_dict, read_directory
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
-OPTIONS = {"max_shard_size": 60_000, "max_memory": 60_000}
+    from gemma4_moe.target.pieces import Piece
+
+OPTIONS = {"max_shard_size": 60_000, "max_memory": 70_000}
 
 
 def shrink() -> None:
-    hashing.CHUNK_BYTES = 8192
+    blocks.BLOCK_BYTES = 8192
     ledger.FLUSH_BYTES = 8192
 
 
@@ -37,8 +39,8 @@ def convert_on_all(source: Path, target: Path) -> None:
     shrink()
     done: list[int] = []
     convert(source, target, progress=lambda now, _: done.append(now), **OPTIONS)
-    tensors = 2 * 6 * 3 * 24 * 40 * 2 + 3000  # two layers of experts, and a little of everything else
-    assert done[-1] <= tensors / dist.get_world_size() + hashing.CHUNK_BYTES, "a rank has done more than its share"
+    tensors = 2 * 6 * 3 * 32 * 64 * 2 + 5000  # two layers of experts, and a little of everything else
+    assert done[-1] <= tensors / dist.get_world_size() + blocks.BLOCK_BYTES, "a rank has done more than its share"
 
 
 def fail_on_the_last(source: Path, target: Path) -> None:
@@ -63,26 +65,37 @@ def convert_to_fp32(source: Path, target: Path) -> None:
     convert(source, target, dtype="float32", **OPTIONS)
 
 
+def convert_with_base(source: Path, target: Path, base: Path) -> None:
+    shrink()
+    convert(source, target, base=base, **OPTIONS)
+
+
 def convert_to_fp16(source: Path, target: Path) -> None:
     shrink()
     convert(source, target, dtype="float16", **OPTIONS)
 
 
 def find_one_other_byte(source: Path, target: Path) -> None:
-    """In each chunk of a file in turn: they are shared among the ranks, and whoever reads it back tells all."""
+    """In one piece of a file after the other: they are shared among the ranks, and the one that finds it tells all."""
     shrink()
-    copy_side_files = finish.copy_side_files
-    for chunk in range(6):
+    copy_files = directory.copy_files
+    for position in range(4100, 6 * 8192, 8192):
 
-        def flip(paths: object, out: Path, position: int = chunk * hashing.CHUNK_BYTES + 4100) -> None:
-            copy_side_files(paths, out)  # type: ignore[arg-type]
-            flip_bit(out / "model-00001-of-00002.safetensors", position)
+        def flip(paths: Iterable[Path], out: Path, position: int = position) -> list[Piece]:
+            flip_bit(max(out.glob("*.safetensors"), key=lambda path: path.stat().st_size), position)
+            return copy_files(paths, out)
 
-        finish.copy_side_files = flip
+        directory.copy_files = flip
         with pytest.raises((StorageError, ParallelError), match=r"other bytes than were written|could not read back"):
             convert(source, target, resume=True, **OPTIONS)
         assert not target.exists()
         dist.barrier()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Experts of whole pages: ranks share a file where a page begins."""
+    return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=64, I=32))
 
 
 @pytest.fixture
@@ -116,8 +129,8 @@ def test_one_failure_stops_all_and_any_number_of_ranks_can_go_on(
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_judge_the_experts_of_the_way_back_together(world: int, source: Path, tmp_path: Path) -> None:
     ranks.run(1, convert_to_fp32, source, tmp_path / "nemo")
-    ranks.run(1, resume_on_all, tmp_path / "nemo", tmp_path / "alone")
-    ranks.run(world, resume_on_all, tmp_path / "nemo", tmp_path / "together")
+    ranks.run(1, convert_with_base, tmp_path / "nemo", tmp_path / "alone", source)
+    ranks.run(world, convert_with_base, tmp_path / "nemo", tmp_path / "together", source)
     assert contents(tmp_path / "together") == contents(tmp_path / "alone")
     back, state = read_directory(tmp_path / "together"), read_directory(source)
     assert all(torch.equal(back[name], state[name].float()) for name in state)
@@ -135,9 +148,8 @@ def test_ranks_count_together_what_becomes_infinite(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "alone/gemma4_moe.json").read_text())["overflowed"]) == 2
 
 
-def test_ranks_read_back_every_chunk_between_them(source: Path, alone: dict[str, str], tmp_path: Path) -> None:
-    (size,) = {path.stat().st_size for path in (tmp_path / "alone").glob("model-00001-of-00002.safetensors")}
-    assert size > 5 * 8192 + 4100
+def test_ranks_read_back_every_piece_between_them(source: Path, alone: dict[str, str], tmp_path: Path) -> None:
+    assert max(path.stat().st_size for path in (tmp_path / "alone").iterdir()) > 5 * 8192 + 4100
     ranks.run(2, find_one_other_byte, source, tmp_path / "nemo")
     ranks.run(2, resume_on_all, source, tmp_path / "nemo")
     assert contents(tmp_path / "nemo") == alone

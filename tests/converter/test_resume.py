@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytestmark = pytest.mark.usefixtures("small_chunks")
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_a_source_that_gives_other_bytes_under_the_same_name_is_noticed(source: 
     interrupt(source, tmp_path / "nemo", after=15_000)
     (journal,) = (tmp_path / ".nemo.gemma4-moe").glob("journal-*")
     records = [json.loads(line.split(" ", 1)[1]) for line in journal.read_text().splitlines()]
-    read = [tensor for record in records for tensor, _, _ in record.get("source", [])]
+    read = [facts["source"] for record in records for *_, facts in record.get("pieces", []) if "source" in facts]
     assert read, "nothing of the source was journalled"
     for path in source.glob("*.safetensors"):
         status, raw = path.stat(), bytearray(path.read_bytes())

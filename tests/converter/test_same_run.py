@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.converter.plan import Plan, PlannedTensor
 
-pytestmark = pytest.mark.usefixtures("small_chunks")
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_what_a_run_is_called_by_is_what_the_filesystem_says(source: Path) -> No
     assert len(plan_digest) == 64
     assert opening == {
         "version": gemma4_moe.__version__,
-        "chunk_bytes": 8192,
+        "block_bytes": 8192,
         "options": {"dtype": "keep", "commit": "abc"},
         "source": files,
     }
@@ -71,7 +71,7 @@ def test_each_fact_of_a_run_is_compared_and_named(source: Path, tmp_path: Path) 
     control = tmp_path / ".nemo.gemma4-moe"
     known = read_journals(control)
     facts = leaves(known.opening)
-    assert len(facts) == 3 + 2 + 4 * 2, "version, chunks, plan; two options; four facts of each of two files"
+    assert len(facts) == 3 + 2 + 4 * 2, "version, size of blocks, plan; two options; four facts of each of two files"
     for fact in facts:
         opening = copy.deepcopy(known.opening)
         inner: Any = opening
@@ -82,32 +82,37 @@ def test_each_fact_of_a_run_is_compared_and_named(source: Path, tmp_path: Path) 
             path.unlink()
         with Journal(control, 0) as journal:
             journal.append(opening=opening)
-            journal.append(target=as_rows(known.target))
+            journal.append(pieces=as_rows(known.pieces.values()))
         with pytest.raises(UsageError, match="another one") as caught:
             resume(source, tmp_path / "nemo")
         assert caught.value.facts["found"].startswith(f"{' '.join(fact)} was another, is "), fact
 
 
-def moved(tensor: PlannedTensor) -> PlannedTensor:
+def having_stored(tensor: PlannedTensor, **changes: Any) -> PlannedTensor:
+    """The tensor, made from another stored tensor."""
     assert tensor.source is not None
-    return replace(tensor, source=replace(tensor.source, entry=replace(tensor.source.entry, start=1, end=2)))
+    (part,) = tensor.source.parts
+    part = replace(part, stored=replace(part.stored, **changes))
+    return replace(tensor, source=replace(tensor.source, parts=(part,)))
+
+
+def moved(tensor: PlannedTensor) -> PlannedTensor:
+    return having_stored(tensor, entry=replace(tensor.origin.entry, start=1, end=2))
 
 
 def renamed(tensor: PlannedTensor) -> PlannedTensor:
-    assert tensor.source is not None
-    return replace(tensor, source=replace(tensor.source, entry=replace(tensor.source.entry, name="another")))
+    return having_stored(tensor, entry=replace(tensor.origin.entry, name="another"))
 
 
 def of_another_dtype(tensor: PlannedTensor) -> PlannedTensor:
-    assert tensor.source is not None
-    return replace(tensor, source=replace(tensor.source, entry=replace(tensor.source.entry, dtype=FLOAT32)))
+    return having_stored(tensor, entry=replace(tensor.origin.entry, dtype=FLOAT32))
 
 
 def test_whatever_decides_the_bytes_decides_the_hash_of_the_plan(source: Path) -> None:
     with open_checkpoint(source) as checkpoint:
         plan = make_plan(checkpoint)
         name, down = next((name, tensor) for name, tensor in plan.tensors.items() if tensor.scale is not None)
-        other = next(tensor.source for tensor in plan.tensors.values() if tensor.source.file is not down.source.file)
+        other = next(tensor.origin for tensor in plan.tensors.values() if tensor.origin.file is not down.origin.file)
 
         def having(tensor: PlannedTensor) -> Plan:
             return replace(plan, tensors={**plan.tensors, name: tensor})
@@ -118,7 +123,7 @@ def test_whatever_decides_the_bytes_decides_the_hash_of_the_plan(source: Path) -
             *(having(change(down)) for change in (moved, renamed, of_another_dtype)),
             having(replace(down, name="another")),
             having(replace(down, operation=Operation.KEEP)),
-            having(replace(down, source=replace(down.source, file=other.file))),
+            having(having_stored(down, file=other.file)),
             having(replace(down, scale=None)),
             having(replace(down, scale=other)),
             replace(plan, source_layout=plan.target_layout),
@@ -159,7 +164,7 @@ def test_a_manifest_that_says_something_else_is_of_another_conversion(fact: str,
 
 
 @pytest.mark.parametrize("said", [None, True, 3, "x", [], {}, {"bytes": None}])
-@pytest.mark.parametrize("where", ["a source file", "what overflowed", "a source tensor", "what overflowed of one"])
+@pytest.mark.parametrize("where", ["a source file", "what overflowed", "a block of the source", "what was given back"])
 def test_a_manifest_that_makes_no_sense_is_of_another_conversion(
     where: str, said: object, source: Path, done: Path
 ) -> None:
@@ -169,10 +174,10 @@ def test_a_manifest_that_makes_no_sense_is_of_another_conversion(
         manifest["source"]["files"]["model-00002-of-00002.safetensors"] = said
     elif where == "what overflowed":
         manifest["overflowed"] = {"no such tensor": 1} if said == {} else said
-    elif where == "a source tensor":
-        manifest["source"]["tensors"]["model.language_model.layers.1.layer_scalar"] = said
+    elif where == "a block of the source":
+        manifest["source"]["blocks"]["model.language_model.layers.1.layer_scalar"] = said
     else:
-        manifest["overflowed"] = {"model.language_model.layers.1.layer_scalar": -3 if said == 3 else said}
+        manifest["given_back"] = {"model.language_model.layers.1.layer_scalar": -3 if said == 3 else said}
     path.write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match="the target exists"):
         resume(source, done)
@@ -192,3 +197,6 @@ def test_a_commit_says_what_a_source_is(source: Path, tmp_path: Path, monkeypatc
         assert not resume_module.is_made_already(
             tmp_path / "nemo", plan, checkpoint, options | {"commit": "d" * 40}, 2**20
         )
+        manifest["source"]["files"]["model-00001-of-00002.safetensors"]["header_sha256"] = "0" * 64
+        path.write_text(json.dumps(manifest))
+        assert not resume_module.is_made_already(tmp_path / "nemo", plan, checkpoint, options, 2**20)

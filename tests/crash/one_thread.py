@@ -5,13 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from gemma4_moe import convert
-from gemma4_moe.checkpoint import hashing
 from gemma4_moe.checkpoint.readers import allocate
+from gemma4_moe.converter import blocks as block_module
 from gemma4_moe.converter import write
 from gemma4_moe.errors import Gemma4MoEError
 from gemma4_moe.target import ledger
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from gemma4_moe.converter.blocks import Block, Memory
-    from gemma4_moe.converter.pipeline import Steps
+    from gemma4_moe.converter.steps import ConversionSteps
 
 
-def run_in_order(blocks: Iterable[Block], steps: Steps[Any], memory: Memory) -> None:
+def run_in_order(blocks: Iterable[Block], steps: ConversionSteps, memory: Memory) -> None:
     source, target = allocate(memory.buffer_bytes), allocate(memory.buffer_bytes)
     for block in blocks:
-        steps.compute(block, steps.read(block, source), target)
-        steps.write(block, target, steps.digest(block, target))
+        facts = steps.compute(block, steps.read(block, source), target)
+        steps.write(block, target, steps.digest(block, target, facts))
 
 
 def terminated(*_: object) -> None:
@@ -35,8 +35,8 @@ def terminated(*_: object) -> None:
 
 
 def main() -> int:
-    source, target, shard_size, memory, chunk_bytes, flush_bytes, overwrite = sys.argv[1:]
-    hashing.CHUNK_BYTES, ledger.FLUSH_BYTES = int(chunk_bytes), int(flush_bytes)
+    source, target, shard_size, memory, block_bytes, flush_bytes, overwrite = sys.argv[1:]
+    block_module.BLOCK_BYTES, ledger.FLUSH_BYTES = int(block_bytes), int(flush_bytes)
     write.run = run_in_order
     signal.signal(signal.SIGTERM, terminated)
     try:

@@ -1,10 +1,10 @@
-"""Sizes that make a small model large: many files, blocks, chunks and journal entries. Imports no torch."""
+"""Sizes that make a small model large: many files, blocks and journal entries. Imports no torch."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from gemma4_moe.checkpoint import hashing
+from gemma4_moe.converter import blocks
 from gemma4_moe.target import ledger
 
 #: Several weight files, whole pages and odd bytes in each; blocks of one or two experts.
@@ -12,6 +12,6 @@ OPTIONS: dict[str, Any] = {"max_shard_size": 25_000, "max_memory": 30_000, "work
 
 
 def shrink() -> None:
-    """Make chunks and journal entries small."""
-    hashing.CHUNK_BYTES = 4096
+    """Make blocks and journal entries small."""
+    blocks.BLOCK_BYTES = 4096
     ledger.FLUSH_BYTES = 8192

@@ -14,7 +14,7 @@ import pytest
 
 from crash.cases import Case
 from crash.faults import Fault, convert_with
-from gemma4_moe.checkpoint import hashing
+from gemma4_moe.converter import blocks
 from gemma4_moe.target import ledger
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ KINDS = ("kill", "tear", "ENOSPC", "EIO", "term")
 
 @pytest.fixture(autouse=True)
 def sizes_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashing, "CHUNK_BYTES", hashing.CHUNK_BYTES)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", blocks.BLOCK_BYTES)
     monkeypatch.setattr(ledger, "FLUSH_BYTES", ledger.FLUSH_BYTES)
 
 

@@ -10,7 +10,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.device_mesh import init_device_mesh
 
 from distributed.placement_checks import CASES, same, shard
-from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig
+from gemma4_moe import Gemma4MoEStateDictAdapter
+from gemma4_moe.adapter import MoEConfig
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from distributed.placement_checks import shard
-from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig
+from gemma4_moe import Gemma4MoEStateDictAdapter
+from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.distributed import collectives
 from gemma4_moe.errors import ParallelError
 from support.formulas import nemo_from_hf

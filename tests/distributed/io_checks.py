@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from distributed.placement_checks import CASES, is_expert, same, shard
-from gemma4_moe import load_hf, save_hf
+from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig, load_hf, save_hf
 from gemma4_moe.errors import ParallelError, StorageError
+from support import forms
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 
@@ -108,26 +109,26 @@ def check_save_groups(source: Path, target: Path) -> None:
 
 def check_save_read_back(source: Path, target: Path) -> None:
     """The last byte of the last rank's experts changes on the disk before the target appears: no rank publishes it."""
-    from gemma4_moe.model_io import save
+    from gemma4_moe.target import directory
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = shard_all(native(), mesh, (Shard(0),))
-    write = save.copy_side_files
+    copy_files = directory.copy_files
 
-    def flipping(paths: Any, out: Path) -> None:
-        write(paths, out)
+    def flipping(paths: Any, out: Path) -> Any:
         file = out / "model.safetensors"
         length = int.from_bytes(file.read_bytes()[:8], "little")
         entry = json.loads(file.read_bytes()[8 : 8 + length])["model.language_model.layers.1.experts.down_proj"]
         content = bytearray(file.read_bytes())
         content[8 + length + entry["data_offsets"][1] - 1] ^= 1
         file.write_bytes(content)
+        return copy_files(paths, out)
 
-    save.copy_side_files = flipping
+    directory.copy_files = flipping
     with pytest.raises(StorageError if mesh.get_rank() == mesh.size() - 1 else ParallelError, match="other bytes"):
         save_hf(model, target, config_from=source)
     assert not target.exists()
-    save.copy_side_files = write
+    directory.copy_files = copy_files
     save_hf(model, target, config_from=source)
 
 
@@ -139,3 +140,32 @@ def _everyones(value: int) -> list[int]:
 
 def whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_form(world: int, source: Path, form: str) -> None:
+    """A made-up form is loaded into every placement, from the directory and by `from_hf`."""
+    forms.register()
+    state = forms.FORMS[form](random_hf_state_dict(E=E, H=H, I=I, layers=2))
+    adapter = Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I), None, MODEL)
+    for shape, placements, names in CASES[world]:
+        mesh = init_device_mesh("cpu", shape)
+        expected = shard_all(native(), mesh, placements)
+        model = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
+        load_hf(model, source)
+        same(model, expected)
+        model = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
+        adapter.from_hf(state, out=model)
+        same(model, expected)
+        if names is not None and world > 1:
+            named = init_device_mesh("cpu", shape, mesh_dim_names=names)
+            found = adapter.from_hf(state, named)
+            same({n: t for n, t in found.items() if is_expert(n)}, {n: t for n, t in expected.items() if is_expert(n)})
+
+
+def check_form_of_dtensors(form: str) -> None:
+    forms.register()
+    state: dict[str, Any] = forms.FORMS[form](random_hf_state_dict(E=E, H=H, I=I, layers=2))
+    mesh = init_device_mesh("cpu", (1,))
+    state = {name: distribute_tensor(tensor, mesh, [Replicate()]) for name, tensor in state.items()}
+    with pytest.raises(ParallelError, match="several tensors for a role"):
+        Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I), None, MODEL).from_hf(state)

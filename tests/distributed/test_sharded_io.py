@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ from gemma4_moe.errors import (
     UnknownTensorError,
     UsageError,
 )
-from gemma4_moe.model_io import save as save_module
-from gemma4_moe.target.read_back import Written
+from gemma4_moe.target.directory import TargetFiles
+from gemma4_moe.target.manifest import check_manifest
 from gemma4_moe.target.transaction import Transaction
 from support import ranks
 from support.checkpoints import contents, flip_bit, write_checkpoint
@@ -50,12 +50,41 @@ def test_save_gives_the_same_bytes_on_any_ranks(source: Path, tmp_path: Path) ->
     found = read_directory(tmp_path / "1-0")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    first = contents(tmp_path / "1-0")
+    first = without_manifest(tmp_path / "1-0")
     assert "tokenizer.json" in first
     directories = sorted(tmp_path.iterdir())
     assert len(directories) == 2 + 3 + 6 + 2
     for directory in directories:
-        assert contents(directory) == first, directory
+        assert without_manifest(directory) == first, directory
+        assert check_manifest(directory).wrong == (), directory
+
+
+def without_manifest(directory: Path) -> dict[str, str]:
+    """The content of each file, but of the manifest: its pieces tell how the ranks have cut the files."""
+    found = contents(directory)
+    del found["gemma4_moe.json"]
+    return found
+
+
+def test_a_check_against_the_manifest_finds_whatever_is_not_as_it_was_saved(source: Path, tmp_path: Path) -> None:
+    save_hf(io_checks.native(), tmp_path / "hf", config_from=source, max_shard_size="12kB")
+    found = check_manifest(tmp_path / "hf")
+    assert found.wrong == ()
+    names = {path.name for path in (tmp_path / "hf").iterdir()} - {"gemma4_moe.json"}
+    assert found.files == len(names) > 4
+    assert found.nbytes == sum((tmp_path / "hf" / name).stat().st_size for name in names)
+    for name in names:
+        flip_bit(tmp_path / "hf" / name, -1)
+        assert [words.partition(" in ")[0] for words in check_manifest(tmp_path / "hf").wrong] == [
+            f"{name}: other bytes"
+        ]
+        flip_bit(tmp_path / "hf" / name, -1)
+    (tmp_path / "hf/stranger").write_text("x")
+    (tmp_path / "hf/tokenizer.json").unlink()
+    assert check_manifest(tmp_path / "hf").wrong == (
+        "tokenizer.json: missing",
+        "stranger: the manifest does not name it",
+    )
 
 
 def test_pipeline_stages_load_their_layers(source: Path) -> None:
@@ -73,6 +102,7 @@ FLIPPED = {
     "the last tensor": ("model-00002-of-", -1),
     "a side file": ("tokenizer.json", 1),
     "the index": ("model.safetensors.index.json", -2),
+    "the manifest": ("gemma4_moe.json", -2),
 }
 
 
@@ -82,14 +112,14 @@ def test_bytes_that_the_disk_changed_are_not_published(
     place: str, read_back: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, position = FLIPPED[place]
-    write = save_module.write_index_file
+    complete = TargetFiles.complete
 
-    def flipping(files: dict[str, object], out: Path) -> object:
-        written = write(files, out)  # type: ignore[arg-type]
-        flip_bit(next(path for path in out.iterdir() if path.name.startswith(name)), position)
+    def flipping(files: TargetFiles, *others: Any) -> Any:
+        written = complete(files, *others)
+        flip_bit(next(path for path in files.out.iterdir() if path.name.startswith(name)), position)
         return written
 
-    monkeypatch.setattr(save_module, "write_index_file", flipping)
+    monkeypatch.setattr(TargetFiles, "complete", flipping)
     save = partial(save_hf, io_checks.native(), tmp_path / "hf", config_from=source, max_shard_size="12kB")
     if read_back:
         with pytest.raises(StorageError, match="other bytes"):
@@ -105,7 +135,9 @@ def test_a_bit_that_flips_in_another_ranks_experts_stops_all(source: Path, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-@pytest.mark.parametrize(("owner", "after", "confirmed"), [(Written, "check", 0), (Transaction, "publish", 15 + 2)])
+@pytest.mark.parametrize(
+    ("owner", "after", "confirmed"), [(TargetFiles, "complete", 0), (Transaction, "publish", 15 + 2)]
+)
 def test_a_long_save_gives_signs_of_life_and_stops_when_its_lock_is_broken(
     owner: type, after: str, confirmed: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,9 +229,9 @@ def test_a_plain_fsdp_program_saves_the_model_that_it_loaded(tmp_path: Path) -> 
     save_model(model, tmp_path / "hf")
     for world, ep, dp in ((1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2)):
         ranks.run(world, plain_pytorch.run, tmp_path / "hf", tmp_path / f"{world}-{ep}", ep, dp)
-    first = contents(tmp_path / "1-1")
-    assert contents(tmp_path / "2-1") == first
-    assert contents(tmp_path / "2-2") == first
-    assert contents(tmp_path / "4-2") == first
+    first = without_manifest(tmp_path / "1-1")
+    assert without_manifest(tmp_path / "2-1") == first
+    assert without_manifest(tmp_path / "2-2") == first
+    assert without_manifest(tmp_path / "4-2") == first
     result = Gemma4ForConditionalGeneration.from_pretrained(tmp_path / "4-2")
     assert (logits(result) - logits(model)).abs().max() < 5e-6

@@ -101,7 +101,7 @@ BAD = [
     Bad("nemo names among hf names", added("moe.gate.scale", 10), ("both layouts",)),
     Bad("experts outside a layer", lambda s: s.update({"experts.down_proj": s[P + "experts.down_proj"].clone()}),
         ("outside a layer", "<prefix>layers.<number>.experts.down_proj")),
-    Bad("float8 experts", as_float8, (P + "experts.", "F8_E4M3", "BF16")),
+    Bad("float8 experts", as_float8, (P + "experts.", "float8_e4m3fn", "bfloat16")),
     Bad("per expert", per_expert, ("per-expert", f"{P}experts.")),
     Bad("FP8", added("experts.0.down_proj.weight_scale", 10), ("compressed-tensors FP8",)),
     Bad("NVFP4", added("mlp.down_proj.weight_packed", 10), ("compressed-tensors NVFP4",)),

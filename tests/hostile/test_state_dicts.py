@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig
+from gemma4_moe import Gemma4MoEStateDictAdapter
+from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.errors import (
     ConfigError,
     DuplicateTensorError,

@@ -189,13 +189,13 @@ def test_what_is_fetched_is_what_lies_beside_the_weights(hub: Hub, source: Path,
     assert contents(tmp_path / "nemo") == contents(tmp_path / "local")
 
 
-def test_what_a_streamed_model_has_besides_is_left_behind(hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_other_files_of_a_streamed_model_are_skipped(hub: Hub, source: Path, tmp_path: Path) -> None:
     (source / "onnx").mkdir()
     (source / "onnx/model.safetensors").write_bytes(b"not of this checkpoint")
     (source / "training_args.bin").write_bytes(b"a pickle")
     done = run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo", "--stream")
     assert done.returncode == 0, done.stderr
-    assert "left behind: onnx/, training_args.bin" in done.stderr
+    assert "skipped: onnx/, training_args.bin" in done.stderr
     assert not hub.served.keys() & {"model.safetensors", "training_args.bin"}
 
 

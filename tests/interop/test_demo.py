@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import io
+import json
 import re
 import subprocess
 import sys
@@ -14,75 +14,72 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 
 from gemma4_moe import kernels
 from gemma4_moe.demo import small_models
-from gemma4_moe.demo.demo import run_demo
+from gemma4_moe.demo.demo import Check, run_demo
 from gemma4_moe.errors import DifferenceError, StorageError, UsageError
 
 STEPS = ["build", "hf → nemo", "nemo → hf", "from_pretrained", "logits", "control"]
 
 
+class Shown:
+    """The checks that the demo shows."""
+
+    def __call__(self, checks: tuple[Check, ...]) -> None:
+        self.checks = checks
+
+    def passed(self) -> dict[str, bool]:
+        return {check.step: check.passed for check in self.checks}
+
+
 @pytest.fixture
-def console() -> Console:
-    return Console(file=io.StringIO(), width=120)
+def shown() -> Shown:
+    return Shown()
 
 
-def printed(console: Console) -> dict[str, str]:
-    """Each step of the printed table, with its mark."""
-    assert isinstance(console.file, io.StringIO)
-    lines = console.file.getvalue().splitlines()
-    return {
-        step: mark
-        for step in STEPS
-        for mark in "✓✗"
-        if any(line.startswith(f" {step} ") and mark in line for line in lines)
-    }
-
-
-def test_every_step_passes_and_the_checkpoints_stay(console: Console, tmp_path: Path) -> None:
-    checks = run_demo(tmp_path / "demo", console=console)
-    assert printed(console) == dict.fromkeys(STEPS, "✓")
-    assert [check.step for check in checks] == STEPS
+def test_every_step_passes_and_the_checkpoints_stay(shown: Shown, tmp_path: Path) -> None:
+    run_demo(tmp_path / "demo", show=shown)
+    assert shown.passed() == dict.fromkeys(STEPS, True)
+    assert list(shown.passed()) == STEPS
     assert sorted(entry.name for entry in (tmp_path / "demo").iterdir()) == ["hf", "hf-again", "nemo"]
-    assert [check.files > 2 for check in checks if check.files is not None] == [True, True, True]
+    assert [check.files > 2 for check in shown.checks if check.files is not None] == [True, True, True]
 
 
-def test_a_temporary_directory_is_removed(console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_temporary_directory_is_removed(shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    run_demo(console=console)
+    run_demo(None, show=shown)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
 )
-def test_a_disk_that_refuses_is_told(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_refuses_is_told(
+    error: Exception, shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(small_models, "save_model", refuse)
     with pytest.raises(StorageError, match=r"can't write the model: .*No space left on device") as caught:
-        run_demo(tmp_path / "demo")
+        run_demo(tmp_path / "demo", show=shown)
     assert caught.value.facts["file"] == str(tmp_path / "demo/hf")
 
 
-def test_a_fold_that_is_left_out_is_a_difference(
-    console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fold_that_is_left_out_is_a_difference(shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = kernels.transpose_scale_cast
     monkeypatch.setattr(kernels, "transpose_scale_cast", lambda x, **options: sound(x, **options | {"scale": None}))
     with pytest.raises(DifferenceError) as caught:
-        run_demo(tmp_path / "demo", console=console)
+        run_demo(tmp_path / "demo", show=shown)
     assert caught.value.exit_status == 4
     assert caught.value.facts["found"] == "✗ at hf → nemo, logits"
-    assert printed(console) == dict.fromkeys(STEPS, "✓") | {"hf → nemo": "✗", "logits": "✗"}
+    assert shown.passed() == dict.fromkeys(STEPS, True) | {"hf → nemo": False, "logits": False}
 
 
 def test_a_model_whose_logits_would_not_tell_is_not_called_a_success(
-    console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def insensitive(kind: Any) -> Any:
         model = small_models_build(kind)
@@ -94,21 +91,34 @@ def test_a_model_whose_logits_would_not_tell_is_not_called_a_success(
     small_models_build = small_models.build_model
     monkeypatch.setattr(small_models, "build_model", insensitive)
     with pytest.raises(DifferenceError, match="✗ at control"):
-        run_demo(tmp_path / "demo", console=console)
-    assert printed(console) == dict.fromkeys(STEPS, "✓") | {"control": "✗"}
+        run_demo(tmp_path / "demo", show=shown)
+    assert shown.passed() == dict.fromkeys(STEPS, True) | {"control": False}
 
 
-def test_a_directory_with_something_in_it_is_left_alone(console: Console, tmp_path: Path) -> None:
+def test_a_directory_with_something_in_it_is_left_alone(shown: Shown, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("keep")
     with pytest.raises(UsageError, match="not empty"):
-        run_demo(tmp_path, console=console)
+        run_demo(tmp_path, show=shown)
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_missing_library_is_named(console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_shows_every_step(as_json: bool, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gemma4_moe", "demo", tmp_path, "--format", "json" if as_json else "human"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    if as_json:
+        found = json.loads(out)
+        assert found["passed"] is True
+        assert [check["step"] for check in found["checks"]] == STEPS
+    else:
+        assert [next(line for line in out.splitlines() if line.startswith(f" {step} ")) for step in STEPS]
+        assert out.count("✓") == len(STEPS)
+
+
+def test_a_missing_library_is_named(shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UsageError, match="pip install") as caught:
-        run_demo(tmp_path / "demo", console=console)
+        run_demo(tmp_path / "demo", show=shown)
     assert "transformers" in caught.value.facts["found"]
     (extra,) = re.findall(r"gemma4-moe\[(\w+)\]", str(caught.value.hint))
     assert any(line.startswith("transformers>=") for line in _extras()[extra])

@@ -8,6 +8,7 @@ import pytest
 
 from gemma4_moe.errors import DuplicateTensorError, IncompleteExpertsError, TensorShapeError, UnknownTensorError
 from gemma4_moe.layout.inventory import Inventory
+from gemma4_moe.layout.spellings import WHOLE
 from gemma4_moe.layout.table import DOWN, EXPERT_RULES, GATE_UP, RULES, SCALE, Layout
 
 LAYER = "model.layers.0."
@@ -49,7 +50,10 @@ def test_sizes_are_learned_in_any_order(layout: Layout) -> None:
 def test_layers_and_spellings_are_kept() -> None:
     inventory = filled(Layout.HF, SIZES, {"moe.gate_up_proj": (6, 14, 10), "router.per_expert_scale": (6,)})
     assert inventory.layers == {
-        ("model.", 0): {GATE_UP: LAYER + "moe.gate_up_proj", SCALE: LAYER + "router.per_expert_scale"}
+        ("model.", 0): {
+            GATE_UP: {WHOLE: (LAYER + "moe.gate_up_proj", None)},
+            SCALE: {WHOLE: (LAYER + "router.per_expert_scale", None)},
+        }
     }
     assert inventory.add("model.norm.weight", (3, 4, 5)) is None
 

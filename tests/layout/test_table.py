@@ -7,8 +7,9 @@ import itertools
 import pytest
 
 from gemma4_moe.errors import UnknownTensorError
-from gemma4_moe.layout import names
 from gemma4_moe.layout.names import MoEName, lookup, parse
+from gemma4_moe.layout.spellings import CURRENT
+from gemma4_moe.layout.spellings.fused import LEGACY as LEGACY_SPELLING
 from gemma4_moe.layout.table import (
     DOWN,
     EXPERT_RULES,
@@ -20,7 +21,6 @@ from gemma4_moe.layout.table import (
     Layout,
     Operation,
     Rule,
-    Spelling,
 )
 from support.formulas import legacy_name
 from support.names import PREFIXES
@@ -44,8 +44,8 @@ def test_every_row_leads_both_ways_and_keeps_the_prefix(
 ) -> None:
     path = f"{prefix}layers.{layer}."
     found = parse(path + hf, Layout.HF)
-    assert found == MoEName(prefix, layer, rule, Spelling.CURRENT)
-    assert (found.layer_path, found.owner) == (path, (prefix, layer))
+    assert found == MoEName(prefix, layer, rule, CURRENT)
+    assert (found.layer_path, found.layer_key) == (path, (prefix, layer))
     assert (found.hf, found.nemo) == (path + hf, path + nemo)
     assert [found.name(layout) for layout in Layout] == [found.hf, found.nemo]
     if rule is not SCALE:
@@ -57,9 +57,9 @@ def test_every_row_leads_both_ways_and_keeps_the_prefix(
 @pytest.mark.parametrize(("rest", "rule"), LEGACY, ids=[row[0] for row in LEGACY])
 def test_the_legacy_spelling_means_the_same_row(prefix: str, rest: str, rule: Rule) -> None:
     found = parse(f"{prefix}layers.4.{rest}", Layout.HF)
-    assert found == MoEName(prefix, 4, rule, Spelling.LEGACY)
+    assert found == MoEName(prefix, 4, rule, LEGACY_SPELLING)
     assert legacy_name(found.hf) == f"{prefix}layers.4.{rest}"
-    assert found.sibling(rule).spelling is Spelling.CURRENT
+    assert found.sibling(rule).spelling is CURRENT
 
 
 def test_the_operations_and_axes_are_those_of_the_format() -> None:
@@ -182,14 +182,18 @@ def test_a_message_shows_control_characters_and_does_not_send_them() -> None:
 
 def test_no_two_rows_share_a_name() -> None:
     for layout in Layout:
-        names = [name for rule in RULES for name in rule.names(layout)]
+        names = [rule.name(layout) for rule in RULES if rule.axes(layout)]
         assert len(names) == len(set(names))
     for first, second in itertools.combinations(RULES, 2):
         assert first.role != second.role
 
 
-def test_a_table_in_which_two_rows_share_a_name_is_refused_when_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    twin = Rule("twin", "experts.down_proj", "moe.twin", ("E",), ("E",), Operation.KEEP)
-    monkeypatch.setattr(names, "RULES", (*RULES, twin))
-    with pytest.raises(AssertionError, match=r"spelled experts\.down_proj"):
-        names._lookup(Layout.HF)
+def test_a_row_leads_to_what_it_becomes() -> None:
+    assert {rule.role: [other.role for other in rule.yields(Layout.HF)] for rule in RULES if rule.in_nemo} == {
+        "gate_up": ["gate_up"],
+        "down": ["down", "scale"],
+        "router weight": ["router weight"],
+        "router scale": ["router scale"],
+    }
+    assert [rule.yields(Layout.NEMO) for rule in RULES] == [() if rule is SCALE else (rule,) for rule in RULES]
+    assert [rule.factor for rule in RULES] == [SCALE if rule is DOWN else None for rule in RULES]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from gemma4_moe import load_hf, plan
+from gemma4_moe.converter import mesh_preview
+from gemma4_moe.converter.mesh_preview import predict
 from gemma4_moe.model_io import load
-from gemma4_moe.model_io.mesh_preview import predict
 from support.checkpoints import write_checkpoint
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
@@ -49,6 +50,7 @@ def test_the_prediction_is_what_a_load_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(load, "BLOCK_BYTES", block)
+    monkeypatch.setattr(mesh_preview, "BLOCK_BYTES", block)
     state = {name: tensor.to(stored) for name, tensor in random_hf_state_dict(E=E, H=H, I=I).items()}
     if beside is not None:
         state["model.vision_tower.position_embedding_table"] = torch.rand(beside).to(stored)

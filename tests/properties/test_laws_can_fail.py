@@ -10,7 +10,10 @@ import torch
 
 from gemma4_moe import Gemma4MoEStateDictAdapter, kernels
 from gemma4_moe.errors import DuplicateTensorError
-from gemma4_moe.layout import names, table
+from gemma4_moe.layout import names
+from gemma4_moe.layout.spellings.base import WHOLE
+from gemma4_moe.layout.spellings.fused import LEGACY
+from gemma4_moe.layout.table import ROUTER_SCALE
 from properties.adapter_laws import (
     LAWS,
     Model,
@@ -144,8 +147,7 @@ def test_a_prefix_that_is_rewritten_breaks_its_law(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_legacy_spelling_that_means_another_row_breaks_its_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = names._LOOKUP[table.Layout.HF]
-    monkeypatch.setitem(rows, "moe.down_proj", (table.ROUTER_SCALE, table.Spelling.LEGACY))
+    monkeypatch.setitem(LEGACY._fixed, "moe.down_proj", (ROUTER_SCALE, WHOLE))
     with pytest.raises(DuplicateTensorError):
         the_legacy_spelling_means_the_same(NARROW)
 

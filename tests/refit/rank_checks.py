@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from distributed.placement_checks import CASES, shard
-from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig
+from gemma4_moe import Gemma4MoEStateDictAdapter
+from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.errors import ParallelError
 from gemma4_moe.refit import WeightStream, broadcasting
 from support.formulas import nemo_from_hf

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig
+from gemma4_moe import Gemma4MoEStateDictAdapter
+from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.errors import UsageError
 from gemma4_moe.refit import Bucket, WeightStream, unpack
 from support.formulas import nemo_from_hf

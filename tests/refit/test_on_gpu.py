@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig
+from gemma4_moe import Gemma4MoEStateDictAdapter
+from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.refit import WeightStream
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig, convert, plan
+from gemma4_moe import Gemma4MoEStateDictAdapter, convert, plan
+from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.errors import IncompleteExpertsError, InputError, UnknownTensorError, UsageError
 from gemma4_moe.refit import WeightStream
 from support.checkpoints import config_of, write_checkpoint

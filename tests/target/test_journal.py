@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gemma4_moe.checkpoint.hashing import Chunk
 from gemma4_moe.errors import SourceChangedError, StorageError
-from gemma4_moe.target.journal import Journal, as_rows, journals, read_journals
+from gemma4_moe.target.journal import Journal, as_rows, can_go_on, journals, read_journals
+from gemma4_moe.target.pieces import Piece
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,11 +17,19 @@ if TYPE_CHECKING:
 OPENING = {"plan": "p", "options": {"dtype": "keep"}}
 
 
+def piece(number: int) -> Piece:
+    return Piece("f", 100 * number, 100 * number + 100, f"hash{number}", {"source": f"s{number}"})
+
+
+def found_in(control: Path) -> list[Piece]:
+    return list(read_journals(control).pieces.values())
+
+
 def write(control: Path, count: int, rank: int = 0) -> Path:
     with Journal(control, rank) as journal:
         journal.append(opening=OPENING)
         for number in range(count):
-            journal.append(target=as_rows({Chunk("f", number): f"hash{number}"}), source=[("t", number, f"s{number}")])
+            journal.append(pieces=as_rows([piece(number)]))
     return journals(control)[-1]
 
 
@@ -30,9 +38,16 @@ def test_what_was_appended_is_read_by_all_ranks(tmp_path: Path) -> None:
     write(tmp_path, 3, rank=1)
     found = read_journals(tmp_path)
     assert found.opening == OPENING
-    assert found.target == {("f", 0): "hash0", ("f", 1): "hash1", ("f", 2): "hash2"}
-    assert found.source == {("t", 0): "s0", ("t", 1): "s1", ("t", 2): "s2"}
+    assert found.pieces == {("f", 0, 100): piece(0), ("f", 100, 200): piece(1), ("f", 200, 300): piece(2)}
+    assert [piece.facts for piece in found.pieces.values()] == [{"source": f"s{number}"} for number in range(3)]
     assert read_journals(tmp_path / "nowhere").opening is None
+
+
+def test_only_pieces_are_something_to_go_on_from(tmp_path: Path) -> None:
+    write(tmp_path, 0)
+    assert not can_go_on(tmp_path)
+    write(tmp_path, 1, rank=3)
+    assert can_go_on(tmp_path)
 
 
 def test_a_tail_torn_anywhere_is_ignored_and_cut_off(tmp_path: Path) -> None:
@@ -41,12 +56,12 @@ def test_a_tail_torn_anywhere_is_ignored_and_cut_off(tmp_path: Path) -> None:
     for size in range(last, len(raw)):
         path = journals(tmp_path)[0]
         path.write_bytes(raw[:size])
-        assert read_journals(tmp_path).target == {("f", 0): "hash0"}, size
+        assert found_in(tmp_path) == [piece(0)], size
     with Journal(tmp_path, 0) as journal:
-        journal.append(target=[("f", 7, "later")])
-    assert read_journals(tmp_path).target == {("f", 0): "hash0", ("f", 7): "later"}
+        journal.append(pieces=as_rows([piece(7)]))
+    assert found_in(tmp_path) == [piece(0), piece(7)]
     assert path.read_bytes().startswith(raw[:last])
-    assert path.read_bytes().endswith(b'[["f",7,"later"]]}\n')
+    assert path.read_bytes().endswith(b'{"pieces":[["f",700,800,"hash7",{"source":"s7"}]]}\n')
 
 
 def test_a_changed_byte_ends_what_is_believed(tmp_path: Path) -> None:
@@ -57,7 +72,7 @@ def test_a_changed_byte_ends_what_is_believed(tmp_path: Path) -> None:
         changed = raw.copy()
         changed[offset] ^= 1
         path.write_bytes(changed)
-        assert read_journals(tmp_path).target == {("f", 0): "hash0"}, offset
+        assert found_in(tmp_path) == [piece(0)], offset
 
 
 def test_a_record_is_on_the_device_before_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,20 +91,17 @@ def test_a_journal_that_the_disk_refuses_is_a_storage_error(tmp_path: Path, monk
         journal.append(opening=OPENING)
 
 
-def test_a_chunk_that_was_made_once_more_has_the_count_of_its_last_time(tmp_path: Path) -> None:
+def test_a_piece_that_was_made_once_more_has_the_facts_of_its_last_time(tmp_path: Path) -> None:
     with Journal(tmp_path, 0) as journal:
-        journal.append(target=[("f", 0, "h"), ("f", 1, "i")], overflows=[("f", 0, {"t": 3}), ("f", 1, {"t": 5})])
-        journal.append(target=[("f", 0, "other")])
-        assert read_journals(tmp_path).overflows == {("f", 1): {"t": 5}}
-        journal.append(target=[("f", 0, "h")], overflows=[("f", 0, {"t": 4})])
-    assert read_journals(tmp_path).overflows == {("f", 0): {"t": 4}, ("f", 1): {"t": 5}}
+        journal.append(pieces=[("f", 0, 9, "h", {"overflowed": 3}), ("f", 9, 12, "i", {"overflowed": 5})])
+        journal.append(pieces=[("f", 0, 9, "other", {"overflowed": 4})])
+    assert [(piece.digest, piece.facts["overflowed"]) for piece in found_in(tmp_path)] == [("other", 4), ("i", 5)]
 
 
-def test_two_hashes_of_one_piece_of_the_source_are_told(tmp_path: Path) -> None:
+def test_two_sources_of_one_piece_are_told(tmp_path: Path) -> None:
     with Journal(tmp_path, 0) as journal:
-        journal.append(source=[("t", 4, "one")])
-        journal.append(source=[("t", 4, "one")])
-        journal.append(source=[("t", 4, "other")])
+        for source in ("one", "one", "other"):
+            journal.append(pieces=[("f", 4, 9, "h", {"tensor": "t", "source": source})])
     with pytest.raises(SourceChangedError, match="other bytes than before") as caught:
         read_journals(tmp_path)
-    assert caught.value.facts == {"tensor": "t", "expected": "chunk 4 with BLAKE3 one", "found": "other"}
+    assert caught.value.facts == {"tensor": "t", "expected": "BLAKE3 one for (4, 9) of f", "found": "BLAKE3 other"}

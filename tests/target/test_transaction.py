@@ -123,12 +123,12 @@ def test_a_kill_while_an_unfinished_run_is_removed_leaves_no_journal_of_what_is_
     control = control_directory(target)
     (control / "out").mkdir(parents=True)
     with Journal(control, 0) as journal:
-        journal.append(target=[("file", 0, "hash")])
+        journal.append(pieces=[("file", 0, 9, "hash", {})])
     monkeypatch.setattr(recovery.shutil, "rmtree", killed)
     with pytest.raises(Killed):
         clean(target)
     assert (control / "out").exists()
-    assert read_journals(control).target == {}
+    assert read_journals(control).pieces == {}
 
 
 def killed_in(monkeypatch: pytest.MonkeyPatch, target: Path, module: object, name: str, when: int) -> None:
@@ -209,7 +209,7 @@ def test_a_failure_between_the_two_renames_leaves_the_old_one(
             (work.out / "file").write_text("new")
             if journalled:
                 with Journal(work.control, 0) as journal:
-                    journal.append(target=[("file", 0, "hash")])
+                    journal.append(pieces=[("file", 0, 9, "hash", {})])
             after_the_first_rename(monkeypatch, fail)
             work.publish(overwrite=True)
 
@@ -351,7 +351,7 @@ def test_a_publish_that_another_process_has_just_finished_is_no_trouble(
         (control / "publishing").unlink()
         if journalled:
             with Journal(control, 0) as journal:
-                journal.append(target=[("file", 0, "hash")])
+                journal.append(pieces=[("file", 0, 9, "hash", {})])
         return take_lock(place)
 
     monkeypatch.setattr(recovery, "take_lock", take_lock_late)
@@ -369,8 +369,8 @@ def test_journals_that_contradict_each_other_can_be_removed(target: Path) -> Non
     def read_twice() -> None:
         with Transaction(target) as work:
             with Journal(work.control, 0) as journal:
-                journal.append(target=[("file", 0, "hash")], source=[("tensor", 0, "one")])
-                journal.append(source=[("tensor", 0, "another")])
+                journal.append(pieces=[("file", 0, 9, "hash", {"source": "one"})])
+                journal.append(pieces=[("file", 0, 9, "hash", {"source": "another"})])
             read_journals(work.control)
 
     with pytest.raises(SourceChangedError, match="other bytes than before") as caught:

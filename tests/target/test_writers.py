@@ -175,7 +175,7 @@ def write_in_pieces(path: Path, edges: list[int], *, buffered: bool = False) -> 
             buffer, lead = allocate(end - start + SLACK), start % PAGE
             buffer[:lead] = b"\xff" * lead  # whatever was in the buffer before
             buffer[lead : lead + end - start] = CONTENT[start:end]
-            writer.write(start, buffer, lead, lead + end - start)
+            writer.write(start, buffer[lead : lead + end - start])
         writer.sync()
 
 
@@ -190,7 +190,7 @@ EDGES = [
 
 @pytest.mark.parametrize("buffered", [False, True])
 @pytest.mark.parametrize("edges", EDGES)
-def test_a_writer_joins_pieces_of_any_size(edges: list[int], buffered: bool, tmp_path: Path) -> None:
+def test_a_writer_takes_pieces_of_any_size(edges: list[int], buffered: bool, tmp_path: Path) -> None:
     write_in_pieces(tmp_path / "out", edges, buffered=buffered)
     assert (tmp_path / "out").read_bytes() == CONTENT
 
@@ -203,8 +203,11 @@ def test_direct_writes_are_whole_pages_from_pages(tmp_path: Path, monkeypatch: p
         return whole(descriptor, content, offset)
 
     monkeypatch.setattr(os, "pwrite", seen)
-    write_in_pieces(tmp_path / "out", EDGES[3])
-    assert [call for call in calls if call[0] % PAGE or call[1] % PAGE] == [(10 * PAGE, 123)]
+    write_in_pieces(tmp_path / "out", [0, 1000, 3 * PAGE + 7, 10 * PAGE, len(CONTENT)])
+    assert [call for call in calls if call[1]] == [
+        (0, 1000), (1000, PAGE - 1000), (PAGE, 2 * PAGE), (3 * PAGE, 7),
+        (3 * PAGE + 7, PAGE - 7), (4 * PAGE, 6 * PAGE), (10 * PAGE, 123),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])

@@ -5,7 +5,7 @@ import torch
 
 from gemma4_moe.errors import UsageError
 from gemma4_moe.verifier import verify as verify_module
-from gemma4_moe.verifier.comparison import run_jobs
+from gemma4_moe.verifier.comparison import compare_all
 from gemma4_moe.verifier.verify import verify
 from support.checkpoints import config_of, write_checkpoint
 from support.formulas import hf_from_nemo, nemo_from_hf
@@ -42,12 +42,12 @@ def test_memory_stays_within_the_budget_whatever_differs(tmp_path, monkeypatch, 
     def measured(*args):
         tracemalloc.start()
         try:
-            return run_jobs(*args)
+            return compare_all(*args)
         finally:
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
 
-    monkeypatch.setattr(verify_module, "run_jobs", measured)
+    monkeypatch.setattr(verify_module, "compare_all", measured)
     result = verify(tmp_path / "hf", tmp_path / "nemo", max_memory=budget)
     assert (result.equal == 0) is all_differ
     assert 2**20 < peaks[0] < budget

@@ -195,10 +195,10 @@ def test_side_files(tmp_path):
     assert (result.tensors, result.equal) == (len(nemo), len(nemo))
     size = (tmp_path / "source/config.json").stat().st_size
     assert [(d.name, d.kind, d.expected, d.found) for d in result.different] == [
-        ("LICENSE", "file", "10 bytes, as in the source", "6 bytes, the first other one at 6"),
-        ("README.md", "file", "2097152 bytes, as in the source", "2097154 bytes, the first other one at 2097152"),
+        ("LICENSE", "file", "10 bytes, as in the source", "6 bytes, the first that differs at 6"),
+        ("README.md", "file", "2097152 bytes, as in the source", "2097154 bytes, the first that differs at 2097152"),
         ("config.json", "file", f"{size} bytes, as in the source", None),
-        ("tokenizer.json", "file", "20 bytes, as in the source", "20 bytes, the first other one at 15"),
+        ("tokenizer.json", "file", "20 bytes, as in the source", "20 bytes, the first that differs at 15"),
     ]
 
 

@@ -16,14 +16,15 @@ from gemma4_moe.adapter import destinations
 from gemma4_moe.distributed.placements import placed_on, whole_shape
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout import dtypes
-from gemma4_moe.layout.names import MoEName, lookup
+from gemma4_moe.layout.names import LayerKey, MoEName, lookup
+from gemma4_moe.layout.spellings import WHOLE
 from gemma4_moe.layout.table import EXPERT_RULES, Layout, Operation
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from gemma4_moe.adapter.interface import StateDict
-    from gemma4_moe.layout.inventory import Inventory, Owner
+    from gemma4_moe.layout.inventory import Inventory
 
 
 class Entry(NamedTuple):
@@ -69,14 +70,14 @@ def checked(
 def _one_by_one(
     pairs: Iterable[tuple[str, Any]], inventory: Inventory, mesh: DeviceMesh | None, excluded: Callable[[str], bool]
 ) -> Iterator[Entry]:
-    has_destinations: dict[Owner, bool] = {}
+    has_destinations: dict[LayerKey, bool] = {}
     for name, value in pairs:
         if excluded(name) and lookup(name, inventory.layout) is None:
             continue
         entry = check(name, value, inventory, mesh)
         if entry.parsed is not None and entry.operation is not Operation.KEEP:
             is_destination = destinations.native_of(value) is not None
-            if has_destinations.setdefault(entry.parsed.owner, is_destination) != is_destination:
+            if has_destinations.setdefault(entry.parsed.layer_key, is_destination) != is_destination:
                 raise UsageError(
                     "a layer with both destinations and ordinary tensors",
                     tensor=name,
@@ -97,17 +98,20 @@ def check(name: str, value: Any, inventory: Inventory, mesh: DeviceMesh | None =
     shape = tuple(value.get_shape() if is_lazy else getattr(value, "shape", ()))
     if mesh is not None and not isinstance(value, DTensor):
         shape = _whole_shape(name, shape, inventory, mesh)
-    entry = Entry(inventory.add(name, shape), name, value, shape)
-    if entry.operation is not Operation.KEEP:
-        dtype = dtypes.BY_TAG[value.get_dtype()].name if is_lazy else str(value.dtype)
-        dtypes.require_expert_dtype(name, dtype)
-    return entry
+    return Entry(inventory.add(name, shape, dtype_of(value)), name, value, shape)
+
+
+def dtype_of(value: Any) -> str | None:
+    """Return torch's name of a value's dtype, None for a value that has none."""
+    if _is_lazy(value):
+        return dtypes.BY_TAG[value.get_dtype()].name
+    return str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else None
 
 
 def _whole_shape(name: str, shape: tuple[int, ...], inventory: Inventory, mesh: DeviceMesh) -> tuple[int, ...]:
     """Return the whole tensor's shape, given that of a plain value, maybe a shard."""
     found = lookup(name, inventory.layout)
-    if found is None or found.rule.operation is Operation.KEEP:
+    if found is None or found.part != WHOLE or found.rule.operation is Operation.KEEP:
         return shape
     rule, where = found.rule, placed_on(mesh, name)
     if inventory.layout is Layout.HF:

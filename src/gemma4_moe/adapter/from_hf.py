@@ -13,11 +13,13 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe.adapter import destinations
+from gemma4_moe.adapter.parts import write_part
 from gemma4_moe.distributed.placements import Placed, local_of, placed, placed_on, take
 from gemma4_moe.errors import IncompleteExpertsError, ParallelError, TensorShapeError, UsageError
 from gemma4_moe.kernels import scale_in_place, transpose_scale_cast
 from gemma4_moe.layout.dtypes import require_expert_dtype
-from gemma4_moe.layout.table import DOWN, GATE_UP, SCALE, Operation, converted_shape
+from gemma4_moe.layout.spellings import WHOLE
+from gemma4_moe.layout.table import SCALE, Layout, Operation, converted_shape, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -25,9 +27,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from gemma4_moe.adapter.entries import Entry
-    from gemma4_moe.layout.inventory import Owner
-    from gemma4_moe.layout.names import MoEName
-    from gemma4_moe.layout.table import Rule
+    from gemma4_moe.layout.inventory import Inventory
+    from gemma4_moe.layout.names import LayerKey, MoEName
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +40,28 @@ class FromHf:
     mesh: DeviceMesh | None  # over which plain values are to be sharded, or are a rank's shards of; None for whole ones
     out: Mapping[str, torch.Tensor] | None  # native tensors, by nemo name, to write into instead of new ones
 
-    def convert(self, entries: Iterable[Entry]) -> Iterator[tuple[str, Any]]:
-        """Yield (nemo name, value); down_projs follow once both down_proj and its scale were given."""
-        waiting: dict[Owner, dict[Rule, Entry]] = {}
+    def convert(self, entries: Iterable[Entry], inventory: Inventory) -> Iterator[tuple[str, Any]]:
+        """Yield (nemo name, value); down_projs follow once both down_proj and its scale were given.
+
+        A native tensor that is made from several parts is yielded with each of them.
+        """
+        pairing, natives = _Pairing(), dict[str, torch.Tensor]()
         for entry in entries:
             parsed = entry.parsed
             if parsed is None or entry.operation is Operation.KEEP:
                 nemo = entry.name if parsed is None else parsed.nemo
                 yield nemo, self._kept(nemo, entry.read())
-            elif parsed.rule is GATE_UP:
-                yield parsed.nemo, self._expert(parsed, entry, None)
             else:
-                pair = waiting.setdefault(parsed.owner, {})
-                pair[parsed.rule] = entry
-                if len(pair) == 2:
-                    yield parsed.nemo, self._expert(parsed.sibling(DOWN), pair.pop(DOWN), pair.pop(SCALE))
+                for name, expert, scale in pairing.ready(parsed, entry):
+                    if name.part == WHOLE:
+                        yield name.nemo, self._expert(name, expert, scale)
+                    else:
+                        native = natives.get(name.nemo)
+                        if native is None:
+                            native = natives[name.nemo] = self._empty(name, expert, inventory)
+                        write_part(native, expert, scale, self.kernel)
+                        yield name.nemo, native
+                    del expert, scale
             del entry  # or its value would stay alive while the next one is made
 
     def _kept(self, nemo: str, value: Any) -> Any:
@@ -89,6 +97,27 @@ class FromHf:
         made: torch.Tensor = transpose_scale_cast(values, scale=factor, dtype=self.dtype, kernel=self.kernel)
         return made if where is None else where.converted(operation, len(shape)).wrap(made, shape)
 
+    def _empty(self, name: MoEName, part: Entry, inventory: Inventory) -> torch.Tensor:
+        """Return the native tensor that a part belongs to, without values: that of `out`, or a new one."""
+        sizes = inventory.sizes(name.prefix)
+        if "E" not in sizes:
+            raise UsageError(
+                "the number of experts is not known when the first expert comes",
+                tensor=part.name,
+                hint="give the adapter a moe_config, or give from_hf a mapping instead of an iterator",
+            )
+        shape = shape_of(name.rule, Layout.NEMO, sizes)
+        if self.out is not None:
+            target = _out_tensor(self.out, name.nemo, shape)
+            require_expert_dtype(name.nemo, str(target.dtype), "hold the experts in one of these dtypes")
+            return target
+        if self.mesh is None:
+            device = part.value.device if isinstance(part.value, torch.Tensor) else None
+            return torch.empty(shape, dtype=self.dtype, device=device)
+        where = placed_on(self.mesh, name.nemo)
+        local = torch.empty(where.local_shape(shape), dtype=self.dtype, device=self.mesh.device_type)
+        return where.wrap(local, shape)
+
     def _placed(self, name: MoEName, expert: Entry, target: torch.Tensor | None) -> Placed | None:
         """Return an hf tensor's placements: its own, the target's, or the mesh's."""
         operation, ndim = name.rule.operation, len(expert.shape)
@@ -101,6 +130,29 @@ class FromHf:
         if target is not None or self.mesh is None:
             return wanted
         return placed_on(self.mesh, expert.name).converted(operation, ndim)
+
+
+class _Pairing:
+    """Pairs of expert tensors and the scales that multiply them, in whatever order they come."""
+
+    def __init__(self) -> None:
+        self._scales: dict[LayerKey, Entry] = {}
+        self._waiting: dict[LayerKey, list[tuple[MoEName, Entry]]] = {}
+
+    def ready(self, name: MoEName, entry: Entry) -> list[tuple[MoEName, Entry, Entry | None]]:
+        """Take in an expert tensor or a scale; return each expert tensor that can now be converted, with its scale."""
+        key = name.layer_key
+        if name.rule.operation is Operation.FOLD:
+            waiting = self._waiting.pop(key, [])
+            if all(expert.part != WHOLE for expert, _ in waiting):
+                self._scales[key] = entry  # more parts may come
+            return [(*expert, entry) for expert in waiting]
+        if name.rule.factor is None:
+            return [(name, entry, None)]
+        if key not in self._scales:
+            self._waiting.setdefault(key, []).append((name, entry))
+            return []
+        return [(name, entry, self._scales.pop(key) if name.part == WHOLE else self._scales[key])]
 
 
 def _out_tensor(out: Mapping[str, torch.Tensor], nemo: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -21,14 +21,15 @@ from gemma4_moe.adapter import entries
 from gemma4_moe.adapter.configs import axis_sizes, conversion_of
 from gemma4_moe.adapter.from_hf import FromHf
 from gemma4_moe.adapter.interface import StateDict, StateDictAdapter
-from gemma4_moe.adapter.to_hf import Form, ToHf, excluding, hf_tensors
+from gemma4_moe.adapter.to_hf import Form, ToHf, excluding
 from gemma4_moe.distributed.collectives import STAGING_BYTES, agree, gather
 from gemma4_moe.distributed.placements import expert_mesh, local_of, placed, placed_on, whole_shape
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES
 from gemma4_moe.layout.inventory import Inventory
-from gemma4_moe.layout.names import lookup, parse
+from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.table import DOWN, GATE_UP, Layout
+from gemma4_moe.layout.targets import hf_tensors
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -53,7 +54,9 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
 
     _supports_low_memory_dcp_load = True
 
-    def __init__(self, config: Any, moe_config: Any, backend: Any, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: Any = None, moe_config: Any = None, backend: Any = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.config = config
         self.moe_config = moe_config
         self.backend = backend
@@ -97,8 +100,9 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         """
         del kwargs
         mesh = expert_mesh(device_mesh)
-        found = entries.checked(hf_state_dict, self._inventory(Layout.HF), mesh)
-        return dict(FromHf(conversion_of(self.backend), self.dtype, mesh, out).convert(found))
+        inventory = self._inventory(Layout.HF)
+        found = entries.checked(hf_state_dict, inventory, mesh)
+        return dict(FromHf(conversion_of(self.backend), self.dtype, mesh, out).convert(found, inventory))
 
     def to_hf(
         self,
@@ -171,8 +175,10 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
 
     def get_hf_state_dict_keys(self, state_dict: StateDict) -> list[str]:
         """Return the names that `to_hf` gives, in its order, without reading a value."""
-        names = state_dict if isinstance(state_dict, Mapping) else (name for name, _ in state_dict)
-        return [hf for name in names for hf, _ in hf_tensors(parse(name, Layout.NEMO), name)]
+        inventory = self._inventory(Layout.NEMO)
+        pairs = state_dict.items() if isinstance(state_dict, Mapping) else state_dict
+        parsed = ((name, inventory.add(name, None, entries.dtype_of(value))) for name, value in pairs)
+        return [hf for name, found in parsed for hf, _ in hf_tensors(found, name)]
 
     def _gather_expert_tensor(
         self, tensor: torch.Tensor, device_mesh: DeviceMesh | None, n_experts: int

@@ -19,7 +19,8 @@ from gemma4_moe.distributed.collectives import agree, gather
 from gemma4_moe.distributed.placements import local_of, placed, placed_on, transposed_view
 from gemma4_moe.errors import UsageError
 from gemma4_moe.kernels import transpose_scale_cast
-from gemma4_moe.layout.table import DOWN, SCALE, Operation, converted_shape
+from gemma4_moe.layout.table import Operation, converted_shape
+from gemma4_moe.layout.targets import hf_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from gemma4_moe.adapter.entries import Entry
-    from gemma4_moe.layout.names import MoEName
 
     #: Returns whether an entry is left out, given its hf name and its nemo name.
     Excluded = Callable[[str, str], bool]
@@ -98,14 +98,6 @@ class ToHf:
             return transpose_scale_cast(local, kernel=self.kernel)
         view = transposed_view(value, entry.name)
         return destinations.mark(view, entry.value) if loading else view
-
-
-def hf_tensors(parsed: MoEName | None, name: str) -> list[tuple[str, Operation]]:
-    """Return (hf name, operation) of each hf tensor that the native tensor `name` becomes."""
-    if parsed is None:
-        return [(name, Operation.KEEP)]
-    own = (parsed.hf, parsed.rule.operation)
-    return [own, (parsed.sibling(SCALE).hf, Operation.FOLD)] if parsed.rule is DOWN else [own]
 
 
 def excluding(regex: str | None) -> Excluded:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What tells a file from another one, or from itself after a change.
+    """The facts that tell a file from another one, or from itself after a change.
 
     Attributes:
         size: Its size in bytes.
@@ -40,36 +40,17 @@ class FileIdentity:
     header_digest: str
 
 
-class SafetensorsFile:
-    """An open file whose header has been checked. Use it as a context manager, or call `close`.
+class OpenFile:
+    """Any regular file, opened for reading at positions. Use it as a context manager, or call `close`.
 
     Attributes:
         path: Where it was opened.
-        header: Its header.
-        identity: What it was when it was opened.
     """
 
-    header: Header
-    identity: FileIdentity
-
     def __init__(self, path: Path) -> None:
-        """Open the file and read its header.
-
-        Raises:
-            CheckpointFormatError: It is missing, no regular file, or breaks a rule of the format.
-            DuplicateTensorError: Its header has two entries of one name.
-            TensorShapeError: A shape and dtype don't make the bytes that the header claims.
-            StorageError: The disk or its permissions refused.
-        """
+        """Open the file. Raises what `open_regular` raises."""
         self.path = path
         self._descriptor = open_regular(path)
-        try:
-            with refusals("look at the file", path):
-                status = os.fstat(self._descriptor)
-            self._read_header(status.st_size, status.st_mtime_ns, status.st_ino)
-        except BaseException:
-            self.close()
-            raise
 
     def __enter__(self) -> Self:
         return self
@@ -81,20 +62,16 @@ class SafetensorsFile:
 
     @property
     def size(self) -> int:
-        """The file's size in bytes when it was opened."""
-        return self.identity.size
+        """The file's size in bytes."""
+        return os.fstat(self._descriptor).st_size
 
     def fileno(self) -> int:
-        """Return the descriptor, for calls that copy between files."""
+        """Return the descriptor."""
         return self._descriptor
 
     def reader(self, *, buffered: bool = False) -> Reader:
-        """Return what reads the file in large pieces, past the page cache unless `buffered`."""
+        """Return a reader of large pieces, past the page cache unless `buffered`."""
         return PageReader(self, buffered=buffered)
-
-    def quickest_reader(self) -> Reader:
-        """Return what reads the file in large pieces in whichever way is quicker here, and leaves none in the cache."""
-        return QuickerReader(PageReader(self), PageReader(self, buffered=True))
 
     def close(self) -> None:
         """Close the file. Further calls do nothing."""
@@ -111,8 +88,48 @@ class SafetensorsFile:
         """
         read_at(self._descriptor, self.path, offset, destination)
 
+
+class SafetensorsFile(OpenFile):
+    """An open file whose header has been checked. Use it as a context manager, or call `close`.
+
+    Attributes:
+        path: Where it was opened.
+        header: Its header.
+        identity: Its identity when it was opened.
+    """
+
+    header: Header
+    identity: FileIdentity
+
+    def __init__(self, path: Path) -> None:
+        """Open the file and read its header.
+
+        Raises:
+            CheckpointFormatError: It is missing, no regular file, or breaks a rule of the format.
+            DuplicateTensorError: Its header has two entries of one name.
+            TensorShapeError: A shape and dtype don't make the bytes that the header claims.
+            StorageError: The disk or its permissions refused.
+        """
+        super().__init__(path)
+        try:
+            with refusals("look at the file", path):
+                status = os.fstat(self._descriptor)
+            self._read_header(status.st_size, status.st_mtime_ns, status.st_ino)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def size(self) -> int:
+        """The file's size in bytes when it was opened."""
+        return self.identity.size
+
+    def quickest_reader(self) -> Reader:
+        """Return a reader of large pieces in the quicker of two ways, which leaves none in the cache."""
+        return QuickerReader(PageReader(self), PageReader(self, buffered=True))
+
     def check_unchanged(self) -> None:
-        """Check that the file, and whatever its path names now, are what was opened.
+        """Check that the open file, and the one that its path names now, have not changed.
 
         Raises:
             SourceChangedError: Size, time of writing, inode or header differ, or the path names nothing any more.

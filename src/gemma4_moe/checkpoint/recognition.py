@@ -1,4 +1,4 @@
-"""Which checkpoint this is: its layout, its spelling, its model, or the known form that we don't convert.
+"""Which checkpoint this is: its layout, its spelling, its model, or the known form that is not converted.
 
 Names and the config decide, never shapes: H may equal 2I.
 """
@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemma4_moe.errors import ConfigError, IncompleteExpertsError, InputError, UnsupportedCheckpointError
-from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.foreign import FOREIGN_SPELLINGS
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.names import MoEName, lookup
-from gemma4_moe.layout.table import CHECKPOINT_RULES, GATE_UP, Layout, Operation, Spelling
+from gemma4_moe.layout.spellings import CURRENT
+from gemma4_moe.layout.table import CHECKPOINT_RULES, GATE_UP, Layout
+from gemma4_moe.layout.targets import problems, targets_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
     from gemma4_moe.checkpoint.config import ConfigFile
     from gemma4_moe.checkpoint.directory import StoredTensor
+    from gemma4_moe.layout.dtypes import DType
+    from gemma4_moe.layout.targets import Target
 
 #: `model_type` of the models that have these layers, and what each is called.
 SUPPORTED_MODELS = {"gemma4": "multimodal Gemma 4", "gemma4_text": "text-only Gemma 4"}
@@ -37,10 +40,10 @@ _RELATIVES = {
 
 @dataclass(frozen=True, slots=True)
 class Recognition:
-    """What names say of a checkpoint.
+    """What the names and the config of a checkpoint say of it.
 
     Attributes:
-        layout: The layout, or None where it is neither or can't be told.
+        layout: The layout, or None if it is neither or can't be told.
         spelling: "current", "legacy", "current and legacy", a foreign form's name, or "none".
         refusal: Why it can't be converted, or None.
     """
@@ -51,16 +54,17 @@ class Recognition:
 
 
 def recognise(names: Collection[str], config: ConfigFile) -> Recognition:
-    """Say which checkpoint has these tensor names and this config.json."""
+    """Return what a checkpoint with these tensor names and this config.json is."""
     foreign = _foreign(names)
     if foreign is not None:
         return foreign
-    found = {layout: _spellings(names, layout) for layout in Layout}
+    found = {layout: [known for name in names if (known := lookup(name, layout)) is not None] for layout in Layout}
     layouts = [layout for layout in Layout if found[layout]]
     if len(layouts) != 1:
         return Recognition(None, "none", _no_layout(names, layouts, config.model_type))
     (layout,) = layouts
-    return Recognition(layout, " and ".join(sorted(found[layout])), _wrong_model(config))
+    spellings = {known.spelling.name for known in found[layout] if known.rule in known.spelling.names}
+    return Recognition(layout, " and ".join(sorted(spellings)) or CURRENT.name, _wrong_model(config))
 
 
 def _foreign(names: Collection[str]) -> Recognition | None:
@@ -72,10 +76,6 @@ def _foreign(names: Collection[str]) -> Recognition | None:
                 )
                 return Recognition(None, form.name, refusal)
     return None
-
-
-def _spellings(names: Collection[str], layout: Layout) -> set[Spelling]:
-    return {found.spelling for name in names if (found := lookup(name, layout)) is not None}
 
 
 def _no_layout(names: Collection[str], layouts: list[Layout], model_type: str | None) -> InputError:
@@ -124,41 +124,39 @@ def _wrong_model(config: ConfigFile) -> InputError | None:
 
 
 def check_tensors(tensors: Iterable[StoredTensor], layout: Layout, config: ConfigFile) -> dict[str, MoEName | None]:
-    """Explain every tensor of a checkpoint, and check names, shapes, dtypes and completeness.
+    """Return what the name of every tensor of a checkpoint means, after the checks of `wrong_tensors`.
 
     Raises:
-        UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`; an expert dtype that is not
-            bfloat16, float16 or float32.
+        UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`.
         IncompleteExpertsError: A layer lacks a row of the table, or the config counts a layer that is not there.
         ConfigError: There are layers that the config does not count.
     """
-    parsed: dict[str, MoEName | None] = {}
-    for problem in wrong_tensors(tensors, layout, config, parsed):
-        raise problem
-    return parsed
-
-
-def wrong_tensors(
-    tensors: Iterable[StoredTensor], layout: Layout, config: ConfigFile, parsed: dict[str, MoEName | None]
-) -> Iterator[InputError]:
-    """Yield what `check_tensors` would raise: every wrong tensor, then the first layer that is not complete.
-
-    What the name of each tensor that is not wrong means is put into `parsed`.
-    """
     inventory = Inventory(layout, config_sizes(config))
-    for stored in tensors:
-        try:
-            name = inventory.add(stored.name, stored.shape)
-            if name is not None and name.rule.operation is not Operation.KEEP:
-                dtypes.require_expert_dtype(stored.name, stored.dtype.tag)
-            parsed[stored.name] = name
-        except InputError as error:
-            yield error
+    for problem in wrong_tensors(tensors, inventory, config):
+        raise problem
+    return inventory.names
+
+
+def wrong_tensors(tensors: Iterable[StoredTensor], inventory: Inventory, config: ConfigFile) -> Iterator[InputError]:
+    """Yield all that is wrong with the tensors of a checkpoint, as they are taken into `inventory`.
+
+    That is every wrong tensor, then the first incomplete layer, then layers that the config does not count.
+    """
+    yield from problems(tensors, inventory, CHECKPOINT_RULES[inventory.layout])
     try:
-        inventory.require_complete(CHECKPOINT_RULES[layout])
         check_layer_count(inventory, config)
     except InputError as error:
         yield error
+
+
+def checkpoint_targets(
+    tensors: Iterable[StoredTensor], layout: Layout, config: ConfigFile, cast: DType | None = None
+) -> dict[str, Target[StoredTensor]]:
+    """Return every tensor that a checkpoint becomes in the other layout. Errors are those of `check_tensors`."""
+    inventory = Inventory(layout, config_sizes(config))
+    targets = targets_of(tensors, inventory, CHECKPOINT_RULES[layout], cast)
+    check_layer_count(inventory, config)
+    return targets
 
 
 def config_sizes(config: ConfigFile) -> dict[str, int]:

@@ -1,6 +1,7 @@
-"""The files beside the weights that a conversion takes along unchanged, and the rule that leaves all others behind.
+"""The rule for side files: which files next to the weights a conversion copies, and which it skips.
 
-Taken along is what a model needs to be used and what tells whose it is. Code, pickles and other weights never are.
+Copied are files that a model needs to be used, and those that name its authors and license. Code, pickles and other
+weights are always skipped.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PATTERNS = (
     "NOTICE*",
 )
 
-#: Endings that are never taken along, whatever the name before them.
+#: Endings of files that are always skipped, whatever the name before them.
 NEVER = (
     ".safetensors",
     ".bin",
@@ -51,17 +52,17 @@ NEVER = (
     ".sh",
 )
 
-#: The largest side file that is taken along, in bytes. The largest real one, a tokenizer, has about 32 MB.
+#: The largest side file that is copied, in bytes. The largest real one, a tokenizer, has about 32 MB.
 LARGEST_SIDE_FILE = 2**30
 
 
 def is_side_file(name: str) -> bool:
-    """Say whether a file of this name is taken along."""
+    """Return whether a file of this name is copied."""
     return any(fnmatchcase(name, pattern) for pattern in PATTERNS) and not name.lower().endswith(NEVER)
 
 
 def check_side_file(path: Path) -> None:
-    """Check that `path` can be taken along.
+    """Check that `path` can be copied.
 
     Raises:
         CheckpointFormatError: It is missing, no regular file, nor a link to one, or is larger than `LARGEST_SIDE_FILE`.

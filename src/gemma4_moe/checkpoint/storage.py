@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-#: What a disk says that has no room left.
+#: The errors of a disk that has no room left.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _HINTS = {
@@ -24,7 +24,7 @@ _HINTS = {
     errno.EACCES: "check the permissions of the file and of the directories above it",
     errno.EPERM: "check the permissions of the file and of the directories above it",
     errno.EROFS: "name a directory on a disk that can be written",
-    errno.EIO: "check the disk: it could not do what it was asked",
+    errno.EIO: "check the disk: it could not read or write",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ELOOP: "mend the links: they lead in a circle",

@@ -1,4 +1,4 @@
-"""The command `gemma4-moe`: its options, its tables, its progress bar and its exit statuses.
+"""The command `gemma4-moe`: its commands and options, help texts, results as text and JSON, and exit statuses.
 
 May import: everything.
 """

@@ -1,8 +1,9 @@
-"""How a command of the command line takes its common options, and where its data and its talk go."""
+"""The arguments and options that several commands have, and where a command's data and messages go."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from dataclasses import dataclass
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.errors import Gemma4MoEError, UsageError
+from gemma4_moe.layout.table import Layout
 from gemma4_moe.sizes import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from rich.console import Console
 
@@ -35,13 +39,60 @@ class Size(click.ParamType[int]):
             self.fail(f"{error.facts.get('found')}: {error.problem}; {error.facts.get('expected')}", param, ctx)
 
 
+class Directory(click.Path):
+    """A path; a leading `~` is replaced by the home directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path."""
+        return expanded(os.fsdecode(super().convert(value, param, ctx)))
+
+
+CHECKPOINT = (
+    "a directory of safetensors files with their config.json, or the id of a model on the Hugging Face Hub, such as "
+    "google/gemma-4-26B-A4B (needs the extra `hub`)."
+)
+SRC = f"The checkpoint to read: {CHECKPOINT}"
+
+source = click.argument("source", metavar="SRC")
+target = click.argument("target", metavar="DST", type=Directory())
+revision = click.option("--revision", help="Branch, tag or commit of SRC, if it is a Hub id.")
+to = click.option(
+    "--to",
+    type=click.Choice([layout.value for layout in Layout]),
+    help="Layout of DST. By default the one that SRC is not in.",
+)
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(["keep", "bfloat16", "float16", "float32"]),
+    default="keep",
+    show_default=True,
+    help="Dtype of every floating-point tensor of DST.",
+)
+shard_size = click.option(
+    "--max-shard-size", type=Size(), default="5GB", show_default=True, help="Most bytes of tensors in a file of DST."
+)
+memory = click.option(
+    "--max-memory", type=Size(), default="1GiB", show_default=True, help="Most bytes of buffers of each process."
+)
+stream = click.option("--stream", is_flag=True, help="Read SRC on the Hub directly, without a copy in the Hub's cache.")
+base = click.option(
+    "--base",
+    metavar="CHECKPOINT",
+    help="The published hf checkpoint that SRC was trained from, a directory or a Hub id. Experts that training left "
+    "unchanged get its weights and scales back, bit for bit. Only from nemo to hf.",
+)
+break_lock = click.option(
+    "--break-lock", is_flag=True, help="Take DST from a process on another host, which must no longer run."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where a command's data and its talk go.
+    """Where a command's data and messages go.
 
     Attributes:
         data: stdout.
-        talk: stderr; quiet if the user wants it so.
+        talk: stderr, or nowhere with --quiet.
         as_json: Whether data is JSON.
     """
 
@@ -57,7 +108,7 @@ class Output:
             as_text(self.data, result)
 
     def say(self, *lines: str) -> None:
-        """Print lines as talk."""
+        """Print lines on stderr."""
         from gemma4_moe.cli.report import sentences
 
         if lines:
@@ -65,7 +116,7 @@ class Output:
 
 
 def common(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that every command has, and hand them over as one `Output`."""
+    """Add the options that every command has, and pass them to it as one `Output`."""
 
     def run(*, format: str, quiet: bool, verbose: bool, **arguments: Any) -> None:  # noqa: A002
         from rich.console import Console
@@ -86,9 +137,9 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
     for option in (
-        click.option("-v", "--verbose", is_flag=True, help="Show where an error came from."),
-        click.option("-q", "--quiet", is_flag=True, help="No talk on stderr, only errors."),
-        click.option("--format", type=click.Choice(["human", "json"]), default="human", help="How stdout is written."),
+        click.option("-v", "--verbose", is_flag=True, help="Also print where in the program an error was raised."),
+        click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors on stderr."),
+        click.option("--format", type=click.Choice(["human", "json"]), default="human", help="Format of stdout."),
     ):
         run = option(run)
     return run

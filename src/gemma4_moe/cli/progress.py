@@ -1,4 +1,4 @@
-"""What is said of a long run: how far it is, and after a failure what stays on the disk."""
+"""Messages of a long run: its progress, and after a failure the files that it keeps on the disk."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-#: Between two lines where there is no terminal, in seconds.
+#: Seconds between two lines of progress if there is no terminal.
 _INTERVAL = 5.0
 
 
-class Talk:
-    """A progress callback for `convert` and `verify`: a bar on a terminal, a line every few seconds elsewhere.
+class ProgressLine:
+    """A progress callback: a bar on a terminal, or else a line every few seconds.
 
     Use it as a context manager.
     """
 
-    def __init__(self, console: Console, what: str) -> None:
+    def __init__(self, console: Console, activity: str) -> None:
         self._console = console
-        self._what = what
+        self._activity = activity
         self._started = self._said = time.monotonic()
         self._bar = None
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
             self._bar = Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console)
-            self._task = self._bar.add_task(what, total=None)
+            self._task = self._bar.add_task(activity, total=None)
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -52,7 +52,7 @@ class Talk:
             self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        """Take note that `done` of `total` bytes are through."""
+        """Show that `done` of `total` bytes are done."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total)
             return
@@ -61,14 +61,14 @@ class Talk:
             self._said = now
             rate = done / (now - self._started)
             self._console.print(
-                f"{self._what}: {format_size(done)} of {format_size(total)}, {format_size(int(rate))}/s",
+                f"{self._activity}: {format_size(done)} of {format_size(total)}, {format_size(int(rate))}/s",
                 highlight=False,
             )
 
 
 @contextmanager
-def saying_what_stays(say: Callable[[str], None], target: Path) -> Iterator[None]:
-    """After a failure, say what stays on the disk beside `target`, and which commands go on with it or remove it."""
+def telling_what_is_kept(say: Callable[[str], None], target: Path) -> Iterator[None]:
+    """After a failure, name the files that are kept next to `target`, and the commands that resume or remove them."""
     try:
         yield
     except TargetBusyError:
@@ -77,7 +77,7 @@ def saying_what_stays(say: Callable[[str], None], target: Path) -> Iterator[None
         with suppress(Gemma4MoEError):  # the first error is the one to tell
             left = remains(target)
             if left is not None:
-                say(f"stays on disk: {left.path}, {left.nbytes:,} bytes")
+                say(f"kept on disk: {left.path}, {left.nbytes:,} bytes")
             if left is not None and left.resumable:
                 command = [argument for argument in click.get_current_context().obj if argument != "--resume"]
                 say(f"resume with: {command_line('gemma4-moe', *command, '--resume')}")

@@ -1,12 +1,14 @@
-"""Results as a person reads them, and as a program does: rich tables, and JSON with fixed names.
+"""Results for people as tables and lines, and for programs as JSON with fixed names.
 
 Text from checkpoints goes through `printable` and never through rich's markup.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -20,11 +22,12 @@ if TYPE_CHECKING:
 
     from gemma4_moe.converter.convert import Conversion
     from gemma4_moe.converter.inspect import Inspection
-    from gemma4_moe.converter.preview import Preview
-    from gemma4_moe.model_io.mesh_preview import Prediction
+    from gemma4_moe.converter.mesh_preview import Prediction
+    from gemma4_moe.converter.preview import Preview, Space
+    from gemma4_moe.demo.demo import Check
     from gemma4_moe.target.manifest import Recheck
     from gemma4_moe.target.recovery import Remains
-    from gemma4_moe.verifier.verify import Verification
+    from gemma4_moe.verifier.comparison import Verification
 
 
 def inspection_json(found: Inspection) -> dict[str, Any]:
@@ -44,12 +47,12 @@ def inspection_json(found: Inspection) -> dict[str, Any]:
             for f in found.folds
         ],
         "problems": [_error_json(problem) for problem in found.problems],
-        "left_behind": list(found.left_behind),
+        "skipped": list(found.skipped),
     }
 
 
 def print_inspection(console: Console, found: Inspection) -> None:
-    """Print what `inspect` found."""
+    """Print the result of `inspect`."""
     sizes = ", ".join(f"{axis} {size}" for axis, size in found.sizes.items())
     _print_facts(
         console,
@@ -99,12 +102,13 @@ def preview_json(preview: Preview) -> dict[str, Any]:
         "cache_bytes": preview.space.cache_bytes,
         "missing_bytes": preview.space.missing_bytes,
         "peak_memory_bytes": preview.memory.peak_bytes,
-        "left_behind": list(preview.left_behind),
+        "skipped": list(preview.skipped),
+        "mesh": None if preview.mesh is None else _mesh_json(preview.mesh),
     }
 
 
 def print_preview(console: Console, preview: Preview) -> None:
-    """Print what `convert` would do."""
+    """Print the result of `plan`."""
     plan = preview.plan
     space = f"{format_size(preview.space.free_bytes)} free"
     if preview.space.cache_bytes:
@@ -118,17 +122,31 @@ def print_preview(console: Console, preview: Preview) -> None:
         ("target", f"{plan.target_layout}: {len(plan.tensors):,} tensors in {_files(len(plan.files))}"),
         ("", f"{plan.target_bytes:,} bytes with headers; {space}"),
         ("memory", f"{preview.memory.peak_bytes:,} bytes of buffers"),
-        ("taken along", ", ".join(preview.side_files) or "nothing"),
-        ("left behind", ", ".join(preview.left_behind) or "nothing"),
+        ("copied", ", ".join(preview.side_files) or "nothing"),
+        ("skipped", ", ".join(preview.skipped) or "nothing"),
     )
     for note in preview.notes:
         console.print(_text(note))
+    if preview.mesh is not None:
+        _print_mesh(console, preview.mesh)
 
 
-def prediction_json(found: Prediction) -> dict[str, Any]:
-    """Return the JSON of `plan --mesh`."""
+def space_notes(space: Space) -> tuple[str, ...]:
+    """Return notes on space that is missing."""
+    if not space.missing_bytes:
+        return ()
+    cached = ", and for SRC in the Hub's cache" if space.cache_bytes else ""
+    missing = f"note: {space.missing_bytes:,} bytes of space are missing for the target{cached}"
+    left = space.missing_without_cache
+    if left == space.missing_bytes:
+        return (missing,)
+    rest = f"{left:,} bytes are missing" if left else "the target fits"
+    return (missing, f"note: with --stream, convert keeps nothing of SRC on this machine, and {rest}")
+
+
+def _mesh_json(found: Prediction) -> dict[str, Any]:
     return {
-        "mesh": dict(found.mesh),
+        "dimensions": dict(found.mesh),
         "ranks": len(found.shares),
         "expert_bytes": _extremes(share.expert_bytes for share in found.shares),
         "experts": _extremes(share.experts for share in found.shares),
@@ -139,20 +157,22 @@ def prediction_json(found: Prediction) -> dict[str, Any]:
     }
 
 
-def print_prediction(console: Console, found: Prediction) -> None:
-    """Print what each rank of a mesh would hold."""
-    held = _extremes(share.expert_bytes for share in found.shares)
-    experts = _extremes(share.experts for share in found.shares)
-    read = _extremes(share.read_bytes for share in found.shares)
+def _print_mesh(console: Console, found: Prediction) -> None:
+    shares = found.shares
     _print_facts(
         console,
-        ("mesh", f"{', '.join(f'{name} {size}' for name, size in found.mesh.items())}: {len(found.shares)} ranks"),
-        ("experts", f"{experts['least']} to {experts['most']} of each layer on a rank"),
-        ("", f"{held['least']:,} to {held['most']:,} bytes; fullest over mean {found.balance:.3f}"),
+        ("mesh", f"{', '.join(f'{name} {size}' for name, size in found.mesh.items())}: {len(shares)} ranks"),
+        ("experts", f"{_span(share.experts for share in shares)} of each layer on a rank"),
+        ("", f"{_span(share.expert_bytes for share in shares)} bytes; fullest over mean {found.balance:.3f}"),
         ("others", f"{found.other_bytes:,} bytes on every rank that does not shard them"),
-        ("read", f"{read['least']:,} to {read['most']:,} bytes of experts a rank"),
-        ("memory", f"{found.peak_bytes:,} bytes at the peak of a load ({format_size(found.peak_bytes)})"),
+        ("read", f"{_span(share.read_bytes for share in shares)} bytes of experts a rank"),
+        ("load", f"{found.peak_bytes:,} bytes at the peak of a load ({format_size(found.peak_bytes)})"),
     )
+
+
+def _span(values: Iterable[int]) -> str:
+    least, most = _extremes(values).values()
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _extremes(values: Iterable[int]) -> dict[str, int]:
@@ -171,12 +191,12 @@ def conversion_json(conversion: Conversion) -> dict[str, Any]:
         "bytes": plan.target_bytes,
         "peak_memory_bytes": conversion.memory.peak_bytes,
         "notes": list(conversion.notes),
-        "left_behind": list(conversion.left_behind),
+        "skipped": list(conversion.left_behind),
     }
 
 
 def print_conversion(console: Console, conversion: Conversion) -> None:
-    """Print what `convert` did."""
+    """Print the result of `convert`."""
     plan = conversion.plan
     _print_facts(
         console,
@@ -196,7 +216,7 @@ def verification_json(found: Verification) -> dict[str, Any]:
 
 
 def print_verification(console: Console, found: Verification, shown: int = 20) -> None:
-    """Print what `verify` or `diff` found, the first `shown` differences in full."""
+    """Print the result of `verify` or `diff`, with the first `shown` differences in full."""
     console.print(f"{found.tensors:,} tensors: {found.equal:,} equal, {len(found.different):,} different")
     for difference in found.different[:shown]:
         console.print(_text(str(difference)))
@@ -210,7 +230,7 @@ def recheck_json(found: Recheck) -> dict[str, Any]:
 
 
 def print_recheck(console: Console, found: Recheck) -> None:
-    """Print what a check against the manifest found."""
+    """Print the result of `verify` with a target alone."""
     state = "as the manifest says" if not found.wrong else f"{len(found.wrong)} not as the manifest says"
     console.print(f"{_files(found.files)}, {found.nbytes:,} bytes: {state}")
     for sentence in found.wrong:
@@ -223,9 +243,29 @@ def remains_json(found: Remains | None) -> dict[str, Any]:
 
 
 def print_remains(console: Console, found: Remains | None) -> None:
-    """Print what `clean` removed."""
-    said = "nothing was left" if found is None else f"removed {found.path}, {found.nbytes:,} bytes"
+    """Print the result of `clean`."""
+    said = "nothing to remove" if found is None else f"removed {found.path}, {found.nbytes:,} bytes"
     console.print(_text(said))
+
+
+def checks_json(checks: tuple[Check, ...]) -> dict[str, Any]:
+    """Return the JSON of `demo`."""
+    return {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]}
+
+
+def print_checks(console: Console, checks: tuple[Check, ...]) -> None:
+    """Print the result of `demo`."""
+    lines = Table(title="Gemma 4 MoE: hf → nemo → hf", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    lines.add_column("step", no_wrap=True)
+    for heading in ("files", "tensors", "bytes"):
+        lines.add_column(heading, justify="right", no_wrap=True)
+    lines.add_column("", no_wrap=True)
+    lines.add_column("finding")
+    for check in checks:
+        numbers = ("" if number is None else f"{number:,}" for number in (check.files, check.tensors, check.bytes))
+        mark = Text("✓", "green") if check.passed else Text("✗", "red")
+        lines.add_row(check.step, *numbers, mark, _text(check.finding))
+    console.print(lines)
 
 
 def _print_facts(console: Console, *facts: tuple[str, str]) -> None:

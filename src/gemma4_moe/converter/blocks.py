@@ -1,8 +1,7 @@
-"""A plan cut into blocks: each one contiguous range to read, at most one kernel call, one contiguous range to write.
+"""A plan cut into blocks, the units that are read, converted, hashed, written, journalled and resumed.
 
-Experts lead in both layouts, so a run of experts is one range in the source and one in the target. What a run has to
-write is a list of spans of the target's files, whose edges are pages. A block at a span's edge is made whole and
-written in part, so that neither the size of blocks nor the number of ranks shows in the bytes.
+A block is a run of rows of one target tensor. Its size follows from the shapes alone; the memory budget decides how
+many blocks are in flight. Experts lead in both layouts, so the rows of a block are one range of its file.
 """
 
 from __future__ import annotations
@@ -11,20 +10,21 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gemma4_moe.checkpoint.hashing import Extent
 from gemma4_moe.checkpoint.readers import PAGE, SLACK, whole_pages
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layout.table import Operation, transposes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Container, Iterable, Iterator
 
-    from gemma4_moe.checkpoint.header import TensorEntry
-    from gemma4_moe.converter.base import BaseExperts
+    from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.converter.plan import Plan, PlannedTensor
+    from gemma4_moe.layout.targets import Read
 
 DEFAULT_MEMORY = 2**30
 
-#: What a block holds at most, in bytes, unless one expert alone is larger.
+#: The most bytes of a block on its larger side, unless one row alone is larger. A multiple of a page.
 BLOCK_BYTES = 32 * 2**20
 
 #: Buffers on each side of the kernel: enough to keep reader, kernel and writer busy.
@@ -32,39 +32,29 @@ MOST_BUFFERS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """A range of bytes of a target file that one run has to write.
-
-    Attributes:
-        file: The file's bare name.
-        start: The first byte, at the start of a page.
-        end: The byte after the last: at the start of a page, or the file's end.
-    """
-
-    file: str
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
 class Block:
-    """Rows [first, last) of one target tensor; a row is an expert, or one element where no axes are exchanged.
+    """Rows (first, last) of one target tensor; a row is an expert, or one element where no axes are exchanged.
 
     Attributes:
         tensor: The tensor.
-        entry: Where it lies in its file.
-        file: The bare name of that file.
+        file: The bare name of its file.
+        start: The block's first byte in that file.
+        end: The byte after the last.
         first: The first row.
         last: The row after the last.
-        span: What of the file is to be written; the block may reach beyond it.
     """
 
     tensor: PlannedTensor
-    entry: TensorEntry
     file: str
+    start: int
+    end: int
     first: int
     last: int
-    span: Span
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """The file, the first byte, and the byte after the last."""
+        return self.file, self.start, self.end
 
     @property
     def is_copy(self) -> bool:
@@ -72,27 +62,24 @@ class Block:
         source = self.tensor.source
         return self.tensor.operation is Operation.KEEP and source is not None and source.dtype == self.tensor.dtype
 
-    @property
-    def source_span(self) -> tuple[int, int]:
-        """Offset in the source tensor and size, both in bytes; (0, 0) where nothing is read."""
+    def reads(self) -> list[Read[StoredTensor]]:
+        """Return the reads that give the block's values, without the scale; none for a scale of ones."""
         source = self.tensor.source
-        return (0, 0) if source is None else self._span(source.nbytes)
+        return [] if source is None else list(source.reads(self.first, self.last))
 
-    @property
-    def target_span(self) -> tuple[int, int]:
-        """Offset in the target file and size, both in bytes."""
-        offset, size = self._span(self.entry.nbytes)
-        return self.entry.start + offset, size
+    def source_extents(self) -> list[Extent]:
+        """Return all bytes of the source that decide the block's: its reads, and the scale of its experts."""
+        extents = [extent_of(read) for read in self.reads()]
+        if (scale := self.tensor.scale) is not None:
+            start, size = scale.entry.start, scale.dtype.itemsize
+            extents.append(Extent(scale.file, start + self.first * size, start + self.last * size))
+        return extents
 
-    @property
-    def written_range(self) -> tuple[int, int]:
-        """What is written: the first byte of the target file, and the byte after the last."""
-        start, size = self.target_span
-        return max(start, self.span.start), min(start + size, self.span.end)
 
-    def _span(self, nbytes: int) -> tuple[int, int]:
-        row = nbytes // _rows(self.tensor)
-        return self.first * row, (self.last - self.first) * row
+def extent_of(read: Read[StoredTensor]) -> Extent:
+    """Return the bytes of a read in their file."""
+    start = read.stored.entry.start
+    return Extent(read.stored.file, start + read.start, start + read.end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +87,11 @@ class Memory:
     """The buffers of a conversion.
 
     Attributes:
-        block_bytes: The most that a block of several rows holds on either side.
         buffer_bytes: Size of each buffer.
         buffers: How many buffers there are on each side of the kernel.
         base_bytes: Size of the buffer for an expert of the base; 0 without one.
     """
 
-    block_bytes: int
     buffer_bytes: int
     buffers: int
     base_bytes: int = 0
@@ -118,45 +103,69 @@ class Memory:
 
 
 def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
-    """Choose buffers that together stay within `budget` bytes.
+    """Return buffers that together stay within `budget` bytes.
 
     Raises:
-        UsageError: One expert, before and after conversion, does not fit into the budget.
+        UsageError: One block, before and after conversion, does not fit into the budget.
     """
-    tensors = plan.tensors.values()
-    base_bytes = max((_base_bytes(tensor.base) for tensor in tensors if tensor.base is not None), default=0)
-    largest_row = max(_row_bytes(tensor) for tensor in tensors)
+    bases = [tensor.base.weights for tensor in plan.tensors.values() if tensor.base is not None]
+    base_bytes = max((room_for(weights.nbytes // weights.shape[0]) for weights in bases), default=0)
+    largest = max(blocks(plan), key=_buffer_bytes)
+    buffer_bytes = _buffer_bytes(largest)
     room = budget - base_bytes
-    block_bytes = max(largest_row, min(BLOCK_BYTES, room // (2 * MOST_BUFFERS) // PAGE * PAGE - SLACK))
-    most = max(_rows_in(tensor, block_bytes) * _row_bytes(tensor) for tensor in tensors)
-    buffer_bytes = whole_pages(most) + SLACK
     if 2 * buffer_bytes > room:
         least = 2 * buffer_bytes + base_bytes
-        widest = max(tensors, key=_row_bytes)
         raise UsageError(
-            "the memory budget is smaller than one expert before and after conversion",
-            tensor=widest.name,
+            "the memory budget is smaller than one block before and after conversion",
+            tensor=largest.tensor.name,
             expected=f"at least {least} bytes",
             found=f"{budget} bytes",
             hint=f"allow --max-memory {math.ceil(least / 2**20)}MiB or more",
         )
-    return Memory(block_bytes, buffer_bytes, min(MOST_BUFFERS, room // (2 * buffer_bytes)), base_bytes)
+    return Memory(buffer_bytes, min(MOST_BUFFERS, room // (2 * buffer_bytes)), base_bytes)
 
 
-def blocks(plan: Plan, block_bytes: int, spans: Sequence[Span]) -> Iterator[Block]:
-    """Yield every block that has bytes in one of `spans`, in the order of the spans and of their data."""
-    files = {file.name: file for file in plan.files}
-    for span in spans:
-        for entry in files[span.file].entries:
-            if entry.end <= span.start or entry.start >= span.end:
-                continue
+def room_for(nbytes: int) -> int:
+    """Return the buffer that reading `nbytes` takes: the pages around them."""
+    return whole_pages(nbytes) + SLACK
+
+
+def blocks(plan: Plan) -> Iterator[Block]:
+    """Yield every block of a plan, in the order of files and of their data. They cover each file behind its header."""
+    for file in plan.files:
+        for entry in file.entries:
             tensor = plan.tensors[entry.name]
-            rows, step = _rows(tensor), _rows_in(tensor, block_bytes)
+            rows = _rows(tensor)
+            step = max(1, BLOCK_BYTES // _row_bytes(tensor))
+            row = entry.nbytes // max(1, rows)
             for first in range(0, rows, step):
-                block = Block(tensor, entry, span.file, first, min(first + step, rows), span)
-                start, end = block.written_range
-                if start < end:
-                    yield block
+                last = min(first + step, rows)
+                yield Block(tensor, file.name, entry.start + first * row, entry.start + last * row, first, last)
+
+
+def share(work: Iterable[Block], done: Container[tuple[str, int, int]], rank: int, world: int) -> list[Block]:
+    """Return the blocks for rank `rank` of `world`; the shares together are all of `work` that is not in `done`.
+
+    Blocks that touch one page of a file go to one rank: no two hosts write the same page.
+    """
+    missing = [block for block in work if block.place not in done]
+    total = sum(block.end - block.start for block in missing)
+    mine: list[Block] = []
+    before = owner = 0
+    last = None
+    for block in missing:
+        if last is None or last.file != block.file or (last.end - 1) // PAGE < block.start // PAGE:
+            owner = before * world // total
+        if owner == rank:
+            mine.append(block)
+        before += block.end - block.start
+        last = block
+    return mine
+
+
+def _buffer_bytes(block: Block) -> int:
+    """Return the buffer that a block takes, on the side where it is larger."""
+    return max(room_for(block.end - block.start), sum(room_for(read.end - read.start) for read in block.reads()))
 
 
 def _rows(tensor: PlannedTensor) -> int:
@@ -166,16 +175,7 @@ def _rows(tensor: PlannedTensor) -> int:
 
 
 def _row_bytes(tensor: PlannedTensor) -> int:
-    """Size of one row in bytes, on the side where it is larger."""
+    """Return the bytes of one row on the side where it is larger."""
     elements = math.prod(tensor.shape[1:]) if transposes(tensor.operation) else 1
     sides = [tensor.dtype] if tensor.source is None else [tensor.dtype, tensor.source.dtype]
     return max(1, elements * max(dtype.itemsize for dtype in sides))
-
-
-def _base_bytes(base: BaseExperts) -> int:
-    """Size of what an expert of a base is read into, in bytes."""
-    return whole_pages(base.weights.nbytes // base.weights.shape[0]) + SLACK
-
-
-def _rows_in(tensor: PlannedTensor, block_bytes: int) -> int:
-    return max(1, min(_rows(tensor), block_bytes // _row_bytes(tensor)))

@@ -14,16 +14,17 @@ from gemma4_moe.converter import preview
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.converter.finish import finish
 from gemma4_moe.converter.job import Job
-from gemma4_moe.converter.notes import cast_notes, overflow_notes
+from gemma4_moe.converter.notes import base_notes, cast_notes, overflow_notes, unusual_scales
 from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.converter.resume import is_made_already
-from gemma4_moe.converter.scales import read_scales, unfolded_experts, unusual_scales, written_scales
+from gemma4_moe.converter.scales import read_scales
 from gemma4_moe.converter.write import write_weights
 from gemma4_moe.distributed.ranks import current, ranks_on_this_host
 from gemma4_moe.errors import StorageError
 from gemma4_moe.hub.source import check_streamed, on_hub, open_source
 from gemma4_moe.kernels.choice import allowed_cores
 from gemma4_moe.sizes import parse_size
+from gemma4_moe.target.directory import TargetFiles
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
 from gemma4_moe.target.manifest import read_manifest
 from gemma4_moe.target.preconditions import check_existing, check_place
@@ -36,20 +37,21 @@ if TYPE_CHECKING:
     from gemma4_moe.checkpoint.directory import Checkpoint
     from gemma4_moe.converter.scales import Scales
     from gemma4_moe.layout.table import Layout
-    from gemma4_moe.target.ledger import Progress
+    from gemma4_moe.sizes import Progress
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What `convert` did.
+    """The result of `convert`.
 
     Attributes:
         target: The directory that it made.
-        plan: What was planned, and done.
+        plan: The plan that was carried out.
         memory: The buffers that were used.
-        notes: What a user should know of the values: scales that are zero, negative or not finite; experts that got
-            their scale back; casts that round, tensors that are not cast, and finite values that became infinite.
-        left_behind: Names in the source directory that were not taken along.
+        notes: Sentences on the values: scales that are zero, negative or not finite; experts that got the base's
+            scale, or that without a base every scale is one; casts that round, tensors that are not cast, and finite
+            values that became infinite.
+        left_behind: Names of files in the source directory that were not copied.
     """
 
     target: Path
@@ -81,8 +83,8 @@ def convert(
 ) -> Conversion:
     """Convert the checkpoint `source` into the new directory `target`.
 
-    A run that fails or is interrupted leaves the target as it was. What it has written and journalled stays in a hidden
-    directory beside the target, for `resume` to go on with; where there is nothing of use, nothing stays.
+    A run that fails or is interrupted leaves the target as it was. Blocks that it has journalled stay in a hidden
+    directory next to the target, and `resume` continues from them. If no block is journalled, nothing stays.
 
     Args:
         source: A directory of safetensors files with its config.json, or a Hub id.
@@ -117,35 +119,21 @@ def convert(
         ParallelError: Another rank failed.
     """
     ranks, target = current(), Path(target)
-    workers = workers or max(1, allowed_cores() // ranks_on_this_host())
+    asked: dict[str, Any] = {"to": to, "dtype": dtype, "max_shard_size": max_shard_size}
     with ExitStack() as stack:
         with ranks.together("plan the conversion"):
             if stream:
                 check_streamed(source, base)
             elif on_hub(source, base) and ranks.is_first and not resume:  # an earlier run may hold the space already
-                _check_before_a_fetch(
-                    source,
-                    target,
-                    to=to,
-                    dtype=dtype,
-                    max_shard_size=max_shard_size,
-                    max_memory=max_memory,
-                    revision=revision,
-                    base=base,
-                )
+                _check_before_a_fetch(source, target, max_memory=max_memory, revision=revision, base=base, **asked)
             checkpoint, commit = stack.enter_context(open_source(source, revision, stream=stream))
             check_place(target, checkpoint.path)
             origin, origin_commit = stack.enter_context(_open_base(base, target, stream))
-            plan = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=origin)
+            plan = make_plan(checkpoint, base=origin, **asked)
             memory = plan_memory(plan, parse_size(max_memory))
             scales = read_scales(plan)
-            options: dict[str, Any] = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
-            if commit is not None:
-                options["commit"] = commit
-            if origin is not None:
-                options["base"] = {name: file.header.digest for name, file in origin.files.items()}
-            if origin_commit is not None:
-                options["base_commit"] = origin_commit
+            options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
+            options |= _identities(commit, origin, origin_commit)
         transaction = None
         with ranks.together("take the target"):
             known = resume and origin is None  # no manifest has hashes of a base
@@ -161,16 +149,13 @@ def convert(
                 scales=scales,
                 options=options,
                 target=target,
-                out=out,
+                files=TargetFiles(out, plan.files, ranks, memory.peak_bytes, buffered),
                 memory=memory,
-                workers=workers,
-                buffered=buffered,
+                workers=workers or max(1, allowed_cores() // ranks_on_this_host()),
                 read_back=read_back,
                 sha256=sha256,
-                ranks=ranks,
             )
-            write_weights(job, None if transaction is None else transaction.confirm, progress)
-            finish(job)
+            finish(job, write_weights(job, None if transaction is None else transaction.confirm, progress))
             with ranks.together("publish the target"):
                 job.check_unchanged()
                 if transaction is not None:
@@ -178,12 +163,19 @@ def convert(
         return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.left_behind)
 
 
+def _identities(commit: str | None, base: Checkpoint | None, base_commit: str | None) -> dict[str, Any]:
+    """Return the options that say which source and base it was: commits of the Hub, headers of the base."""
+    headers = None if base is None else {name: file.header.digest for name, file in base.files.items()}
+    found = {"commit": commit, "base": headers, "base_commit": base_commit}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _check_before_a_fetch(source: str | Path, target: Path, **options: Any) -> None:
     """Check by headers, before anything is brought into the Hub's cache, that all fits together and onto the disk.
 
     Raises:
-        StorageError: There is no room for what would be fetched and for the target.
-        InputError, UsageError: What `plan` raises.
+        StorageError: There is no room for the model in the cache and for the target.
+        InputError, UsageError: See `plan`.
     """
     space = preview.plan(source, target, **options).space
     if space.cache_bytes and space.missing_bytes:
@@ -218,7 +210,7 @@ def _is_made(
     resume: bool,
     break_lock: bool,
 ) -> bool:
-    """Finish or clear away what an earlier run has left, and say whether it has left nothing to do."""
+    """Finish or delete the work of an earlier run, and return whether the target is complete."""
     heal(target)
     if not resume or not is_made_already(target, plan, checkpoint, options, memory.peak_bytes):
         return False
@@ -227,6 +219,6 @@ def _is_made(
 
 
 def _notes(target: Path, plan: Plan, scales: Scales) -> tuple[str, ...]:
-    overflows = overflow_notes(plan, read_manifest(target)["overflowed"])
-    unfolded = unfolded_experts(plan, written_scales(plan, target))
-    return (*unusual_scales(scales), *unfolded, *cast_notes(plan), *overflows)
+    said = read_manifest(target)
+    overflows = overflow_notes(plan, said["overflowed"])
+    return (*unusual_scales(scales), *base_notes(plan, said["given_back"]), *cast_notes(plan), *overflows)

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from headers, index and config.json: layout, spelling, sizes, and everything wrong with it."""
+"""The inspection of a checkpoint: layout, spelling, sizes and problems, from headers, index and config.json."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.config import ConfigFile
+from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.recognition import config_sizes, recognise, wrong_tensors
 from gemma4_moe.errors import ConfigError, InputError, UnsupportedCheckpointError
-from gemma4_moe.hub.source import open_headers
+from gemma4_moe.hub.source import is_hub_id, open_headers
+from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.names import fold_names, lookup, natural_key
 from gemma4_moe.layout.table import Layout, Operation
+from gemma4_moe.sizes import format_size
+from gemma4_moe.target.publishing import check_published
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,13 +24,13 @@ if TYPE_CHECKING:
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Inspection:
-    """What `inspect` found.
+    """The result of `inspect`.
 
     Attributes:
         source: The directory, or the Hub id.
-        layout: Its layout, or None where it is neither or can't be told.
+        layout: Its layout; None if its names are those of both layouts, or of neither.
         spelling: "current", "legacy", both, the name of a foreign form, or "none".
         model_type: config.json's model_type, or None.
         sizes: E, H and I, and L, the number of layers, as config.json gives them.
@@ -34,9 +38,9 @@ class Inspection:
         parameters: Number of their elements.
         bytes: Their size.
         folds: The tensors, folded over layers.
-        groups: Bytes by what they are for: experts, router, everything else by module.
-        problems: Why it can't be converted; empty if it can.
-        left_behind: Names in the directory that a conversion does not take along.
+        groups: Bytes of the experts, of the router, and of each other module.
+        problems: The reasons why it can't be converted; empty if it can.
+        skipped: Names in the directory that a conversion does not copy.
     """
 
     source: Path
@@ -50,20 +54,30 @@ class Inspection:
     folds: tuple[Fold, ...]
     groups: dict[str, int]
     problems: tuple[InputError, ...]
-    left_behind: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        what = "no known layout" if self.layout is None else f"{self.layout} ({self.spelling})"
+        size = f"{self.tensors:,} tensors, {format_size(self.bytes)}, {len(self.problems)} problems"
+        return f"<Inspection of {self.source}: {what}, {size}>"
 
 
 def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
-    """Say what the checkpoint `source` is. Reads headers, index and config.json alone, on the Hub too.
+    """Return what the checkpoint `source` holds and what is wrong with it, without reading a tensor.
+
+    Headers, index and config.json are read, on the Hub too. Nothing on the disk is changed.
 
     Args:
         source: A directory, or a Hub id.
         revision: Branch, tag or commit of a Hub id.
 
     Raises:
-        InputError: The directory is no checkpoint, or a file in it breaks the rules of its format.
+        InputError: The directory is no checkpoint, a file in it breaks the rules of its format, or its publish was
+            interrupted.
         StorageError: The disk or its permissions refused.
     """
+    if not is_hub_id(source):
+        check_published(expanded(source))
     with ExitStack() as stack:
         try:
             checkpoint = stack.enter_context(open_headers(source, revision))
@@ -79,7 +93,8 @@ def _inspect(source: Path, checkpoint: Checkpoint) -> Inspection:
     if recognition.refusal is not None and not (problems and isinstance(recognition.refusal, ConfigError)):
         problems.append(recognition.refusal)  # an unreadable config is a problem once, not twice
     if recognition.layout is not None:
-        problems += wrong_tensors(checkpoint.tensors.values(), recognition.layout, config, {})
+        inventory = Inventory(recognition.layout, config_sizes(config))
+        problems += wrong_tensors(checkpoint.tensors.values(), inventory, config)
     tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: natural_key(tensor.name))
     groups: dict[str, int] = {}
     for tensor in tensors:
@@ -98,7 +113,7 @@ def _inspect(source: Path, checkpoint: Checkpoint) -> Inspection:
         folds=fold(tensors),
         groups=groups,
         problems=tuple(problems),
-        left_behind=checkpoint.left_behind,
+        skipped=checkpoint.left_behind,
     )
 
 
@@ -125,7 +140,7 @@ class Fold:
     """Tensors whose names differ in numbers only.
 
     Attributes:
-        name: Their name, each number as the set of its values.
+        name: Their name, with each number replaced by the set of its values.
         shape: Their shape.
         dtype: Their dtype's name.
         tensors: How many there are.

@@ -1,4 +1,4 @@
-"""One conversion as all its parts see it: what is converted, where to, with which means, and by which ranks."""
+"""One conversion as all its parts see it: source, plan, target, means, ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gemma4_moe.converter.blocks import Memory
     from gemma4_moe.converter.plan import Plan
     from gemma4_moe.converter.scales import Scales
-    from gemma4_moe.distributed.ranks import Ranks
+    from gemma4_moe.target.directory import TargetFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +21,16 @@ class Job:
 
     Attributes:
         checkpoint: The source, open.
-        base: The base that experts may come back as, open, or None.
-        plan: What is made of them.
+        base: The base, open, or None.
+        plan: The plan.
         scales: The scales that are folded, by the target tensor's name.
-        options: Those options that decide what is made.
+        options: The options that decide the bytes of the target.
         target: The directory that is to appear.
-        out: Where its files are written.
+        files: Its files, in the directory where they are written, with the ranks that write them.
         memory: The buffers of each rank.
         workers: Threads of the kernel.
-        buffered: Whether to go through the page cache.
         read_back: Whether to read the files back before they are published.
         sha256: Whether SHA-256 is wanted too.
-        ranks: Who works on it.
     """
 
     checkpoint: Checkpoint
@@ -41,16 +39,14 @@ class Job:
     scales: Scales
     options: dict[str, Any]
     target: Path
-    out: Path
+    files: TargetFiles
     memory: Memory
     workers: int
-    buffered: bool
     read_back: bool
     sha256: bool
-    ranks: Ranks
 
     def check_unchanged(self) -> None:
-        """Check that what is read is what was opened, and raise what `Checkpoint.check_unchanged` raises."""
+        """Check that source and base are as they were opened. Raises what `Checkpoint.check_unchanged` raises."""
         for checkpoint in (self.checkpoint, self.base):
             if checkpoint is not None:
                 checkpoint.check_unchanged()
@@ -58,4 +54,4 @@ class Job:
     @property
     def control(self) -> Path:
         """The directory of the lock and the journals."""
-        return self.out.parent
+        return self.files.out.parent

@@ -1,15 +1,16 @@
-"""Four threads, read, compute, hash and write, joined by fixed buffers: the disk works while blocks are computed.
+"""Blocks in flight: a few threads that each take a block through all its steps, one thread at a time in each step.
 
-A failure in one thread, or an interrupt in the caller's, stops the others at their next step.
+So the disk reads one block while another is computed, a third is hashed and a fourth is written. No more blocks are in
+flight than there are buffers. A failure in one thread, or an interrupt of the caller, stops the others at their next
+step.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from threading import Condition
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from threading import Lock
+from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.readers import allocate
 
@@ -17,126 +18,59 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from gemma4_moe.converter.blocks import Block, Memory
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
-
-
-class Steps(Protocol[_R]):
-    """What is done with a block. Each method runs in a thread of its own, and sees the blocks in their order."""
-
-    def read(self, block: Block, buffer: memoryview) -> memoryview:
-        """Read the block's source bytes, and return where in `buffer` they are."""
-
-    def compute(self, block: Block, source: memoryview, buffer: memoryview) -> None:
-        """Make the block's target bytes in `buffer`."""
-
-    def digest(self, block: Block, buffer: memoryview) -> _R:
-        """Return what is to be known of the block's target bytes."""
-
-    def write(self, block: Block, buffer: memoryview, digest: _R) -> None:
-        """Write the block's target bytes."""
+    from gemma4_moe.converter.steps import ConversionSteps
 
 
 class Stopped(Exception):  # noqa: N818 - a signal between threads, not an error
     """Another thread has failed, or the caller was interrupted."""
 
 
-class _Line:
-    """Joins the threads of one run: what they wait on, and whether the run goes on."""
+class _Turn:
+    """Lets one thread at a time into a step, until the run is stopped."""
 
-    def __init__(self) -> None:
-        self.changed = Condition()
-        self.stopped = False
-
-    def stop(self) -> None:
-        with self.changed:
-            self.stopped = True
-            self.changed.notify_all()
+    stopped = False
 
     @contextmanager
-    def stopping_on_failure(self) -> Iterator[None]:
-        finished = False
-        try:
-            yield
-            finished = True
-        finally:
-            if not finished:
-                self.stop()
-
-
-class _Channel(Generic[_T]):
-    """A queue between two threads that gives up when the run is stopped."""
-
-    def __init__(self, line: _Line, items: Iterable[_T] = ()) -> None:
-        self._line = line
-        self._items = deque(items)
-
-    def put(self, item: _T) -> None:
-        with self._line.changed:
-            self._items.append(item)
-            self._line.changed.notify_all()
-
-    def take(self) -> _T:
-        with self._line.changed:
-            while not self._items and not self._line.stopped:
-                self._line.changed.wait()
-            if self._line.stopped:
+    def at(self, step: Lock) -> Iterator[None]:
+        with step:
+            if self.stopped:
                 raise Stopped
-            return self._items.popleft()
+            yield
 
 
-def run(blocks: Iterable[Block], steps: Steps[_R], memory: Memory) -> None:
-    """Take every block through the four steps. A channel carries None after its last block.
+def run(blocks: Iterable[Block], steps: ConversionSteps, memory: Memory) -> None:
+    """Take every block through its four steps; blocks are read in their order.
 
     Raises:
-        Whatever a step raised first.
+        The first error that a step raised.
     """
-    line = _Line()
-    free_in = _Channel(line, _buffers(memory))
-    free_out = _Channel(line, _buffers(memory))
-    was_read: _Channel[tuple[Block, memoryview, memoryview] | None] = _Channel(line)
-    computed: _Channel[tuple[Block, memoryview] | None] = _Channel(line)
-    digested: _Channel[tuple[Block, memoryview, _R] | None] = _Channel(line)
+    turn, waiting = _Turn(), iter(blocks)
+    reading, computing, hashing, writing = Lock(), Lock(), Lock(), Lock()
 
-    def read() -> None:
-        with line.stopping_on_failure():
-            for block in blocks:
-                buffer = free_in.take()
-                was_read.put((block, buffer, steps.read(block, buffer)))
-            was_read.put(None)
+    def work() -> None:
+        source, target = allocate(memory.buffer_bytes), allocate(memory.buffer_bytes)
+        try:
+            while True:
+                with turn.at(reading):
+                    if (block := next(waiting, None)) is None:
+                        return
+                    found = steps.read(block, source)
+                with turn.at(computing):
+                    facts = steps.compute(block, found, target)
+                with turn.at(hashing):
+                    piece = steps.digest(block, target, facts)
+                with turn.at(writing):
+                    steps.write(block, target, piece)
+        except BaseException:
+            turn.stopped = True
+            raise
 
-    def compute() -> None:
-        with line.stopping_on_failure():
-            while (item := was_read.take()) is not None:
-                block, buffer, source = item
-                target = free_out.take()
-                steps.compute(block, source, target)
-                free_in.put(buffer)
-                computed.put((block, target))
-            computed.put(None)
-
-    def digest() -> None:
-        with line.stopping_on_failure():
-            while (item := computed.take()) is not None:
-                block, buffer = item
-                digested.put((block, buffer, steps.digest(block, buffer)))
-            digested.put(None)
-
-    def write() -> None:
-        with line.stopping_on_failure():
-            while (item := digested.take()) is not None:
-                block, buffer, found = item
-                steps.write(block, buffer, found)
-                free_out.put(buffer)
-
-    with ThreadPoolExecutor(4, "gemma4-moe") as threads, line.stopping_on_failure():
-        futures = [threads.submit(step) for step in (read, compute, digest, write)]
-        wait(futures)  # each that fails stops the others
+    with ThreadPoolExecutor(memory.buffers, "gemma4-moe") as threads:
+        try:
+            futures = [threads.submit(work) for _ in range(memory.buffers)]
+            wait(futures)  # each that fails stops the others
+        finally:
+            turn.stopped = True
         failures = [failure for future in futures if (failure := future.exception()) is not None]
         for failure in sorted(failures, key=lambda failure: isinstance(failure, Stopped)):
             raise failure
-
-
-def _buffers(memory: Memory) -> list[memoryview]:
-    return [allocate(memory.buffer_bytes) for _ in range(memory.buffers)]

@@ -1,25 +1,24 @@
-"""What a conversion will do, from headers alone: each output tensor, where its bytes come from, and in which file.
+"""What a conversion will do, from headers alone: each target tensor, its sources, and its file.
 
-Planning checks everything that names, shapes and the config can tell, so that a conversion that starts can only fail
-for what the bytes or the disk hold.
+Planning checks everything that names, shapes, dtypes and the config can tell. A conversion that has started can fail
+only for the values and for the disk.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.checkpoint.recognition import check_tensors, recognise
+from gemma4_moe.checkpoint.recognition import checkpoint_targets, recognise
 from gemma4_moe.converter.base import find_base
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.dtypes import target_dtype
-from gemma4_moe.layout.names import MoEName, lookup, natural_key
-from gemma4_moe.layout.table import DOWN, SCALE, Layout, Operation, converted_shape, scales
+from gemma4_moe.layout.table import Layout, Operation
+from gemma4_moe.layout.targets import Target
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE, PlannedFile, layout_files
-from gemma4_moe.target.manifest import read_folded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -27,38 +26,17 @@ if TYPE_CHECKING:
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.converter.base import BaseExperts
     from gemma4_moe.layout.dtypes import DType
-    from gemma4_moe.layout.inventory import Owner
-    from gemma4_moe.target.manifest import Folded
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """One tensor of the target.
+class PlannedTensor(Target["StoredTensor"]):
+    """One tensor of the converter's target.
 
     Attributes:
-        name: Its name.
-        dtype: Its dtype.
-        shape: Its shape.
-        operation: What makes it from `source`.
-        source: The source tensor that it comes from; None for a `per_expert_scale`.
-        scale: The source tensor whose values multiply its experts, or None.
-        folded: What the source's manifest says was folded into it, or None.
         base: The base's experts, which its own may still be, or None.
     """
 
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    operation: Operation
-    source: StoredTensor | None
-    scale: StoredTensor | None = None
-    folded: Folded | None = None
     base: BaseExperts | None = None
-
-    @property
-    def comes_back(self) -> bool:
-        """Whether its experts may get a scale back: a manifest or a base names one."""
-        return self.folded is not None or self.base is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,94 +79,50 @@ def make_plan(
 
     Raises:
         UnsupportedCheckpointError, ConfigError: See `recognise`; or the config's sizes are not the tensors'.
-        UnknownTensorError, DuplicateTensorError, TensorShapeError, IncompleteExpertsError: See `check_tensors`.
+        UnknownTensorError, DuplicateTensorError, TensorShapeError, IncompleteExpertsError: See `targets_of`.
         UsageError: The source is in the layout `to` already; an argument has no meaning; or see `find_base`.
     """
-    sources, config = checkpoint.tensors, checkpoint.read_config()
+    config = checkpoint.read_config()
     cast = None if dtype == "keep" else target_dtype(dtype)
-    recognition = recognise(sources, config)
+    recognition = recognise(checkpoint.tensors, config)
     if recognition.refusal is not None:
         raise recognition.refusal
     layout = recognition.layout
     assert layout is not None, "a checkpoint without a layout is refused"
-    if to is not None and to not in list(Layout):
-        raise UsageError("no such layout", expected=" or ".join(Layout), found=repr(to))
-    if to == layout:
-        raise UsageError(f"the source is in the {layout} layout already", hint=f"convert it with --to {layout.other}")
-    parsed = check_tensors(sources.values(), layout, config)
-    layer_scales = {name.owner: sources[own] for own, name in parsed.items() if name and name.rule is SCALE}
-    experts = {own: sources[own].shape[0] for own, name in parsed.items() if name and name.rule is DOWN}
-    folded = read_folded(checkpoint.path, experts) if layout is Layout.NEMO else {}
-    tensors = {
-        tensor.name: tensor
-        for stored in sources.values()
-        for tensor in _targets(stored, parsed[stored.name], layout, layer_scales, folded, cast)
-    }
-    _check_used_once(sources, tensors)
-    if base is not None:
-        tensors |= _with_base(tensors, layout, base)
-    ordered = dict(sorted(tensors.items(), key=lambda item: natural_key(item[0])))
+    _check_direction(layout, to, base)
+    targets = checkpoint_targets(checkpoint.tensors.values(), layout, config, cast)
+    downs = {name: target for name, target in targets.items() if target.operation is Operation.TRANSPOSE_SCALE}
+    bases = {} if base is None else find_base(base, downs)
+    tensors = {name: PlannedTensor(**_fields(target), base=bases.get(name)) for name, target in targets.items()}
     return Plan(
         source_layout=layout,
         spelling=recognition.spelling,
         target_layout=layout.other,
-        tensors=ordered,
-        files=layout_files([(t.name, t.dtype, t.shape) for t in ordered.values()], parse_size(max_shard_size)),
+        tensors=tensors,
+        files=layout_files([(t.name, t.dtype, t.shape) for t in tensors.values()], parse_size(max_shard_size)),
         cast=cast,
-        inexact=_inexact(ordered.values()),
+        inexact=_inexact(tensors.values()),
     )
 
 
-def _targets(
-    source: StoredTensor,
-    name: MoEName | None,
-    layout: Layout,
-    layer_scales: Mapping[Owner, StoredTensor],
-    folded: Mapping[str, Folded],
-    dtype: DType | None,
-) -> Iterable[PlannedTensor]:
-    """Yield what one source tensor becomes in the other layout."""
-    target_dtype = dtypes.cast_to(source.dtype, dtype)
-    if name is None:
-        yield PlannedTensor(source.name, target_dtype, source.shape, Operation.KEEP, source)
-        return
-    operation = name.rule.operation
-    if operation is Operation.FOLD:
-        return
-    scale = layer_scales[name.owner] if scales(operation, layout) else None
-    shape = converted_shape(operation, source.shape)
-    said = folded.get(source.name)
-    yield PlannedTensor(name.name(layout.other), target_dtype, shape, operation, source, scale, said)
-    if name.rule is DOWN and layout is Layout.NEMO:
-        yield PlannedTensor(name.sibling(SCALE).hf, target_dtype, source.shape[:1], Operation.FOLD, None)
-
-
-def _with_base(tensors: Mapping[str, PlannedTensor], layout: Layout, base: Checkpoint) -> dict[str, PlannedTensor]:
-    """Return those tensors that a base has experts for, with them."""
-    if layout is not Layout.NEMO:
+def _check_direction(layout: Layout, to: Layout | str | None, base: Checkpoint | None) -> None:
+    """Check that `to` is the layout that a source of this layout is converted to, and that a base has a meaning."""
+    if to is not None and to not in list(Layout):
+        raise UsageError("no such layout", expected=" or ".join(Layout), found=repr(to))
+    if to == layout:
+        raise UsageError(f"the source is in the {layout} layout already", hint=f"convert it with --to {layout.other}")
+    if base is not None and layout is not Layout.NEMO:
         raise UsageError(
-            "a base is for the way back, where scales are divided out",
+            "a base is for the conversion to hf, where scales are taken out of the weights again",
             file=base.path,
             expected="a source in the nemo layout",
             found=f"a source in the {layout} layout",
             hint="leave --base out",
         )
-    downs = {
-        name: (tensor.shape, tensor.dtype)
-        for name, tensor in tensors.items()
-        if (parsed := lookup(name, Layout.HF)) is not None and parsed.rule is DOWN
-    }
-    return {name: replace(tensors[name], base=experts) for name, experts in find_base(base, downs).items()}
 
 
-def _check_used_once(sources: Mapping[str, StoredTensor], tensors: Mapping[str, PlannedTensor]) -> None:
-    """Check the planner's own work: no source tensor is dropped, none is used twice."""
-    used = Counter(
-        stored.name for tensor in tensors.values() for stored in (tensor.source, tensor.scale) if stored is not None
-    )
-    wrong = {name: used[name] for name in sources.keys() | used.keys() if used[name] != 1}
-    if wrong:
-        raise AssertionError(f"source tensors not used exactly once: {wrong}")
+def _fields(target: Target[StoredTensor]) -> dict[str, Any]:
+    return {field.name: getattr(target, field.name) for field in fields(target)}
 
 
 def _inexact(tensors: Iterable[PlannedTensor]) -> dict[tuple[DType, DType], int]:

@@ -1,18 +1,18 @@
-"""Whether a run may go on from what another has left: what a conversion is, in words that two runs can compare."""
+"""Whether a run may resume an earlier one: the facts of a conversion, as two runs can compare them."""
 
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from gemma4_moe.checkpoint import hashing
-from gemma4_moe.checkpoint.hashing import OpenFile, hash_extents, tensor_chunks
+from gemma4_moe.checkpoint.hashing import hash_extents
 from gemma4_moe.checkpoint.storage import refusals
+from gemma4_moe.converter import blocks
 from gemma4_moe.errors import InputError, ParallelError, UsageError, command_line
-from gemma4_moe.target.manifest import hashed_tensors, read_manifest
+from gemma4_moe.target.manifest import read_manifest
+from gemma4_moe.target.pieces import wrong_pieces
 from gemma4_moe.version import __version__
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
-    from gemma4_moe.checkpoint.hashing import Chunk, Extent
     from gemma4_moe.converter.job import Job
     from gemma4_moe.converter.plan import Plan
     from gemma4_moe.target.journal import Journalled
+    from gemma4_moe.target.pieces import Piece
 
 
 def plan_digest(plan: Plan) -> str:
@@ -33,11 +33,8 @@ def plan_digest(plan: Plan) -> str:
         (
             tensor.name,
             tensor.operation,
-            *(None if stored is None else _place(stored) for stored in (tensor.source, tensor.scale)),
-            None
-            if tensor.folded is None
-            else (tensor.folded.dtype.name, [scale.hex() for scale in tensor.folded.scale]),
-            *([] if tensor.base is None else [_place(tensor.base.weights), _place(tensor.base.scale)]),
+            [_place(stored) for stored in tensor.stored],
+            *([] if tensor.base is None else map(_place, tensor.base.stored)),
         )
         for tensor in plan.tensors.values()
     ]
@@ -52,10 +49,10 @@ def _place(stored: StoredTensor) -> tuple[str, str, int, str]:
 def opening_record(
     plan: Plan, checkpoint: Checkpoint, options: Mapping[str, Any], base: Checkpoint | None = None
 ) -> dict[str, Any]:
-    """Return what a journal begins with. Two runs may share a target's parts if theirs are the same."""
+    """Return the first record of a journal. A run may resume another if theirs are the same."""
     return {
         "version": __version__,
-        "chunk_bytes": hashing.CHUNK_BYTES,
+        "block_bytes": blocks.BLOCK_BYTES,
         "plan": plan_digest(plan),
         "options": dict(options),
         "source": _identities(checkpoint),
@@ -75,10 +72,10 @@ def _identities(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def check_same_run(known: Journalled, opening: Mapping[str, Any], target: Path) -> None:
-    """Check that what was journalled belongs to the run that is about to go on.
+    """Check that the journal belongs to the same conversion.
 
     Raises:
-        UsageError: It does not; the error says what differs.
+        UsageError: It does not; the error names the differences.
     """
     if known.opening is None or known.opening == opening:
         return
@@ -114,10 +111,10 @@ def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
 
 
 def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: Mapping[str, Any], memory: int) -> bool:
-    """Say whether `target` is the complete result of the same conversion, by its manifest and its files' sizes.
+    """Return whether `target` is the complete result of the same conversion, by its manifest and its files' sizes.
 
     Another model of the same shapes has the same headers, so the source is hashed, with at most `memory` bytes of
-    buffers; not where a commit says what it is.
+    buffers. A commit of the Hub makes that needless.
 
     Raises:
         StorageError: The disk refused.
@@ -128,51 +125,65 @@ def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: M
     except InputError:
         return False
     sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
-    source = {name: (file.size, file.header.digest) for name, file in checkpoint.files.items()}
-    said = manifest["source"]["files"]
     with refusals("look at the target", target):
         whole = all((target / name).is_file() and (target / name).stat().st_size == sizes[name] for name in sizes)
-    return (
+    said = manifest.get("source", {"files": {}})
+    for file in said["files"].values():
+        if isinstance(file, dict):
+            file.pop("sha256", None)
+    same = (
         whole
         and manifest.get("plan") == plan_digest(plan)
-        and {key: value for key, value in manifest.get("options", {}).items() if key in options} == options
-        and {name: _size_and_header(file) for name, file in said.items()} == source
-        and _is_count_of_overflows(manifest.get("overflowed"), plan)
-        and ("commit" in options or _hashed(checkpoint, memory) == manifest["source"].get("tensors"))
+        and {key: value for key, value in manifest["options"].items() if key in options} == options
+        and all(_is_count(manifest.get(counts), plan) for counts in ("overflowed", "given_back"))
+        and said | {"blocks": {}} == described_source(plan, checkpoint, {})
     )
+    if not same or "commit" in options:
+        return same
+    reading = [block for block in blocks.blocks(plan) if block.tensor.source is not None]
+    found = hash_extents([block.source_extents() for block in reading], memory)
+    digests = {block.place: digest for block, digest in zip(reading, found, strict=True)}
+    return bool(said == described_source(plan, checkpoint, digests))
 
 
-def _hashed(checkpoint: Checkpoint, memory: int) -> dict[str, Any]:
-    tensors = checkpoint.tensors.values()
-    return hashed_tensors(tensors, hash_extents(tensor_chunks(tensors), memory))
+def described_source(plan: Plan, checkpoint: Checkpoint, digests: Mapping[tuple[str, int, int], str]) -> dict[str, Any]:
+    """Return what a manifest says of the source, without SHA-256.
+
+    Args:
+        plan: The plan.
+        checkpoint: The source, open.
+        digests: The source digest of each block that reads something, by its place.
+    """
+    found: dict[str, list[str]] = {}
+    for block in blocks.blocks(plan):
+        if block.place in digests:
+            found.setdefault(block.tensor.name, []).append(digests[block.place])
+    files = checkpoint.files.items()
+    return {
+        "layout": plan.source_layout,
+        "spelling": plan.spelling,
+        "files": {name: {"bytes": file.size, "header_sha256": file.header.digest} for name, file in files},
+        "block_bytes": blocks.BLOCK_BYTES,
+        "blocks": {name: found[name] for name in plan.tensors if name in found},
+    }
 
 
-def _size_and_header(said: Any) -> tuple[Any, Any]:
-    return (said.get("bytes"), said.get("header_sha256")) if isinstance(said, dict) else (None, None)
-
-
-def _is_count_of_overflows(said: Any, plan: Plan) -> bool:
-    """Say whether that part of a manifest, which is told once more, is what `convert` writes."""
+def _is_count(said: Any, plan: Plan) -> bool:
+    """Return whether a part of a manifest, which a note repeats, is a count by tensors as `convert` writes it."""
     return isinstance(said, dict) and all(
         name in plan.tensors and type(count) is int and count > 0 for name, count in said.items()
     )
 
 
-def true_chunks(known: Journalled, job: Job) -> set[Chunk]:
-    """Return those journalled chunks of this rank's part whose bytes on the device are what the journal says.
+def true_pieces(known: Journalled, job: Job) -> list[Piece]:
+    """Return those journalled pieces of this rank's part that are on the device.
 
     Raises:
         StorageError: The disk refused.
     """
-    extents: dict[Chunk, Extent] = {}
-    with ExitStack() as stack:
-        for planned in job.plan.files:
-            with refusals("look at the files", job.out):
-                is_there = (job.out / planned.name).is_file()
-            if known.target and is_there:
-                file = stack.enter_context(OpenFile(job.out / planned.name))
-                if file.size == planned.size:
-                    extents |= file.chunks()
-        mine = sorted(known.target.keys() & extents.keys())[job.ranks.rank :: job.ranks.world]
-        found = hash_extents({chunk: extents[chunk] for chunk in mine}, job.memory.peak_bytes, buffered=job.buffered)
-    return {chunk for chunk, digest in found.items() if digest == known.target[chunk]}
+    places = {block.place for block in blocks.blocks(job.plan)}
+    journalled = [piece for place, piece in sorted(known.pieces.items()) if place in places]
+    mine = journalled[job.files.ranks.rank :: job.files.ranks.world]
+    sizes = {file.name: file.size for file in job.plan.files}
+    wrong = wrong_pieces(job.files.out, sizes, mine, job.memory.peak_bytes, buffered=job.files.buffered)
+    return [piece for piece in mine if piece not in wrong]

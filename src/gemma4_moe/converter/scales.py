@@ -1,4 +1,4 @@
-"""The per-expert scales of a conversion: those that are folded, read before any block, and those that came back."""
+"""The per-expert scales of a conversion: those that are folded, and those that a base gives back."""
 
 from __future__ import annotations
 
@@ -6,90 +6,58 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma4_moe.checkpoint.directory import StoredTensor
-from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.table import SCALE, Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping
 
-    from gemma4_moe.converter.plan import Plan
+    from gemma4_moe.checkpoint.directory import StoredTensor
+    from gemma4_moe.converter.plan import Plan, PlannedTensor
+    from gemma4_moe.target.pieces import Piece
 
     Scales = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
 
 
 def read_scales(plan: Plan) -> Scales:
-    """Return the fp32 scale [E] that is folded into each target tensor, by the target's name, whatever it holds."""
+    """Return the scale [E] that is folded into each target tensor, by the target's name, with the source's bits."""
     return {tensor.name: read_scale(tensor.scale) for tensor in plan.tensors.values() if tensor.scale is not None}
 
 
 def read_scale(stored: StoredTensor) -> np.ndarray[Any, np.dtype[Any]]:
-    """Return a `per_expert_scale` [E] as fp32. Raises what reading the file raises."""
+    """Return a `per_expert_scale` [E] with its own bits. Raises what reading the file raises."""
     raw = np.empty(stored.nbytes, np.uint8)
     stored.read_into(raw.data)
-    return raw.view(stored.dtype.numpy()).astype(np.float32)
+    return raw.view(stored.dtype.numpy())
 
 
-def written_scales(plan: Plan, target: Path) -> Scales:
-    """Return the fp32 scale [E] that experts were written with, from the files of `target`, by the scales' names.
-
-    Only those of layers whose experts may get one back.
-
-    Raises:
-        CheckpointFormatError, StorageError: What reading the target raises.
-    """
-    known = {
-        name.sibling(SCALE).hf
+def scales_with_base(plan: Plan) -> dict[str, PlannedTensor]:
+    """Return the `down_proj` of each `per_expert_scale` that is known only when all its experts are judged."""
+    return {
+        name.sibling(SCALE).hf: tensor
         for tensor in plan.tensors.values()
-        if tensor.comes_back and (name := lookup(tensor.name, Layout.HF)) is not None
+        if tensor.base is not None and (name := lookup(tensor.name, Layout.HF)) is not None
     }
-    scales: dict[str, np.ndarray[Any, np.dtype[Any]]] = {}
-    for planned in plan.files:
-        wanted = [entry for entry in planned.entries if entry.name in known]
-        if wanted:
-            with SafetensorsFile(target / planned.name) as file:
-                scales |= {entry.name: read_scale(StoredTensor(entry, file)) for entry in wanted}
-    return scales
 
 
-def unfolded_experts(plan: Plan, scales: Scales) -> tuple[str, ...]:
-    """Say how many experts were written with a scale that is not one; nothing where no manifest or base names one.
+def given_back_scales(plan: Plan, pieces: Iterable[Piece]) -> Scales:
+    """Return the fp32 scale [E] of each layer with a base: the base's for experts that are its own, else one.
 
     Args:
-        plan: What was done.
-        scales: What `written_scales` returned.
+        plan: The plan.
+        pieces: The pieces of all experts, of all ranks and runs.
+
+    Raises:
+        CheckpointFormatError, StorageError: What reading the base raises.
     """
-    tensors = [tensor for tensor in plan.tensors.values() if tensor.comes_back]
-    named = sum(scale != 1 for tensor in tensors if tensor.folded for scale in tensor.folded.scale)
-    of_base = sum(tensor.shape[0] for tensor in tensors if tensor.base)
-    count = of_base or named
-    if not count:
-        return ()
-    written = sum(int(np.count_nonzero(scale != 1)) for scale in scales.values())
-    kind = (
-        "got a scale back, the base's or the manifest's"
-        if of_base
-        else "with a scale in the source's manifest got it back"
-    )
-    said = f"{written} of {count} experts {kind}, as scale and weights fold to their bits"
-    return (said if written == count else f"{said}; the others have their own bits, and the scale one",)
-
-
-def unusual_scales(scales: Scales) -> tuple[str, ...]:
-    """Say which scales are zero, negative or not finite, one sentence for each tensor."""
-    found = []
-    for name, scale in scales.items():
-        kinds = {
-            "NaN": np.isnan(scale),
-            "infinite": np.isinf(scale),
-            "zero": scale == 0,
-            "negative": (scale < 0) & np.isfinite(scale),
-        }
-        said = [f"{int(mask.sum())} {kind}" for kind, mask in kinds.items() if mask.any()]
-        if said:
-            found.append(
-                f"{name}: per_expert_scale has {' and '.join(said)} of {scale.size} values, folded as they are"
-            )
-    return tuple(found)
+    given_back: dict[str, list[int]] = {}
+    for piece in pieces:
+        if "given_back" in piece.facts:
+            given_back.setdefault(piece.facts["tensor"], []).extend(piece.facts["given_back"])
+    scales = {}
+    for name, tensor in scales_with_base(plan).items():
+        assert tensor.base is not None, "only those have a base"
+        scales[name] = np.ones(tensor.shape[:1], np.float32)
+        own = given_back.get(tensor.name, [])
+        scales[name][own] = read_scale(tensor.base.scale).astype(np.float32)[own]
+    return scales

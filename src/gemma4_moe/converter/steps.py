@@ -1,28 +1,29 @@
-"""What the threads of a conversion do with a block: read it, convert it, hash it, write it."""
+"""The steps of a conversion for one block: read it, convert it, hash it, write it."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gemma4_moe import kernels
-from gemma4_moe.checkpoint.hashing import Chunk, ChunkHasher
+from gemma4_moe.checkpoint.hashing import blake3_of
 from gemma4_moe.checkpoint.readers import PAGE
-from gemma4_moe.converter.overflows import can_overflow, overflows_by_chunk
+from gemma4_moe.converter.blocks import extent_of, room_for
+from gemma4_moe.converter.overflows import can_overflow, count_overflows
 from gemma4_moe.layout.table import Operation, transposes
+from gemma4_moe.target.pieces import Piece, piece_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.checkpoint.readers import Reader
     from gemma4_moe.converter.blocks import Block
     from gemma4_moe.converter.job import Job
-    from gemma4_moe.converter.plan import PlannedTensor
     from gemma4_moe.converter.unfold import Unfolding
     from gemma4_moe.layout import dtypes
-    from gemma4_moe.target.journal import Overflows
+    from gemma4_moe.layout.targets import Read
     from gemma4_moe.target.ledger import Ledger
     from gemma4_moe.target.writers import PageWriter
 
@@ -30,7 +31,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class ConversionSteps:
-    """Reads, converts, hashes and writes the blocks of one job."""
+    """Reads, converts, hashes and writes the blocks of one job. No step knows of another block.
+
+    Attributes:
+        written: The pieces of the blocks that were written.
+    """
 
     def __init__(
         self,
@@ -39,115 +44,103 @@ class ConversionSteps:
         writers: Mapping[str, PageWriter],
         ledger: Ledger,
         unfolding: Unfolding,
+        given_back: Mapping[str, Array],
     ) -> None:
-        """Take what the steps work with.
+        """Take the means of the steps.
 
         Args:
-            job: What is done.
+            job: The job.
             readers: The source's files by name.
             writers: The target's files by name.
-            ledger: Told of what was read and written.
-            unfolding: The experts whose scales come back.
+            ledger: Told of each piece that was written.
+            unfolding: The base's experts.
+            given_back: The scales [E] that are not all one, by the target's name.
         """
         self._scales = job.scales
-        self._unfolding = unfolding
+        self._workers = job.workers
         self._readers = readers
         self._writers = writers
         self._ledger = ledger
-        self._workers = job.workers
-        self._headers = {file.name: memoryview(file.header) for file in job.plan.files}
-        self._sizes = {file.name: file.size for file in job.plan.files}
-        self._source_hasher = ChunkHasher("", 0)
-        self._source_name = ""
-        self._target_hasher = ChunkHasher("", 0)
-        self._target_name = ""
-        self._overflows: deque[Counter[int]] = deque()  # of each block, from the computing to the hashing thread
-        self._counts: dict[Chunk, Counter[str]] = {}  # of each chunk that is not complete, by tensors
+        self._unfolding = unfolding
+        self._given_back = given_back
+        self.written: list[Piece] = []
 
-    def read(self, block: Block, buffer: memoryview) -> memoryview:
-        """Read the block's source bytes, with the pages around them. Scales have none: they get the buffer itself."""
-        source = block.tensor.source
-        if source is None:
-            return buffer
-        offset, size = block.source_span
-        return self._readers[source.file.path.name].read(source.entry.start + offset, size, buffer)
+    def read(self, block: Block, buffer: memoryview) -> list[memoryview]:
+        """Read the bytes of each of the block's reads."""
+        found = []
+        for read in block.reads():
+            reader, extent = self._readers[read.stored.file.path.name], extent_of(read)
+            size = extent.end - extent.start
+            found.append(reader.read(extent.start, size, buffer))
+            buffer = buffer[room_for(size) :]
+        return found
 
-    def compute(self, block: Block, source: memoryview, buffer: memoryview) -> None:
-        """Make the block's target bytes, as far behind a page as they are in the file."""
-        self._hash_source(block, source)
-        offset, size = block.target_span
-        into = buffer[offset % PAGE : offset % PAGE + size]
-        if block.is_copy:
-            np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(source, np.uint8))
-            self._overflows.append(Counter())
-        else:
-            self._overflows.append(self._convert(block, source, into))
-
-    def _convert(self, block: Block, source: memoryview, into: memoryview) -> Counter[int]:
-        """Make a block that is no copy, and count by chunks of the file which finite values have become infinite."""
-        tensor, part = block.tensor, slice(block.first, block.last)
-        rows = block.last - block.first
-        result = _array(into, tensor.dtype, (rows, *tensor.shape[1:]) if transposes(tensor.operation) else (rows,))
+    def compute(self, block: Block, contents: list[memoryview], buffer: memoryview) -> dict[str, Any]:
+        """Make the block's target bytes, as far behind a page as they are in the file, and return facts of it."""
+        tensor = block.tensor
+        into = _target(block, buffer)
         if tensor.source is None:
-            scales = self._unfolding.scales(tensor.name, source)
-            result[...] = 1 if scales is None else scales[part]
-            return Counter()
+            scales = self._given_back.get(tensor.name)
+            result = _array(into, tensor.dtype, (block.last - block.first,))
+            result[...] = 1 if scales is None else scales[block.first : block.last]
+            return {}
+        scale = self._scales.get(tensor.name)
+        factors = None if scale is None else scale[block.first : block.last]
+        given = [*contents, *([] if factors is None else [factors.view(np.uint8).data])]
+        facts: dict[str, Any] = {"tensor": tensor.name, "source": blake3_of(given)}
+        for read, content in zip(block.reads(), contents, strict=True):
+            if block.is_copy:
+                np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(content, np.uint8))
+            else:
+                self._convert(block, read, content, into, factors, facts)
+        return facts
+
+    def _convert(
+        self,
+        block: Block,
+        read: Read[StoredTensor],
+        content: memoryview,
+        into: memoryview,
+        factors: Array | None,
+        facts: dict[str, Any],
+    ) -> None:
+        """Convert what one read gave into its place in the block, and add its facts to `facts`."""
+        tensor, rows = block.tensor, block.last - block.first
+        own = slice(read.experts[0] - block.first, read.experts[1] - block.first)
+        count = own.stop - own.start
         if tensor.operation is Operation.KEEP:
-            given = _array(source, tensor.source.dtype, (rows,))
+            result = _array(into, tensor.dtype, (rows,))[own]
+            given = _array(content, read.stored.dtype, (count,))
             kernels.scale_cast(given, out=result, threads=self._workers)
         else:
-            experts = _array(source, tensor.source.dtype, (rows, *tensor.source.shape[1:]))
-            self._convert_experts(tensor, part, experts, result)
+            assert transposes(tensor.operation), "a scale has no source"
+            result = _array(into, tensor.dtype, (rows, *tensor.shape[1:]))[own, :, slice(*read.rows)]
+            experts = _array(content, read.stored.dtype, (count, result.shape[2], result.shape[1]))
             given = experts.swapaxes(1, 2)
-        if not can_overflow(tensor.source.dtype, tensor.dtype):
-            return Counter()
-        return overflows_by_chunk(given, result, *block.written_range, block.target_span[0])
+            if tensor.base is not None:
+                facts["given_back"] = self._unfolding.convert(tensor, read.experts[0], experts, result)
+            else:
+                scale = None if factors is None else factors[own].astype(np.float32)
+                kernels.transpose_scale_cast(experts, scale=scale, out=result, threads=self._workers)
+        if can_overflow(read.stored.dtype, tensor.dtype) and (number := count_overflows(given, result)):
+            facts["overflowed"] = facts.get("overflowed", 0) + number
 
-    def _convert_experts(self, tensor: PlannedTensor, part: slice, experts: Array, result: Array) -> None:
-        if tensor.comes_back:
-            self._unfolding.convert(tensor.name, part.start, experts, result)
-            return
-        scale = self._scales.get(tensor.name)
-        factors = None if scale is None else scale[part]
-        kernels.transpose_scale_cast(experts, scale=factors, out=result, threads=self._workers)
+    def digest(self, block: Block, buffer: memoryview, facts: dict[str, Any]) -> Piece:
+        """Return the block's piece of its file."""
+        return piece_of(block.file, block.start, _target(block, buffer), **facts)
 
-    def digest(self, block: Block, buffer: memoryview) -> tuple[dict[Chunk, str], Overflows]:
-        """Return the hash of each chunk of the target's file that the block completes, and what overflowed in it."""
-        file, (start, end) = block.file, block.written_range
-        if file != self._target_name:
-            self._target_name = file
-            self._target_hasher = ChunkHasher(file, self._sizes[file])
-        found: dict[Chunk, str] = {}
-        header = self._headers[file]
-        if start == header.nbytes and block.span.start < start:
-            found |= self._target_hasher.feed(block.span.start, header[block.span.start :])
-        begin = _place(block, start)
-        found |= self._target_hasher.feed(start, buffer[begin : begin + end - start])
-        for number, count in self._overflows.popleft().items():
-            self._counts.setdefault(Chunk(file, number), Counter())[block.tensor.name] += count
-        return found, {chunk: self._counts.pop(chunk) for chunk in found if chunk in self._counts}
-
-    def write(self, block: Block, buffer: memoryview, digest: tuple[dict[Chunk, str], Overflows]) -> None:
-        """Write what the run has to write of the block."""
-        start, end = block.written_range
+    def write(self, block: Block, buffer: memoryview, piece: Piece) -> None:
+        """Write the block."""
         writer = self._writers[block.file]
-        writer.write(start, buffer, _place(block, start), _place(block, end))
-        self._ledger.wrote(writer, end - start, *digest)
-
-    def _hash_source(self, block: Block, source: memoryview) -> None:
-        stored = block.tensor.source
-        if stored is None:
-            return
-        if stored.name != self._source_name:
-            self._source_name = stored.name
-            self._source_hasher = ChunkHasher(stored.name, stored.nbytes)
-        self._ledger.read(self._source_hasher.feed(block.source_span[0], source))
+        writer.write(block.start, _target(block, buffer))
+        self._ledger.wrote(writer, piece)
+        self.written.append(piece)
 
 
-def _place(block: Block, position: int) -> int:
-    """Return where in a block's buffer the byte at `position` of the file is."""
-    start, _ = block.target_span
-    return start % PAGE + position - start
+def _target(block: Block, buffer: memoryview) -> memoryview:
+    """Return where in a buffer the block's target bytes are: as far behind a page as in the file."""
+    begin = block.start % PAGE
+    return buffer[begin : begin + block.end - block.start]
 
 
 def _array(buffer: memoryview, dtype: dtypes.DType, shape: tuple[int, ...]) -> Array:

@@ -1,8 +1,8 @@
-"""The demo: a small random model to the nemo layout and back on disk, with every step checked.
+"""The demo: a small random model converted to nemo and back on disk, with every step checked.
 
-Three independent judges: `verify` recomputes each tensor of both conversions and compares bits, transformers loads the
-result and must find every name, and both models must give the same logits. A last line shows that the logits would
-have told: it loses the experts' scales on purpose.
+There are three independent judges. `verify` computes each tensor of both conversions again and compares bits;
+transformers loads the result and must find every name; both models must give the same logits. A control step loses the
+experts' scales on purpose, and passes if the logits then differ.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from gemma4_moe.errors import DifferenceError, StorageError, UsageError
 from gemma4_moe.layout.table import SCALE, Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
-    from rich.console import Console
-    from rich.table import Table
     from transformers import PreTrainedModel
 
 #: Largest difference of two fp32 logits that rounding in the fold explains, with logits of about one.
@@ -33,13 +31,13 @@ _MAX_SHARD_SIZE = "200KB"
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the demo's table.
+    """The check of one step of the demo.
 
     Attributes:
-        step: What was done.
-        finding: What was looked at, and what was found.
-        passed: Whether that is what should be found.
-        tensors: Number of tensors that were looked at, or None.
+        step: The step.
+        finding: The result of the check, in words.
+        passed: Whether it is the expected one.
+        tensors: Number of tensors that were checked, or None.
         files: Number of safetensors files that the step wrote, or None.
         bytes: Their size together, or None.
     """
@@ -52,25 +50,24 @@ class Check:
     bytes: int | None = None
 
 
-def run_demo(directory: Path | None = None, *, console: Console | None = None) -> tuple[Check, ...]:
-    """Convert a small random multimodal model hf → nemo → hf, check every step, and print the findings as a table.
+def run_demo(directory: Path | None, *, show: Callable[[tuple[Check, ...]], object]) -> None:
+    """Convert a small random multimodal model hf → nemo → hf, check every step, and show the checks.
 
     Args:
-        directory: An empty or new directory in which the three checkpoints stay: `hf`, `nemo` and `hf-again`. A
-            temporary one by default, removed at the end.
-        console: Where the table goes; stdout by default.
+        directory: A new or empty directory that keeps the three checkpoints `hf`, `nemo` and `hf-again`; None for a
+            temporary one, which is removed at the end.
+        show: Called with the checks, whether they passed or failed.
 
     Raises:
-        UsageError: The directory has something in it, or torch or transformers is not installed.
-        DifferenceError: A check failed. The table is printed all the same.
+        UsageError: The directory is not empty, or torch or transformers is not installed.
+        DifferenceError: A check failed.
         StorageError: The disk or its permissions refused.
     """
-    from rich.console import Console
-
     _require_libraries()
     if directory is None:
         with temporary_directory("gemma4-moe-demo-") as temporary:
-            return run_demo(Path(temporary), console=console)
+            run_demo(Path(temporary), show=show)
+        return
     with refusals("make the directory", directory):
         directory.mkdir(parents=True, exist_ok=True)
         filled = any(directory.iterdir())
@@ -82,16 +79,15 @@ def run_demo(directory: Path | None = None, *, console: Console | None = None) -
         )
     with _quiet_transformers():
         checks = round_trip(directory)
-    (console or Console()).print(table(checks))
+    show(checks)
     failed = [check.step for check in checks if not check.passed]
     if failed:
         raise DifferenceError(
             "the demo found a difference",
             expected="✓ on every line of the table",
             found=f"✗ at {', '.join(failed)}",
-            hint="give the demo a directory to keep the checkpoints, and look at them with `gemma4-moe verify`",
+            hint="gemma4-moe demo DIR, which keeps the checkpoints, then gemma4-moe verify DIR/hf DIR/nemo",
         )
-    return checks
 
 
 def round_trip(directory: Path) -> tuple[Check, ...]:
@@ -124,7 +120,7 @@ def _save(source: Any, directory: Path) -> None:
     try:
         with refusals("write the model", directory):
             save_model(source, directory, max_shard_size=_MAX_SHARD_SIZE)
-    except SafetensorError as error:  # the library's name for a disk that refuses
+    except SafetensorError as error:  # what safetensors raises if the disk refuses
         raise StorageError(f"can't write the model: {error}", file=directory) from error
 
 
@@ -151,13 +147,13 @@ def _verified(step: str, source: Path, target: Path) -> Check:
 
 
 def _on_disk(directory: Path) -> tuple[int, int]:
-    """Return the number of a checkpoint's weight files, and their size in bytes."""
+    """Return the number of a checkpoint's weight files and their size in bytes."""
     sizes = [file.stat().st_size for file in directory.glob("*.safetensors")]
     return len(sizes), sum(sizes)
 
 
 def _loaded(source: PreTrainedModel, loading: dict[str, object]) -> Check:
-    """Judge what transformers said about names while it loaded the result."""
+    """Check the names that transformers missed or did not expect while it loaded the result."""
     complaints = {kind: names for kind, names in loading.items() if names}
     finding = "; ".join(f"{kind}: {names}" for kind, names in complaints.items()) or "every name found, none left over"
     return Check("from_pretrained", finding, not complaints, len(source.state_dict()) - 1)
@@ -170,7 +166,7 @@ def _same_logits(expected: torch.Tensor, found: torch.Tensor) -> Check:
 
 
 def _told_apart(source: PreTrainedModel, expected: torch.Tensor) -> Check:
-    """Lose the scales of `source`, which changes it, and see whether the logits tell."""
+    """Lose the scales of `source`, in place, and check that the logits differ."""
     from gemma4_moe.demo.small_models import logits
 
     for name, parameter in source.named_parameters():
@@ -179,24 +175,6 @@ def _told_apart(source: PreTrainedModel, expected: torch.Tensor) -> Check:
     difference = (logits(source) - expected).abs().max().item()
     finding = f"max |Δ logit| = {difference:.1e} with the scales lost on purpose"
     return Check("control", finding, difference > 1000 * TOLERANCE)
-
-
-def table(checks: tuple[Check, ...]) -> Table:
-    """Return the checks as a table for people."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    lines = Table(title="Gemma 4 MoE: hf → nemo → hf", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    lines.add_column("step", no_wrap=True)
-    for heading in ("files", "tensors", "bytes"):
-        lines.add_column(heading, justify="right", no_wrap=True)
-    lines.add_column("", no_wrap=True)
-    lines.add_column("finding")
-    for check in checks:
-        numbers = ("" if number is None else f"{number:,}" for number in (check.files, check.tensors, check.bytes))
-        lines.add_row(check.step, *numbers, "[green]✓[/]" if check.passed else "[red]✗[/]", escape(check.finding))
-    return lines
 
 
 def _require_libraries() -> None:
@@ -215,7 +193,7 @@ def _require_libraries() -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Hide transformers' progress bars, which would tear the table apart."""
+    """Hide transformers' progress bars, which would break the table."""
     import transformers
 
     logging: Any = transformers.utils.logging

@@ -1,8 +1,8 @@
 """A small random Gemma 4 mixture-of-experts model, built with transformers, for the demo and for tests.
 
-It has every kind of tensor that the real model has (sliding and full attention, `attention_k_eq_v`, tied embeddings, a
-vision tower) at sizes that are all different: E = 6 experts, H = 64, and by default I = 24, 2I = 48. No scale, norm or
-layer scalar is one, so that a tensor which is lost, exchanged or folded wrongly changes the logits.
+It has every kind of tensor of the real model (sliding and full attention, `attention_k_eq_v`, tied embeddings, a vision
+tower) in sizes that all differ: E = 6 experts, H = 64, and by default I = 24, 2I = 48. No scale, norm or layer scalar
+is one, so that a tensor that is lost, exchanged or folded wrongly changes the logits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-#: Token ids below this one are words; those above stand for images, video and audio.
+#: Token ids below this one are words; the others are placeholders of images, video and audio.
 WORDS = 480
 
 _TEXT: dict[str, Any] = {
@@ -72,9 +72,9 @@ def build_model(
     """Return a `Gemma4ForConditionalGeneration` or a `Gemma4ForCausalLM` with random weights, ready to be called.
 
     Args:
-        kind: "multimodal" has a vision tower and names that start with `model.language_model.`, "text" neither.
+        kind: "multimodal" has a vision tower and names that begin with `model.language_model.`; "text" has neither.
         layers: Number of decoder layers, at least 2: the last has full attention, the others have sliding attention.
-        expert_size: I. Kernels of some engines ask for a multiple of 32.
+        expert_size: I. Kernels of some engines need a multiple of 32.
         dtype: torch's name of the weights' dtype.
         seed: Decides every weight.
     """
@@ -102,7 +102,7 @@ def build_model(
 def _fill(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
     """Draw `tensor` so that logits spread over about one unit and rounding errors in fp32 are not amplified.
 
-    With these ranges a fold that rounds in fp32 moves the logits by up to 2e-6, and a scale that is lost by over 0.3.
+    With these ranges a fold in fp32 changes the logits by up to 2e-6, and a lost scale by more than 0.3.
     """
     if name.endswith(("q_norm.weight", "k_norm.weight")):
         tensor.uniform_(0.2, 0.6, generator=generator)

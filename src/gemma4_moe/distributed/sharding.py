@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,20 @@ def part_of(runs: Sequence[range], first: int, last: int) -> tuple[range, ...]:
             part.append(piece)
         before += len(run)
     return tuple(part)
+
+
+def overlaps(runs: Iterable[range], start: int, end: int) -> Iterator[tuple[slice, range]]:
+    """Yield the indices of (start, end) among those that `runs` hold: their positions there, and the indices.
+
+    A run whose indices are all outside gives nothing.
+    """
+    before = 0
+    for run in runs:
+        common = range(max(run.start, start), min(run.stop, end))
+        if common:
+            position = before + common.start - run.start
+            yield slice(position, position + len(common)), common
+        before += len(run)
 
 
 def joined(runs: Sequence[range]) -> tuple[range, ...]:

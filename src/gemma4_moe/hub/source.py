@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 from gemma4_moe.checkpoint.directory import Checkpoint, open_checkpoint
+from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import refusals
 from gemma4_moe.errors import InputError, StorageError, UsageError
 from gemma4_moe.hub.remote import fetch, open_on_hub
@@ -109,7 +110,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     """
     if is_hub_id(source):
         return fetch(source, revision)
-    path = Path(source)
+    path = expanded(source)
     if revision is not None:
         raise UsageError("a directory has no revision", file=path, found=revision, hint="leave --revision out")
     return path

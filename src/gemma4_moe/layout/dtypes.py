@@ -1,4 +1,4 @@
-"""The dtypes of checkpoints: their names in safetensors, torch and NumPy, their sizes, and which holds which."""
+"""The dtypes of checkpoints: their names in safetensors, torch and NumPy, their sizes, and which holds all of which."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.errors import InputError, TensorShapeError, UsageError
-from gemma4_moe.layout import dtypes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +27,7 @@ class FloatFormat:
     min_exponent: int
 
     def holds(self, other: FloatFormat) -> bool:
-        """Say whether every finite value of `other`, subnormals included, is a value of this format."""
+        """Return whether every finite value of `other`, subnormals included, is a value of this format."""
         return (
             self.precision >= other.precision
             and self.max_exponent >= other.max_exponent
@@ -123,16 +122,16 @@ def named(name: str) -> DType:
     return found
 
 
-def require_expert_dtype(tensor: str, dtype: str, hint: str = "start from the unquantised checkpoint") -> None:
-    """Check that an expert tensor has one of `EXPERT_DTYPES`; `dtype` is its name in torch or in safetensors.
-
-    The error names the dtypes in the language of `dtype`.
+def require_expert_dtype(
+    tensor: str, dtype: str, hint: str = "cast the experts to one of these dtypes, or start from unquantised weights"
+) -> None:
+    """Check that an expert tensor has one of `EXPERT_DTYPES`; `dtype` is torch's name of its dtype.
 
     Raises:
-        TensorShapeError: It has not.
+        TensorShapeError: It has another.
     """
     name = dtype.removeprefix("torch.")
-    allowed = [known.tag if name in BY_TAG else known.name for known in EXPERT_DTYPES]
+    allowed = [known.name for known in EXPERT_DTYPES]
     if name not in allowed:
         raise TensorShapeError(
             "an expert tensor of a dtype that is not converted",
@@ -144,12 +143,12 @@ def require_expert_dtype(tensor: str, dtype: str, hint: str = "start from the un
 
 
 def cast_to(own: DType, wanted: DType | None) -> DType:
-    """Return what a tensor of dtype `own` becomes where floating-point tensors are to become `wanted`, if anything."""
+    """Return the dtype of a tensor of dtype `own` if floating-point tensors are cast to `wanted`."""
     return own if wanted is None or own.float_format is None else wanted
 
 
 def is_exact(source: DType, target: DType) -> bool:
-    """Say whether a cast from `source` to `target` keeps every finite value.
+    """Return whether a cast from `source` to `target` keeps every finite value.
 
     Between two dtypes of which one has no `FloatFormat`, only the identity is called exact.
     """
@@ -164,10 +163,10 @@ def target_dtype(name: str) -> DType:
     """Return the dtype that `--dtype` names.
 
     Raises:
-        UsageError: It is none that an expert tensor may have.
+        UsageError: Expert tensors may not have it.
     """
-    for dtype in dtypes.EXPERT_DTYPES:
+    for dtype in EXPERT_DTYPES:
         if dtype.name == name:
             return dtype
-    known = ", ".join(dtype.name for dtype in dtypes.EXPERT_DTYPES)
+    known = ", ".join(dtype.name for dtype in EXPERT_DTYPES)
     raise UsageError("no dtype to convert to", expected=f"keep, {known}", found=repr(name))

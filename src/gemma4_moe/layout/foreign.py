@@ -1,6 +1,6 @@
-"""Published forms of Gemma 4 MoE that are neither of the two layouts: recognised by their tensors' names, and refused.
+"""Published forms of Gemma 4 MoE that are not converted: they are recognised by the names of tensors, and refused.
 
-`checkpoints.foreign` does the same by the names of files.
+`checkpoint.foreign_formats` does the same by the names of files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class ForeignSpelling:
 
 _DEQUANTISE = "quantised experts are not dequantised here: start from the unquantised checkpoint"
 
-#: By rank: the first that any tensor shows names the whole checkpoint. Quantised experts are per-expert, too.
+#: In order of precedence: the first form that any tensor shows names the checkpoint. Quantised forms have one tensor an
+#: expert, too.
 FOREIGN_SPELLINGS = tuple(
     ForeignSpelling(name, reason, re.compile(pattern, re.DOTALL))
     for name, reason, pattern in (
@@ -54,5 +55,5 @@ FOREIGN_SPELLINGS = tuple(
 
 
 def foreign_spelling(name: str) -> ForeignSpelling | None:
-    """Return the foreign form that has a tensor of this name, or None."""
+    """Return the foreign form that has a tensor of this name, or None if there is none."""
     return next((form for form in FOREIGN_SPELLINGS if form.pattern.fullmatch(name)), None)

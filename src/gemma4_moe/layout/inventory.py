@@ -1,7 +1,7 @@
-"""What a set of names and shapes holds: each name explained, each shape checked, each layer complete.
+"""What a set of tensors holds: each name explained, each shape and dtype checked, each layer complete.
 
-The adapter, the planner and `inspect` read their input through an `Inventory`, so that all refuse the same things with
-the same words. It sees names and shapes alone, never values.
+Everything that takes tensors in does so through an `Inventory`, so that all refuse the same things in the same words.
+An inventory sees names, shapes and dtypes alone, never values.
 """
 
 from __future__ import annotations
@@ -9,54 +9,66 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gemma4_moe.errors import DuplicateTensorError, IncompleteExpertsError, TensorShapeError
-from gemma4_moe.layout.names import MoEName, parse
-from gemma4_moe.layout.table import Layout, Rule, shape_of
+from gemma4_moe.layout.dtypes import require_expert_dtype
+from gemma4_moe.layout.names import LayerKey, MoEName, lookup, parse
+from gemma4_moe.layout.spellings import WHOLE, Part
+from gemma4_moe.layout.table import Layout, Operation, Rule, shape_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-Owner = tuple[str, int]
+#: The tensors of one role of a layer, by what each holds of it: full name and dtype.
+Parts = dict[Part, tuple[str, str | None]]
 
 
 class Inventory:
-    """The names of one state dict or checkpoint in one layout.
+    """The tensors of one state dict or checkpoint in one layout.
 
     Sizes of E, H and I that are given hold for every layer. Those that aren't are learned from the first tensor that
     shows them, for each prefix on its own, and must agree from there on.
 
     Attributes:
         layout: The layout in which names are explained.
-        layers: For each layer, by prefix and number, the row and the full name of every tensor seen.
+        names: What each name means, in the order in which they were added; None if both layouts have the name.
+        layers: For each layer, the row of every tensor seen and the tensors that make it up.
     """
 
-    def __init__(self, layout: Layout, sizes: dict[str, int] | None = None) -> None:
+    def __init__(self, layout: Layout, sizes: Mapping[str, int] | None = None) -> None:
         self.layout = layout
-        self.layers: dict[Owner, dict[Rule, str]] = {}
+        self.names: dict[str, MoEName | None] = {}
+        self.layers: dict[LayerKey, dict[Rule, Parts]] = {}
         self._given = dict(sizes or {})
         self._learned: dict[str, dict[str, tuple[int, str]]] = {}
         self._seen: set[str] = set()
 
-    def add(self, name: str, shape: Sequence[int]) -> MoEName | None:
-        """Take in one tensor and return what its name means, None where it is the same in both layouts.
+    def add(self, name: str, shape: Sequence[int] | None, dtype: str | None = None) -> MoEName | None:
+        """Take in one tensor and return what its name means, or None if the name is the same in both layouts.
+
+        Args:
+            name: Its name.
+            shape: Its whole shape; None if it is not known.
+            dtype: torch's name of its dtype; None if it is not known.
 
         Raises:
             UnknownTensorError: A name in the experts or the router that the layout does not have.
             DuplicateTensorError: A second tensor of the same meaning.
-            TensorShapeError: A shape that its row, the given sizes or the other tensors rule out.
+            TensorShapeError: A shape that its row, the given sizes or the other tensors rule out; or a dtype that
+                experts may not have, or that is not the one of the role's other tensors.
         """
         if name in self._seen:
             raise DuplicateTensorError("two entries of one name", tensor=name, hint="keep one of them")
         self._seen.add(name)
         parsed = parse(name, self.layout)
-        if parsed is None:
-            return None
-        seen = self.layers.setdefault(parsed.owner, {})
-        if parsed.rule in seen:
-            raise DuplicateTensorError(
-                "two spellings of one tensor", tensor=name, found=f"also {seen[parsed.rule]}", hint="keep one of them"
-            )
-        seen[parsed.rule] = name
-        self._check_shape(name, parsed, tuple(shape))
+        if parsed is not None:
+            parts = self.layers.setdefault(parsed.layer_key, {}).setdefault(parsed.rule, {})
+            _check_single(name, parsed.part, parts)
+            parts[parsed.part] = name, dtype
+            if shape is not None:
+                self._check_shape(name, parsed, tuple(shape))
+            if parsed.rule.operation is not Operation.KEEP and dtype is not None:
+                require_expert_dtype(name, dtype)
+                _check_same_dtype(name, dtype, parts)
+        self.names[name] = parsed
         return parsed
 
     def sizes(self, prefix: str) -> dict[str, int]:
@@ -68,23 +80,44 @@ class Inventory:
         """Check that every layer that has any of the experts' tensors has all of `rules`.
 
         Raises:
-            IncompleteExpertsError: One is missing.
+            IncompleteExpertsError: A role is missing, or the tensor of an expert.
         """
         wanted = tuple(rules)
-        for (prefix, layer), seen in self.layers.items():
+        for key, seen in self.layers.items():
             missing = [rule for rule in wanted if rule not in seen]
             if missing and any(rule in seen for rule in wanted):
-                path = MoEName(prefix, layer, missing[0]).layer_path
+                path = MoEName(*key, missing[0]).layer_path
+                names = [name for rule, parts in seen.items() if rule in wanted for name, _ in parts.values()]
                 raise IncompleteExpertsError(
-                    f"Incomplete expert weights for layer {layer}: {', '.join(rule.role for rule in missing)} missing",
+                    f"Incomplete expert weights for layer {key[1]}: {', '.join(rule.role for rule in missing)} missing",
                     tensor=path + missing[0].name(self.layout),
                     expected=", ".join(rule.name(self.layout) for rule in wanted),
-                    found=", ".join(name.removeprefix(path) for rule, name in seen.items() if rule in wanted),
+                    found=", ".join(name.removeprefix(path) for name in _few(names)),
                     hint="give all of a layer's tensors together; a shard file of the checkpoint may be missing",
                 )
+            for rule, parts in seen.items():
+                if rule in wanted and WHOLE not in parts:
+                    self._check_parts(key, rule, parts)
+
+    def _check_parts(self, key: LayerKey, rule: Rule, parts: Parts) -> None:
+        """Check that a role that is stored in several tensors has all of them."""
+        first, _ = next(iter(parts.values()))
+        parsed = lookup(first, self.layout)
+        assert parsed is not None, "a tensor of a layer"
+        experts = self.sizes(parsed.prefix).get("E", 1 + max(part.expert or 0 for part in parts))
+        wanted = {part: parsed.layer_path + rest for rest, part in parsed.spelling.parts(rule, experts)}
+        missing = [name for part, name in wanted.items() if part not in parts]
+        if missing:
+            raise IncompleteExpertsError(
+                f"Incomplete expert weights for layer {key[1]}: part of {rule.role} missing",
+                tensor=missing[0],
+                expected=f"{len(wanted)} tensors",
+                found=f"{len(parts)} tensors, without {', '.join(_few(missing))}",
+                hint="give all of a layer's tensors together; a shard file of the checkpoint may be missing",
+            )
 
     def _check_shape(self, name: str, parsed: MoEName, shape: tuple[int, ...]) -> None:
-        axes = parsed.rule.axes(self.layout)
+        axes = parsed.axes(self.layout)
         learned = self._learned.setdefault(parsed.prefix, {})
         if len(shape) == len(axes):
             for axis, size in zip(axes, shape, strict=True):
@@ -93,17 +126,52 @@ class Inventory:
                     learned.setdefault(letter, (value, name))
         known = self.sizes(parsed.prefix)
         unbound = any(axis.removeprefix("2") not in known for axis in axes)
-        if unbound or shape != shape_of(parsed.rule, self.layout, known):
+        beyond = parsed.part.expert is not None and parsed.part.expert >= known.get("E", parsed.part.expert + 1)
+        if unbound or beyond or shape != _shape(parsed, self.layout, known):
             sources = ", ".join(
                 f"{letter} = {size} from {learned[letter][1] if letter in learned else 'the config'}"
                 for letter, size in sorted(known.items())
             )
             expected = [known.get(a, a) if a != "2I" else (2 * known["I"] if "I" in known else a) for a in axes]
             raise TensorShapeError(
-                "a tensor of the wrong shape",
+                "an expert that the model does not have" if beyond else "a tensor of the wrong shape",
                 tensor=name,
                 expected=f"[{', '.join(axes)}] = {expected} ({sources})",
                 found=list(shape),
                 hint="check that the config and the tensors belong to the same model, and that this is the "
                 f"{self.layout} layout",
             )
+
+
+def _check_single(name: str, part: Part, parts: Parts) -> None:
+    """Check that no tensor of the role that is there holds any of what `part` holds."""
+    first = next(iter(parts), part)
+    alike = first.slots == part.slots and (first.expert is None) == (part.expert is None)
+    known = parts.get(part) if alike else parts[first]
+    if known is not None:
+        raise DuplicateTensorError(
+            "two spellings of one tensor", tensor=name, found=f"also {known[0]}", hint="keep one of them"
+        )
+
+
+def _shape(parsed: MoEName, layout: Layout, sizes: dict[str, int]) -> tuple[int, ...]:
+    if parsed.part == WHOLE:
+        return shape_of(parsed.rule, layout, sizes)
+    return parsed.part.shape(shape_of(parsed.rule, layout, {"E": 1} | sizes))
+
+
+def _check_same_dtype(name: str, dtype: str, parts: Parts) -> None:
+    """Check that a tensor has the dtype of the first one of its role."""
+    first, known = next(iter(parts.values()))
+    if known is not None and known != dtype:
+        raise TensorShapeError(
+            "tensors of one role with different dtypes",
+            tensor=name,
+            expected=f"{known}, as {first} has",
+            found=dtype,
+            hint="give all tensors of a role in one dtype",
+        )
+
+
+def _few(names: Sequence[str]) -> list[str]:
+    return [*names[:8], *(["..."] if len(names) > 8 else [])]

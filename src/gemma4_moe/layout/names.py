@@ -1,4 +1,4 @@
-"""Names of tensors: which row of the table a name means, and in which layer; names in order, and folded over layers."""
+"""Names of tensors: the row and layer that a name means, names in natural order, and names folded over layers."""
 
 from __future__ import annotations
 
@@ -7,31 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemma4_moe.errors import UnknownTensorError
+from gemma4_moe.layout import spellings
 from gemma4_moe.layout.foreign import foreign_spelling
-from gemma4_moe.layout.table import (
-    MOE_MODULES,
-    RULES,
-    ExpertRow,
-    Layout,
-    Rule,
-    Spelling,
-)
+from gemma4_moe.layout.spellings import CURRENT, WHOLE, Part, Spelling
+from gemma4_moe.layout.table import MOE_MODULES, RULES, Layout, Rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def _lookup(layout: Layout) -> dict[str, tuple[Rule, Spelling]]:
-    table: dict[str, tuple[Rule, Spelling]] = {}
-    for rule in RULES:
-        for rest, spelling in rule.names(layout).items():
-            if rest in table:
-                raise AssertionError(f"two rows of the {layout} layout are spelled {rest}")
-            table[rest] = (rule, spelling)
-    return table
+#: The key of a layer: its prefix and its number. Two towers may both have a layer 0.
+LayerKey = tuple[str, int]
 
-
-_LOOKUP = {layout: _lookup(layout) for layout in Layout}
+_NEMO_ROWS = {rule.nemo: rule for rule in RULES if rule.in_nemo}
 
 _IN_LAYER = re.compile(r"(?P<prefix>(?:.+\.)?)layers\.(?P<layer>0|[1-9][0-9]{0,8})\.(?P<rest>.+)", re.ASCII | re.DOTALL)
 
@@ -44,17 +32,19 @@ class MoEName:
         prefix: Everything before `layers.`, its dot included.
         layer: The layer's number L.
         rule: The row.
-        spelling: Which spelling the name has.
+        spelling: The published form that has this name.
+        part: What the tensor holds of the row's.
     """
 
     prefix: str
     layer: int
     rule: Rule
-    spelling: Spelling = Spelling.CURRENT
+    spelling: Spelling = CURRENT
+    part: Part = WHOLE
 
     @property
-    def owner(self) -> tuple[str, int]:
-        """What tells this name's layer from all other layers: two towers may both have a layer 0."""
+    def layer_key(self) -> LayerKey:
+        """The key of its layer."""
         return self.prefix, self.layer
 
     @property
@@ -76,9 +66,9 @@ class MoEName:
         """Return the whole name in `layout`, current spelling."""
         return self.layer_path + self.rule.name(layout)
 
-    def of_expert(self, row: ExpertRow, expert: int) -> str:
-        """Return the whole hf name of one expert's part of this tensor."""
-        return self.layer_path + row.hf.format(expert)
+    def axes(self, layout: Layout) -> tuple[str, ...]:
+        """Return the axes of the tensor of this name."""
+        return self.part.axes(self.rule.axes(layout))
 
     def sibling(self, rule: Rule) -> MoEName:
         """Return the name of another row in the same layer, current spelling."""
@@ -86,27 +76,41 @@ class MoEName:
 
 
 def lookup(name: str, layout: Layout) -> MoEName | None:
-    """Return the row that explains `name` in `layout` and where it stands, None where no row does."""
+    """Return the row that explains `name` in `layout` and its layer, or None if no row does."""
     match = _IN_LAYER.fullmatch(name)
-    row = _LOOKUP[layout].get(match["rest"]) if match else None
-    return MoEName(match["prefix"], int(match["layer"]), *row) if match and row else None
+    if match is None:
+        return None
+    prefix, layer, rest = match["prefix"], int(match["layer"]), match["rest"]
+    if layout is Layout.NEMO:
+        rule = _NEMO_ROWS.get(rest)
+        return None if rule is None else MoEName(prefix, layer, rule)
+    found = spellings.find(rest)
+    if found is None:
+        return None
+    spelling, rule, part = found
+    return MoEName(prefix, layer, rule, spelling, part)
 
 
-def layer_of(name: str) -> tuple[str, int] | None:
-    """Return what stands before `layers.` in `name`, and the layer's number; None for a name outside all layers."""
+def layer_of(name: str) -> LayerKey | None:
+    """Return the key of the layer that `name` belongs to, or None for a name outside all layers."""
     match = _IN_LAYER.fullmatch(name)
     return (match["prefix"], int(match["layer"])) if match else None
+
+
+def _known(layout: Layout) -> Iterable[str]:
+    """Return every REST of a layout; "{}" stands for an expert's number."""
+    return _NEMO_ROWS if layout is Layout.NEMO else spellings.known_names()
 
 
 def parse(name: str, layout: Layout) -> MoEName | None:
     """Explain `name` as a name of `layout`.
 
     Returns:
-        The row and where it stands, or None where the name is the same in both layouts.
+        The row and its layer, or None if the name is the same in both layouts.
 
     Raises:
-        UnknownTensorError: The name stands in a module that belongs to the experts or the router and is not in the
-            table, or carries a name of the table outside a layer.
+        UnknownTensorError: The name is in a module of the experts or the router but not in the table; or it is a name
+            of the table outside a layer.
     """
     found = lookup(name, layout)
     if found is not None:
@@ -115,10 +119,10 @@ def parse(name: str, layout: Layout) -> MoEName | None:
     rest = match["rest"] if match else name
     if match is not None and rest.split(".")[0] in MOE_MODULES:
         raise _unknown(name, rest, layout)
-    for known in _LOOKUP[layout]:
+    for known in _known(layout):
         if rest == known or rest.endswith("." + known):
             raise UnknownTensorError(
-                f"a name of the {layout} layout that stands outside a layer",
+                f"a name of the {layout} layout outside a layer",
                 tensor=name,
                 expected=f"<prefix>layers.<number>.{known}",
                 found=name,
@@ -127,12 +131,18 @@ def parse(name: str, layout: Layout) -> MoEName | None:
     return None
 
 
+_HINTS = {
+    Layout.HF: "start from a published Gemma 4 checkpoint",
+    Layout.NEMO: "exclude it, by exclude_key_regex of to_hf, if it isn't part of the model",
+}
+
+
 def _unknown(name: str, rest: str, layout: Layout) -> UnknownTensorError:
-    if rest in _LOOKUP[layout.other]:
+    if lookup(name, layout.other) is not None:
         return UnknownTensorError(
             f"a name of the {layout.other} layout where the {layout} layout is read",
             tensor=name,
-            expected=f"one of {', '.join(_LOOKUP[layout])}",
+            expected=f"one of {', '.join(_known(layout))}",
             found=rest,
             hint=f"convert in the other direction, or give a state dict in the {layout} layout",
         )
@@ -140,9 +150,9 @@ def _unknown(name: str, rest: str, layout: Layout) -> UnknownTensorError:
     return UnknownTensorError(
         f"a tensor in the experts or the router that the {layout} layout does not have",
         tensor=name,
-        expected=f"one of {', '.join(_LOOKUP[layout])}",
+        expected=f"one of {', '.join(_known(layout))}",
         found=f"{rest} ({foreign.name})" if foreign else rest,
-        hint=foreign.reason if foreign else "remove the tensor, or exclude it if it isn't part of the model",
+        hint=foreign.reason if foreign else _HINTS[layout],
     )
 
 
@@ -150,7 +160,7 @@ _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
 
 
 def fold_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Fold names that differ in numbers only, in the order of their first; return each with the names it stands for."""
+    """Return names folded over their numbers, in the order of their first, each with the names that it stands for."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_pattern(name), []).append(name)
@@ -182,5 +192,5 @@ def _numbers(values: list[int]) -> str:
 
 
 def natural_key(name: str) -> tuple[str | int, ...]:
-    """Return a key that sorts names as a person would: layers.2 before layers.10."""
+    """Return a key for natural order: layers.2 before layers.10."""
     return tuple(int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name))

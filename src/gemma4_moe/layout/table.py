@@ -2,11 +2,11 @@
 
 `hf` is the layout that transformers (5.5 and later) publishes, `nemo` the grouped-expert layout that NVIDIA NeMo
 AutoModel trains. Axis letters: E experts, H hidden size, I inner size of an expert; the 2I rows are the gate's, then
-the up projection's. A name is `P layers.L.REST`: P is whatever stands before (`model.language_model.`, `model.`,
-nothing, ...) and is kept as it is, L is the layer's number, REST is looked up in `RULES`. What REST is not in the
-table, and not in a module that belongs to the experts or the router, has the same name and bytes in both layouts.
+the up projection's. A name is `P layers.L.REST`. P is any prefix (`model.language_model.`, `model.`, nothing, ...) and
+is kept as it is, L is the layer's number, REST is looked up in `RULES`. A tensor outside the modules of the experts and
+the router has the same name and bytes in both layouts.
 
-This is the only place that knows these names.
+Only the names of other published forms of the hf layout are elsewhere: in `spellings`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,12 @@ class Layout(StrEnum):
 
 
 class Operation(StrEnum):
-    """What happens to a tensor between the layouts; `transforms` says what each does to shapes and bits."""
+    """The operations between the layouts; `converted_shape` and `converted_axis` are their effect on shapes."""
 
     KEEP = "keep"
     TRANSPOSE = "transpose"
     TRANSPOSE_SCALE = "transpose, × per_expert_scale"
     FOLD = "folded into down_projs; ones on the way back"
-
-
-class Spelling(StrEnum):
-    """The two ways in which the hf layout has been published."""
-
-    CURRENT = "current"
-    LEGACY = "legacy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +49,6 @@ class Rule:
         hf_axes: Axes in the hf layout.
         nemo_axes: Axes in the nemo layout; empty for a tensor that is folded away.
         operation: What happens from hf to nemo.
-        legacy: REST in the hf layout's legacy spelling, if it differs.
     """
 
     role: str
@@ -65,7 +57,6 @@ class Rule:
     hf_axes: tuple[str, ...]
     nemo_axes: tuple[str, ...]
     operation: Operation
-    legacy: str | None = None
 
     @property
     def in_nemo(self) -> bool:
@@ -73,26 +64,40 @@ class Rule:
         return bool(self.nemo_axes)
 
     def name(self, layout: Layout) -> str:
-        """Return REST in `layout`, current spelling; for what is folded away, that of the tensor that takes it in."""
+        """Return REST in `layout`, current spelling; of a folded tensor, that of the tensor that takes it in."""
         return self.hf if layout is Layout.HF else self.nemo
 
     def axes(self, layout: Layout) -> tuple[str, ...]:
         """Return the axes of this row's tensor in `layout`."""
         return self.hf_axes if layout is Layout.HF else self.nemo_axes
 
-    def names(self, layout: Layout) -> dict[str, Spelling]:
-        """Return every REST that means this row in `layout`."""
-        if layout is Layout.NEMO:
-            return {self.nemo: Spelling.CURRENT} if self.in_nemo else {}
-        return {self.hf: Spelling.CURRENT} | ({self.legacy: Spelling.LEGACY} if self.legacy else {})
+    @property
+    def is_matrices(self) -> bool:
+        """Whether it holds a matrix an expert: [E, R, C]."""
+        return len(self.hf_axes) == 3
+
+    def yields(self, target: Layout) -> tuple[Rule, ...]:
+        """Return the rows that this row's tensor becomes in the other layout, `target`, itself first.
+
+        A tensor that took in another on the way to nemo gives it back on the way to hf.
+        """
+        if target is Layout.NEMO:
+            return (self,) if self.in_nemo else ()
+        return tuple(rule for rule in RULES if rule.nemo == self.nemo)
+
+    @property
+    def factor(self) -> Rule | None:
+        """The row [E] that multiplies this row's experts on the way to nemo, or None."""
+        folded = (rule for rule in RULES if rule.nemo == self.nemo and rule.operation is Operation.FOLD)
+        return next(folded, None) if self.operation is Operation.TRANSPOSE_SCALE else None
 
 
 # fmt: off
-GATE_UP       = Rule("gate_up",       "experts.gate_up_proj",    "moe.experts.gate_and_up_projs", ("E", "2I", "H"), ("E", "H", "2I"), Operation.TRANSPOSE,       "moe.gate_up_proj")
+GATE_UP       = Rule("gate_up",       "experts.gate_up_proj",    "moe.experts.gate_and_up_projs", ("E", "2I", "H"), ("E", "H", "2I"), Operation.TRANSPOSE)
 
-DOWN          = Rule("down",          "experts.down_proj",       "moe.experts.down_projs",        ("E", "H", "I"),  ("E", "I", "H"),  Operation.TRANSPOSE_SCALE, "moe.down_proj")
+DOWN          = Rule("down",          "experts.down_proj",       "moe.experts.down_projs",        ("E", "H", "I"),  ("E", "I", "H"),  Operation.TRANSPOSE_SCALE)
 
-SCALE         = Rule("scale",         "router.per_expert_scale", "moe.experts.down_projs",        ("E",),           (),               Operation.FOLD,            "moe.per_expert_scale")
+SCALE         = Rule("scale",         "router.per_expert_scale", "moe.experts.down_projs",        ("E",),           (),               Operation.FOLD)
 
 ROUTER_WEIGHT = Rule("router weight", "router.proj.weight",      "moe.gate.proj.weight",          ("E", "H"),       ("E", "H"),       Operation.KEEP)
 
@@ -102,28 +107,6 @@ RULES = (GATE_UP, DOWN, SCALE, ROUTER_WEIGHT, ROUTER_SCALE)
 
 #: The rows without which a layer's experts can't be computed in each layout.
 EXPERT_RULES = {Layout.HF: (GATE_UP, DOWN, SCALE), Layout.NEMO: (GATE_UP, DOWN)}
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertRow:
-    """One expert's part of a row in the hf layout, as a tensor of its own with two axes: what some engines ask for.
-
-    Attributes:
-        hf: REST, with a place for the expert's number.
-        hf_axes: Axes of the part.
-        part: Which of the row's equal parts along its first inner axis this is.
-    """
-
-    hf: str
-    hf_axes: tuple[str, str]
-    part: int = 0
-
-# fmt: off
-#: The rows that can be written expert by expert, and what each expert's part of them is called.
-EXPERT_ROWS = {
-    GATE_UP: (ExpertRow("experts.{}.gate_proj.weight", ("I", "H"), 0), ExpertRow("experts.{}.up_proj.weight", ("I", "H"), 1)),
-    DOWN:    (ExpertRow("experts.{}.down_proj.weight", ("H", "I")),),
-}
 
 #: The rows that every layer of a checkpoint must have in each layout.
 CHECKPOINT_RULES = {layout: tuple(rule for rule in RULES if rule.axes(layout)) for layout in Layout}
@@ -136,17 +119,12 @@ _TRANSPOSING = frozenset({Operation.TRANSPOSE, Operation.TRANSPOSE_SCALE})
 
 
 def transposes(operation: Operation) -> bool:
-    """Say whether `operation` exchanges the last two axes."""
+    """Return whether `operation` exchanges the last two axes."""
     return operation in _TRANSPOSING
 
 
-def scales(operation: Operation, source: Layout) -> bool:
-    """Say whether `operation`, starting from `source`, multiplies each expert by its scale."""
-    return operation is Operation.TRANSPOSE_SCALE and source is Layout.HF
-
-
 def converted_shape(operation: Operation, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape on the other side of `operation`. [..., R, C] becomes [..., C, R] where axes are exchanged."""
+    """Return the shape on the other side of `operation`: [..., R, C] becomes [..., C, R] if it exchanges axes."""
     if not transposes(operation):
         return shape
     *leading, rows, columns = shape
@@ -154,7 +132,7 @@ def converted_shape(operation: Operation, shape: tuple[int, ...]) -> tuple[int, 
 
 
 def converted_axis(operation: Operation, axis: int, ndim: int) -> int:
-    """Return where axis `axis` of an `ndim`-dimensional tensor lies on the other side of `operation`.
+    """Return the axis that `axis` of an `ndim`-dimensional tensor becomes on the other side of `operation`.
 
     A placement `Shard(axis)` becomes `Shard(converted_axis(...))`: no data crosses ranks.
     """
@@ -169,9 +147,9 @@ def shape_of(rule: Rule, layout: Layout, sizes: dict[str, int]) -> tuple[int, ..
 
 
 def folds_in_place_exactly(file: DType, model: DType) -> bool:
-    """Say whether loading `file` values into `model` storage and scaling there rounds only once.
+    """Return whether loading `file` values into `model` storage and scaling there rounds only once.
 
-    The load itself rounds each value to the model's dtype before the scale multiplies. That is harmless only where
+    The load itself rounds each value to the model's dtype before the scale multiplies. That is harmless only if
     every value of the file's dtype is a value of the model's.
     """
     return is_exact(file, model)

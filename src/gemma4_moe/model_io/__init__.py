@@ -1,4 +1,4 @@
-"""Sharded models straight from and to checkpoint directories, and a preview of the memory that a mesh will need.
+"""Sharded models straight from and to checkpoint directories: `load_hf` and `save_hf`.
 
 May import: everything below the converter, and the converter.
 """

@@ -14,21 +14,23 @@ from torch.distributed.tensor import DTensor
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.converter.blocks import BLOCK_BYTES
+from gemma4_moe.converter.mesh_preview import load_staging_bytes
 from gemma4_moe.converter.plan import make_plan
 from gemma4_moe.distributed.placements import local_of, placed, take
-from gemma4_moe.distributed.sharding import count, part_of
+from gemma4_moe.distributed.sharding import count, overlaps
 from gemma4_moe.errors import TensorShapeError, UnknownTensorError, UsageError
 from gemma4_moe.hub.source import locate
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES
-from gemma4_moe.layout.table import Layout, converted_axis, transposes
+from gemma4_moe.layout.table import Layout, transposes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.converter.plan import PlannedTensor
+    from gemma4_moe.layout.targets import Source
 
 #: The dtypes of a model that any floating-point dtype of a file may be loaded into.
 _CASTABLE = tuple(getattr(torch, dtype.name) for dtype in EXPERT_DTYPES)
@@ -145,49 +147,81 @@ def _check_dtype(name: str, dtype: torch.dtype, planned: PlannedTensor) -> None:
 
 def _fill(tensor: torch.Tensor, planned: PlannedTensor, staging: torch.Tensor) -> int:
     """Fill this rank's part of one tensor through `staging`, and return how many bytes were read."""
-    source = planned.source
-    assert source is not None, "every nemo tensor comes from an hf tensor"
-    ndim = len(source.shape)
+    assert planned.source is not None, "every nemo tensor comes from an hf tensor"
     runs = (
         placed(tensor, planned.name).runs(planned.shape)
         if isinstance(tensor, DTensor)
         else tuple((range(size),) for size in planned.shape)
     )
-    hf_runs = tuple(runs[converted_axis(planned.operation, axis, ndim)] for axis in range(ndim))
     local = local_of(tensor)
     if local.numel() == 0:
         return 0
-    scale, read_bytes = None, 0
+    if not transposes(planned.operation):
+        return _fill_same(local, runs, planned.source.parts[0].stored, staging)
+    factors, read_bytes = None, 0
     if planned.scale is not None:
-        scale = take(_read(planned.scale, 0, planned.scale.nbytes, staging), hf_runs[:1]).to(local.device, copy=True)
-        read_bytes += planned.scale.nbytes
-    rows, row_shape = (hf_runs[0], source.shape[1:]) if ndim else ((range(1),), ())
-    row_bytes = source_row_bytes(planned)
-    target = local if ndim else local.reshape(1)
-    step = rows_at_once(row_bytes)
-    for first in range(0, count(rows), step):
-        done = first
-        for run in part_of(rows, first, first + step):
-            block = _read(source, run.start * row_bytes, len(run) * row_bytes, staging).view(len(run), *row_shape)
-            part = take(block, ((range(len(run)),), *hf_runs[1:])).to(local.device)
-            out = target[done : done + len(run)]
-            if transposes(planned.operation):
-                factor = None if scale is None else scale[done : done + len(run)]
-                transpose_scale_cast(part, scale=factor, out=out)
-            elif source.dtype.float_format is None or out.dtype not in _CASTABLE:
-                out.copy_(part)
-            else:
-                scale_cast(part, out=out)
-            done += len(run)
-            read_bytes += len(run) * row_bytes
+        factors = _read(planned.scale, 0, planned.scale.nbytes, staging).to(local.device, copy=True)
+        read_bytes = planned.scale.nbytes
+    return read_bytes + _fill_experts(local, runs, planned.source, factors, staging)
+
+
+def _fill_experts(
+    local: torch.Tensor,
+    runs: Sequence[Sequence[range]],
+    source: Source[StoredTensor],
+    factors: torch.Tensor | None,
+    staging: torch.Tensor,
+) -> int:
+    """Fill the experts [e, c, r] at `runs` of a native tensor [E, C, R], and return how many bytes were read.
+
+    Each stored tensor goes through the kernel straight to the experts and rows that it holds.
+    """
+    read_bytes = 0
+    step = rows_at_once(_row_bytes(source))
+    for held, experts in overlaps(runs[0], 0, source.shape[0]):
+        for first in range(experts.start, experts.stop, step):
+            for read in source.reads(first, min(first + step, experts.stop)):
+                places = list(overlaps(runs[2], *read.rows))
+                if not places:
+                    continue
+                (start, end), (top, bottom) = read.experts, read.rows
+                raw = _read(read.stored, read.start, read.end - read.start, staging)
+                block = raw.view(end - start, bottom - top, source.shape[2])
+                out = local[held][start - experts.start : end - experts.start]
+                for columns, rows in places:
+                    part = take(block, ((range(end - start),), (range(rows.start - top, rows.stop - top),), runs[1]))
+                    factor = None if factors is None else factors[start:end]
+                    transpose_scale_cast(part.to(local.device), scale=factor, out=out[:, :, columns])
+                read_bytes += read.end - read.start
     return read_bytes
 
 
-def _read(source: StoredTensor, offset: int, size: int, staging: torch.Tensor) -> torch.Tensor:
+def _fill_same(
+    local: torch.Tensor, runs: Sequence[Sequence[range]], stored: StoredTensor, staging: torch.Tensor
+) -> int:
+    """Fill the part at `runs` of a tensor that is the same in both layouts; return how many bytes were read."""
+    rows, shape = (runs[0], stored.shape[1:]) if stored.shape else ((range(1),), ())
+    row_bytes = _row_bytes(stored)
+    target = local if stored.shape else local.reshape(1)
+    step = rows_at_once(row_bytes)
+    for held, indices in overlaps(rows, 0, max(run.stop for run in rows)):
+        for first in range(indices.start, indices.stop, step):
+            last = min(first + step, indices.stop)
+            block = _read(stored, first * row_bytes, (last - first) * row_bytes, staging).view(last - first, *shape)
+            part = take(block, ((range(last - first),), *runs[1:])).to(local.device)
+            out = target[held][first - indices.start : last - indices.start]
+            if stored.dtype.float_format is None or out.dtype not in _CASTABLE:
+                out.copy_(part)
+            else:
+                scale_cast(part, out=out)
+    return count(rows) * row_bytes
+
+
+def _read(stored: StoredTensor, offset: int, size: int, staging: torch.Tensor) -> torch.Tensor:
     """Read a range of a stored tensor into the start of `staging`, as a flat tensor of its dtype."""
     raw = staging[:size]
-    source.read_into(raw.numpy().data, offset)
-    return raw.view(getattr(torch, source.dtype.name))
+    stored.read_into(raw.numpy().data, offset)
+    return raw.view(getattr(torch, stored.dtype.name))
 
 
 def rows_at_once(row_bytes: int) -> int:
@@ -195,12 +229,6 @@ def rows_at_once(row_bytes: int) -> int:
     return max(1, BLOCK_BYTES // max(1, row_bytes))
 
 
-def source_row_bytes(planned: PlannedTensor) -> int:
-    """Return what the file has for one index of a native tensor's first axis, in bytes; of a scalar, all of it."""
-    assert planned.source is not None, "every nemo tensor comes from an hf tensor"
-    return planned.source.nbytes // max(1, planned.source.shape[0] if planned.source.shape else 1)
-
-
-def load_staging_bytes(tensors: Iterable[PlannedTensor]) -> int:
-    """Return what a load needs beside the model, in bytes; the file's dtypes decide, not the model's."""
-    return max([BLOCK_BYTES, *map(source_row_bytes, tensors)])
+def _row_bytes(stored: StoredTensor | Source[StoredTensor]) -> int:
+    """Return the size in bytes of one index of axis 0; of a scalar, all of it."""
+    return stored.nbytes // max(1, stored.shape[0] if stored.shape else 1)

@@ -9,13 +9,12 @@ from torch.distributed.tensor import DTensor
 
 from gemma4_moe.checkpoint.config import read_config
 from gemma4_moe.checkpoint.recognition import check_layer_count, config_sizes
-from gemma4_moe.converter.plan import PlannedTensor
 from gemma4_moe.errors import ParallelError, UnknownTensorError
-from gemma4_moe.layout import dtypes
-from gemma4_moe.layout.dtypes import target_dtype
+from gemma4_moe.layout.dtypes import DType, named, target_dtype
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.names import natural_key
-from gemma4_moe.layout.table import CHECKPOINT_RULES, DOWN, SCALE, Layout, Operation, converted_shape
+from gemma4_moe.layout.table import CHECKPOINT_RULES, DOWN, Layout
+from gemma4_moe.layout.targets import Target, targets_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,36 +26,42 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Described:
-    """A native tensor: whole shape, torch's name of its dtype, how it lies on which ranks, and who has it or a part."""
+class Native:
+    """A native tensor as all ranks see it.
 
+    Attributes:
+        name: Its name.
+        shape: Its whole shape.
+        dtype: Its dtype.
+        placements: Its placements, as text.
+        mesh: The ranks of its mesh; none for a plain tensor.
+        ranks: The ranks that have it, or a part of it.
+    """
+
+    name: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: DType
     placements: str
     mesh: tuple[int, ...]
     ranks: list[int]
 
+    def __str__(self) -> str:
+        return f"torch.{self.dtype.name} {list(self.shape)}, {self.placements},"
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """An hf tensor, the native tensor that it comes from (None for ones), and the ranks that may write it.
-
-    Where several meshes hold the whole of a tensor, as data-parallel groups do, those are the ranks of the first.
-    """
-
-    planned: PlannedTensor
-    native: str | None
-    ranks: list[int]
+    @property
+    def writers(self) -> list[int]:
+        """The ranks that may write it. If several meshes hold all of it, as data-parallel groups do, the first's."""
+        return list(self.mesh) or self.ranks
 
 
-def describe(state: Mapping[str, torch.Tensor], ranks: Ranks, what: Any) -> dict[str, Described]:
-    """Return what every tensor is that any rank has; all ranks get the same.
+def describe(state: Mapping[str, torch.Tensor], ranks: Ranks, what: Any) -> dict[str, Native]:
+    """Return every tensor that any rank has, by name; all ranks get the same.
 
     Raises:
         ParallelError: Ranks disagree on `what` they were called with, on a tensor, or one lacks its part of a tensor.
     """
     own = {name: _own(tensor) for name, tensor in state.items()}
-    union: dict[str, Described] = {}
+    union: dict[str, Native] = {}
     given = ranks.everyones((what, own))
     for rank, (called, described) in enumerate(given):
         if called != what:
@@ -67,12 +72,12 @@ def describe(state: Mapping[str, torch.Tensor], ranks: Ranks, what: Any) -> dict
                 hint="call with the same arguments on all ranks",
             )
         for name, (shape, dtype, placements, mesh) in described.items():
-            known = union.setdefault(name, Described(shape, dtype, placements, mesh, []))
-            if (known.shape, known.dtype, known.placements) != (shape, dtype, placements):
+            known = union.setdefault(name, Native(name, shape, named(dtype), placements, mesh, []))
+            if (known.shape, known.dtype, known.placements) != (shape, named(dtype), placements):
                 raise ParallelError(
                     "ranks disagree on a tensor",
                     tensor=name,
-                    expected=f"{known.dtype} {list(known.shape)}, {known.placements}, as on rank {known.ranks[0]}",
+                    expected=f"{known} as on rank {known.ranks[0]}",
                     found=f"{dtype} {list(shape)}, {placements} on rank {rank}",
                     hint="call with the state of one model on all ranks",
                 )
@@ -97,22 +102,18 @@ def _own(tensor: torch.Tensor) -> tuple[tuple[int, ...], str, str, tuple[int, ..
     return shape, dtype, "whole", ()
 
 
-def make_targets(tensors: Mapping[str, Described], config_from: Path, dtype: str | None) -> dict[str, Target]:
-    """Return each hf tensor by name."""
+def make_targets(tensors: Mapping[str, Native], config_from: Path, dtype: str | None) -> dict[str, Target[Native]]:
+    """Return every tensor of the checkpoint by name.
+
+    Raises:
+        UnknownTensorError: There is no expert tensor; or see `targets_of`.
+        DuplicateTensorError, TensorShapeError, IncompleteExpertsError: See `targets_of`.
+        ConfigError, IncompleteExpertsError: The layers are not those that the config counts.
+    """
     config = read_config(config_from)
     inventory = Inventory(Layout.NEMO, config_sizes(config))
-    found: dict[str, Target] = {}
     cast = None if dtype is None else target_dtype(dtype)
-    for name, described in tensors.items():
-        into = dtypes.cast_to(dtypes.named(described.dtype), cast)
-        parsed = inventory.add(name, described.shape)
-        hf, operation = (name, Operation.KEEP) if parsed is None else (parsed.hf, parsed.rule.operation)
-        shape = converted_shape(operation, described.shape)
-        writers = list(described.mesh) or described.ranks
-        found[hf] = Target(PlannedTensor(hf, into, shape, operation, None), name, writers)
-        if parsed is not None and parsed.rule is DOWN:
-            ones = parsed.sibling(SCALE).hf
-            found[ones] = Target(PlannedTensor(ones, into, shape[:1], Operation.FOLD, None), None, writers)
+    targets = targets_of(tensors.values(), inventory, CHECKPOINT_RULES[Layout.NEMO], cast)
     if not inventory.layers:
         raise UnknownTensorError(
             "no expert tensor in the state",
@@ -120,6 +121,5 @@ def make_targets(tensors: Mapping[str, Described], config_from: Path, dtype: str
             found=f"{len(tensors)} tensors",
             hint="give a model in the nemo layout",
         )
-    inventory.require_complete(CHECKPOINT_RULES[Layout.NEMO])
     check_layer_count(inventory, config)
-    return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
+    return targets

@@ -52,7 +52,7 @@ class Batch:
         """Return the batch of items of one shape at equal distances."""
         first, dtype = entries[0], getattr(torch, entries[0].dtype)
         shape, stride = first.shape, torch.empty(first.shape, device="meta").stride()
-        if items[0].row is not None:
+        if items[0].part.expert is not None:
             apart = entries[1].offset - first.offset if len(entries) > 1 else first.nbytes
             shape, stride = (len(items), *shape), (apart // dtype.itemsize, *stride)
         return cls(tuple(items), tuple(entries), dtype, shape, stride, first.offset // dtype.itemsize)
@@ -202,7 +202,8 @@ def _planned(group: Sequence[Item]) -> PlannedBucket:
         offset += aligned(item.nbytes)
     batches: dict[object, list[tuple[Item, BucketEntry]]] = {}
     for item, entry in zip(group, entries, strict=True):
-        batches.setdefault(item.name if item.row is None else (item.native, item.row), []).append((item, entry))
+        key = item.name if item.part.expert is None else (item.native, item.part.slot)
+        batches.setdefault(key, []).append((item, entry))
     return PlannedBucket(
         tuple(Batch.of(*zip(*batch, strict=True)) for batch in batches.values()), tuple(entries), offset
     )

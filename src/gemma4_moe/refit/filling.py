@@ -12,7 +12,8 @@ from gemma4_moe.distributed.collectives import broadcast, gather
 from gemma4_moe.distributed.placements import Placed, local_of, placed
 from gemma4_moe.distributed.sharding import Sharded
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
-from gemma4_moe.layout.table import EXPERT_ROWS, Operation
+from gemma4_moe.layout.spellings import WHOLE
+from gemma4_moe.layout.table import Operation
 from gemma4_moe.refit.buckets import unpack
 
 if TYPE_CHECKING:
@@ -48,24 +49,26 @@ class Filler:
             if self._keeps and small:
                 self._copies.append((out, local))
             elif self._keeps:
-                self._convert(item, local if item.expert is None else _part(local[item.expert], item), out)
-        elif item.expert is None:
+                self._convert(item, _part(local if item.part.expert is None else local[item.part.expert], item), out)
+        elif item.part == WHOLE:
             moved = where.converted(item.operation, value.ndim)
             shard = self._convert(item, local, out.new_empty(moved.local_shape(item.shape)))
             gather(shard, moved, item.shape, out=out)
+        elif item.part.expert is None:
+            self._fill_rows(item, tuple(value.shape), local, where, out)
         else:
             self._fill_expert(item, tuple(value.shape), local, where, out)
 
     def fill_batch(self, batch: Batch, value: torch.Tensor, bucket: Bucket) -> None:
         """Write a batch of items, made from `value`, to their places in a bucket."""
         items = batch.items
-        if items[0].row is None:
+        if items[0].part.expert is None:
             self.fill(items[0], value, bucket.view_of(batch))
         elif not holds_all(value, items[0].native):
             for item, (_, out) in zip(items, unpack(bucket.buffer, batch.entries), strict=True):
                 self.fill(item, value, out)
         elif self._keeps:
-            first, last = items[0].expert, items[-1].expert
+            first, last = items[0].part.expert, items[-1].part.expert
             assert first is not None and last is not None, "a batch of experts"  # noqa: PT018
             self._convert(items[0], _part(local_of(value)[first : last + 1], items[0]), bucket.view_of(batch))
 
@@ -93,8 +96,8 @@ class Filler:
         self, item: Item, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
     ) -> None:
         """Write one expert's part on the owner ranks, and broadcast it to the others."""
-        assert item.expert is not None, "an item of one expert"
-        owner, position = self._owners_of(where, shape[0])[item.expert]
+        assert item.part.expert is not None, "an item of one expert"
+        owner, position = self._owners_of(where, shape[0])[item.part.expert]
         coordinate = where.mesh.get_coordinate()
         assert coordinate is not None, "a rank that holds a DTensor is in its mesh"
         if all(coordinate[dim] == owner[dim] for dim in where.expert_dims):
@@ -109,15 +112,28 @@ class Filler:
         along = Placed(where.mesh, inner)
         if not along.is_cut:
             self._convert(item, _part(local, item), out)
-        elif 0 in (p.axis for p in inner if p) and _parts(item) > 1:
+        elif 0 in (p.axis for p in inner if p) and item.part.slots > 1:
             # Gate and up are on different ranks: the expert is gathered whole.
             shard = self._convert(item, local, out.new_empty(local.shape[1], local.shape[0]))
-            rows = shape[2] // _parts(item)
-            assert item.row is not None, "an expert's part"
-            out.copy_(gather(shard, along, (shape[2], shape[1])).narrow(0, item.row.part * rows, rows))
+            start, end = item.part.rows(shape[2])
+            out.copy_(gather(shard, along, (shape[2], shape[1]))[start:end])
         else:
             mine = _part(local, item)
             gather(self._convert(item, mine, out.new_empty(mine.shape[1], mine.shape[0])), along, item.shape, out=out)
+
+    def _fill_rows(
+        self, item: Item, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
+    ) -> None:
+        """Write a run of rows of all experts, of which each rank has `local` [experts, columns, rows]."""
+        moved = where.converted(item.operation, len(shape))
+        if any(p is not None and p.axis == 1 for p in moved.placements):
+            # Gate and up are on different ranks: the experts are gathered whole.
+            whole, (start, end) = (shape[0], shape[2], shape[1]), item.part.rows(shape[2])
+            shard = self._convert(item, local, out.new_empty(moved.local_shape(whole)))
+            out.copy_(gather(shard, moved, whole)[:, start:end])
+        else:
+            shard = self._convert(item, _part(local, item), out.new_empty(moved.local_shape(item.shape)))
+            gather(shard, moved, item.shape, out=out)
 
     def _owners_of(self, where: Placed, experts: int) -> list[tuple[tuple[int, ...], int]]:
         """Return, for each expert, its owner's coordinate in the mesh and its position on that rank."""
@@ -136,12 +152,9 @@ def holds_all(value: torch.Tensor, name: str) -> bool:
     return not isinstance(value, DTensor) or not placed(value, name).is_cut
 
 
-def _parts(item: Item) -> int:
-    return next(len(rows) for rows in EXPERT_ROWS.values() if item.row in rows)
-
-
 def _part(native: torch.Tensor, item: Item) -> torch.Tensor:
-    """Return the columns of native experts [..., rows, columns] that become the item's part."""
-    assert item.row is not None, "an item of one expert"
-    size = native.shape[-1] // _parts(item)
-    return native.narrow(-1, item.row.part * size, size)
+    """Return the columns of native experts [..., rows, columns] that become the item."""
+    if item.part == WHOLE:
+        return native
+    start, end = item.part.rows(native.shape[-1])
+    return native[..., start:end]

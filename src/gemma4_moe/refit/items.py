@@ -1,4 +1,4 @@
-"""What a stream sends, in order, and what each tensor is made from: told by names, shapes and dtypes alone."""
+"""What a stream sends, in order, and what each tensor is made from, by names, shapes and dtypes alone."""
 
 from __future__ import annotations
 
@@ -9,21 +9,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe.errors import InputError, UsageError
-from gemma4_moe.layout import dtypes
-from gemma4_moe.layout.names import MoEName, layer_of, natural_key
-from gemma4_moe.layout.table import (
-    DOWN,
-    EXPERT_ROWS,
-    EXPERT_RULES,
-    SCALE,
-    ExpertRow,
-    Layout,
-    Operation,
-    converted_shape,
-)
+from gemma4_moe.layout import dtypes, spellings
+from gemma4_moe.layout.names import layer_of
+from gemma4_moe.layout.spellings import CURRENT, WHOLE, Part, Spelling
+from gemma4_moe.layout.table import EXPERT_RULES, Layout, Operation
+from gemma4_moe.layout.targets import targets_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     import torch
     from torch.distributed.device_mesh import DeviceMesh
@@ -32,6 +25,18 @@ if TYPE_CHECKING:
     from gemma4_moe.layout.inventory import Inventory
 
 Experts = Literal["fused", "per-expert"]
+
+
+def form_of(experts: str) -> Spelling:
+    """Return the form of the hf layout that the argument `experts` of a stream names.
+
+    Raises:
+        UsageError: There is none of this name that can be written.
+    """
+    forms = {"fused": CURRENT} | {form.name: form for form in spellings.SPELLINGS if form.writable and form != CURRENT}
+    if experts not in forms:
+        raise UsageError("no such value of experts", expected=" or ".join(forms), found=repr(experts))
+    return forms[experts]
 
 
 class Planned(NamedTuple):
@@ -59,9 +64,8 @@ class Item:
         shape: Its shape.
         dtype: Its dtype.
         native: Name of the native tensor that it is made from, or, for ones, whose device it shares.
-        operation: What stands between the two.
-        expert: Number of the one expert that it holds, or None.
-        row: Which part of that expert, or None.
+        operation: The operation between the two.
+        part: What it holds of its role's hf tensor.
         mapping: Number of the mapping, of those that make up the state, that has the native tensor.
     """
 
@@ -70,8 +74,7 @@ class Item:
     dtype: DType
     native: str
     operation: Operation
-    expert: int | None = None
-    row: ExpertRow | None = None
+    part: Part = WHOLE
     mapping: int = 0
 
     @property
@@ -81,12 +84,12 @@ class Item:
 
     @property
     def planned(self) -> Planned:
-        """What the plan says of it."""
+        """Its line of the plan."""
         return Planned(self.name, self.shape, self.dtype.name, self.nbytes)
 
 
-class Source(NamedTuple):
-    """What is known of a native tensor without its values.
+class TensorFacts(NamedTuple):
+    """A native tensor without its values.
 
     Attributes:
         shape: The whole tensor's shape.
@@ -101,48 +104,59 @@ class Source(NamedTuple):
     placements: str
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Source:
-        """Describe a tensor."""
+    def of(cls, tensor: torch.Tensor) -> TensorFacts:
+        """Return the facts of a tensor."""
         mesh, placements = (tensor.device_mesh, str(tensor.placements)) if isinstance(tensor, DTensor) else (None, "")
         return cls(tuple(tensor.shape), str(tensor.dtype), mesh, placements)
 
 
+@dataclass(frozen=True, slots=True)
+class Native:
+    """A native tensor and the number of the mapping that has it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    mapping: int
+
+
 def items_of(
-    sources: Mapping[str, Source],
+    mappings: Sequence[Mapping[str, TensorFacts]],
     inventory: Inventory,
     dtype: DType | None,
-    experts: Experts,
+    form: Spelling,
     excluded: Callable[[str, str], bool],
-    mapping: int,
 ) -> list[Item]:
-    """Return what the native tensors of one mapping become, in the order in which a stream sends them.
+    """Return what the native tensors of a state become, in the order in which a stream sends them.
 
     Args:
-        sources: The tensors by name.
-        inventory: Where they are taken in.
+        mappings: The tensors of each mapping by name.
+        inventory: Takes the tensors in.
         dtype: The dtype of every floating-point tensor, or None to keep each one's own.
-        experts: Whether experts stay together.
-        excluded: Says of an hf and a nemo name that the tensor is left out.
-        mapping: Number of the mapping.
+        form: The form in which experts are sent.
+        excluded: Returns whether the tensor of an hf and a nemo name is left out.
+
+    Raises:
+        InputError: See `targets_of`; or there is no layer with experts.
     """
+    natives = (
+        Native(name, source.shape, dtypes.named(source.dtype), number)
+        for number, sources in enumerate(mappings)
+        for name, source in sources.items()
+    )
+    targets = targets_of(natives, inventory, EXPERT_RULES[Layout.NEMO], dtype, form)
+    if not inventory.layers:
+        raise InputError("a state without mixture-of-experts layers", hint="give the state of a model in nemo layout")
     items = []
-    for native, source in sources.items():
-        parsed = inventory.add(native, source.shape)
-        own = dtypes.named(source.dtype)
-        _check_expert_dtype(parsed, native, own)
-        into = dtypes.cast_to(own, dtype)
-        operation = Operation.KEEP if parsed is None else parsed.rule.operation
-        name = native if parsed is None else parsed.hf
-        item = Item(name, converted_shape(operation, source.shape), into, native, operation, mapping=mapping)
-        items.append(item)
-        if parsed is not None and parsed.rule is DOWN:
-            ones = parsed.sibling(SCALE).hf
-            items.append(Item(ones, source.shape[:1], into, native, Operation.FOLD, mapping=mapping))
-    items = [item for item in items if not excluded(item.name, item.native)]
-    items.sort(key=lambda item: natural_key(item.name))
-    if experts == "fused":
-        return items
-    return [part for item in items for part in _by_expert(item)]
+    for target in sorted(targets.values(), key=lambda target: target.origin.mapping):
+        native = target.origin
+        if not excluded(target.role, native.name):
+            items.append(
+                Item(
+                    target.name, target.shape, target.dtype, native.name, target.operation, target.part, native.mapping
+                )
+            )
+    return items
 
 
 def only_layers(items: list[Item], layers: Collection[int], inventory: Inventory) -> list[Item]:
@@ -162,38 +176,3 @@ def only_layers(items: list[Item], layers: Collection[int], inventory: Inventory
         )
     wanted = {(prefix, layer) for prefix in prefixes for layer in layers}
     return [item for item in items if layer_of(item.native) in wanted]
-
-
-def require_complete(inventory: Inventory) -> None:
-    """Check that no layer has only one of its two expert tensors, and that there is a layer with experts.
-
-    Raises:
-        IncompleteExpertsError: A layer lacks one.
-        InputError: There is none.
-    """
-    inventory.require_complete(EXPERT_RULES[Layout.NEMO])
-    if not inventory.layers:
-        raise InputError("a state without mixture-of-experts layers", hint="give the state of a model in nemo layout")
-
-
-def expert_parts(name: MoEName, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, int], int, ExpertRow]]:
-    """Yield name, shape, expert and row of every expert's parts of a fused hf tensor [E, rows, columns]."""
-    rows = EXPERT_ROWS[name.rule]
-    for expert in range(shape[0]):
-        for row in rows:
-            yield name.of_expert(row, expert), (shape[1] // len(rows), shape[2]), expert, row
-
-
-def _by_expert(item: Item) -> Iterator[Item]:
-    place = layer_of(item.native)
-    rule = next((rule for rule in EXPERT_ROWS if rule.operation is item.operation), None)
-    if rule is None or place is None:
-        yield item
-        return
-    for name, shape, expert, row in expert_parts(MoEName(*place, rule), item.shape):
-        yield Item(name, shape, item.dtype, item.native, item.operation, expert, row, item.mapping)
-
-
-def _check_expert_dtype(parsed: MoEName | None, native: str, dtype: DType) -> None:
-    if parsed is not None and parsed.rule.operation is not Operation.KEEP:
-        dtypes.require_expert_dtype(native, dtype.name, "stream the unquantised training weights")

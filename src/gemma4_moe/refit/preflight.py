@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.errors import DifferenceError
-from gemma4_moe.layout.names import lookup
-from gemma4_moe.layout.table import EXPERT_ROWS, Layout
-from gemma4_moe.refit.items import expert_parts
+from gemma4_moe.layout.names import MoEName, layer_of, lookup
+from gemma4_moe.layout.spellings.per_expert import PER_EXPERT
+from gemma4_moe.layout.table import DOWN, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -69,23 +69,20 @@ def _shapes(reference: str | Path | Iterable[Any]) -> Shapes:
 
 
 def _by_expert(shapes: Shapes) -> Shapes:
-    """Return the same with every fused tensor, whose shape must be known, as its experts' parts."""
+    """Return the same with every fused tensor, whose shape must be known, as its experts' tensors."""
     found: Shapes = {}
     for name, shape in shapes.items():
         parsed = lookup(name, Layout.HF)
-        if parsed is None or parsed.rule not in EXPERT_ROWS or shape is None or len(shape) != 3:
+        if parsed is None or not parsed.rule.is_matrices or shape is None or len(shape) != 3:
             found[name] = shape
         else:
-            found |= {single: part for single, part, _, _ in expert_parts(parsed, shape)}
+            for rest, part in PER_EXPERT.parts(parsed.rule, shape[0]):
+                found[parsed.layer_path + rest] = part.shape(shape)
     return found
 
 
 def _is_single(name: str) -> bool:
-    """Say whether a name is one expert's."""
-    head, _, tail = name.partition(".experts.")
-    number, _, rest = tail.partition(".")
-    return (
-        bool(head)
-        and number.isdecimal()
-        and any(row.hf.partition("{}.")[2] == rest for rows in EXPERT_ROWS.values() for row in rows)
-    )
+    """Return whether a name is one expert's."""
+    place = layer_of(name)
+    found = PER_EXPERT.find(name.removeprefix(MoEName(*place, DOWN).layer_path)) if place is not None else None
+    return found is not None and found[1].expert is not None

@@ -10,7 +10,7 @@ import torch
 from gemma4_moe.distributed.placements import local_of
 from gemma4_moe.errors import InputError, UsageError
 from gemma4_moe.model_io.load import storage_key
-from gemma4_moe.refit.items import Source
+from gemma4_moe.refit.items import TensorFacts
 
 #: Tensors by name; a value that is no tensor, as a state dict may have, is skipped.
 Tensors = Mapping[str, Any]
@@ -35,19 +35,19 @@ def mappings_of(state: State) -> Iterator[Tensors]:
         yield from state
 
 
-def sources_of(tensors: Tensors) -> tuple[dict[str, Source], dict[str, str]]:
+def sources_of(tensors: Tensors) -> tuple[dict[str, TensorFacts], dict[str, str]]:
     """Return each tensor's source, and for each alias of one its first name."""
     tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
     first: dict[object, str] = {}
     same = {name: first.setdefault(_identity(tensor) or name, name) for name, tensor in tensors.items()}
-    sources = {name: Source.of(tensors[name]) for name in same if same[name] == name}
+    sources = {name: TensorFacts.of(tensors[name]) for name in same if same[name] == name}
     return sources, {name: same[name] for name in same if same[name] != name}
 
 
 class StatePass:
     """One pass over a state, whose tensors must still be as planned."""
 
-    def __init__(self, state: State, sources: Sequence[Mapping[str, Source]]) -> None:
+    def __init__(self, state: State, sources: Sequence[Mapping[str, TensorFacts]]) -> None:
         self._mappings = mappings_of(state)
         self._sources = sources
         self._number = -1
@@ -61,7 +61,7 @@ class StatePass:
             self._number += 1
         if name not in self._checked:
             tensor, source = self._tensors.get(name), self._sources[mapping][name]
-            found = Source.of(tensor) if isinstance(tensor, torch.Tensor) else None
+            found = TensorFacts.of(tensor) if isinstance(tensor, torch.Tensor) else None
             if tensor is None or found != source:
                 raise InputError(
                     "a tensor that has changed since the stream was planned",
@@ -86,7 +86,7 @@ class StatePass:
             )
 
 
-def _text(source: Source) -> str:
+def _text(source: TensorFacts) -> str:
     return f"{source.dtype} {list(source.shape)} {source.placements}".rstrip()
 
 

@@ -19,7 +19,7 @@ from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.table import Layout
 from gemma4_moe.refit.buckets import Buffers, aligned, plan_buckets
 from gemma4_moe.refit.filling import Filler, holds_all
-from gemma4_moe.refit.items import items_of, only_layers, require_complete
+from gemma4_moe.refit.items import form_of, items_of, only_layers
 from gemma4_moe.refit.preflight import check_against
 from gemma4_moe.refit.state import StatePass, mappings_of, sources_of
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gemma4_moe.refit.buckets import Bucket, Oversize, PlannedBucket
-    from gemma4_moe.refit.items import Experts, Item, Planned, Source
+    from gemma4_moe.refit.items import Experts, Item, Planned, TensorFacts
     from gemma4_moe.refit.state import State
 
 
@@ -74,7 +74,7 @@ class WeightStream:
         layers: Collection[int] | None = None,
         dst: int | None = None,
     ) -> None:
-        _check_choice("experts", experts, ("fused", "per-expert"))
+        form = form_of(experts)
         _check_choice("oversize", oversize, ("error", "own"))
         if bucket_bytes < 1:
             raise UsageError("a bucket without room", expected="bucket_bytes of 1 or more", found=bucket_bytes)
@@ -87,19 +87,17 @@ class WeightStream:
         self.keeps = dst is None or dst == ranks.rank
         self._kernel = conversion_of(adapter.backend)
         self._state = state
-        self._sources: list[dict[str, Source]] = []
+        self._sources: list[dict[str, TensorFacts]] = []
         self._aliases: dict[str, str] = {}
-        self._items: list[Item] = []
         self._buckets: list[PlannedBucket] | None = None
         inventory = Inventory(Layout.NEMO, axis_sizes(adapter.config, adapter.moe_config))
         into = None if dtype is None else target_dtype(str(dtype).removeprefix("torch."))
         excluded = excluding(exclude_key_regex)
-        for number, tensors in enumerate(mappings_of(state)):
+        for tensors in mappings_of(state):
             sources, aliases = sources_of(tensors)
             self._aliases |= aliases
             self._sources.append(sources)
-            self._items += items_of(sources, inventory, into, experts, excluded, number)
-        require_complete(inventory)
+        self._items = items_of(self._sources, inventory, into, form, excluded)
         if layers is not None:
             self._items = only_layers(self._items, layers, inventory)
         digest = hashlib.sha256(json.dumps(self.plan()).encode()).hexdigest()

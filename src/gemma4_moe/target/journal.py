@@ -1,7 +1,7 @@
-"""The journal of a conversion: which parts of the target are on the device, with their hashes.
+"""The journal of a conversion: which pieces of the target are on the device, with their hashes and facts.
 
-A killed run goes on from there. There is one file for each rank, of lines that each carry their own checksum. A line
-that a kill has torn ends the file: what comes after it is not believed, and is cut off before the next line is written.
+A killed run is resumed from it. There is one file for each rank, of lines that each carry their own checksum. A line
+that a kill has torn ends the file: the lines after it are not believed, and are cut off before the next one is written.
 """
 
 from __future__ import annotations
@@ -9,23 +9,18 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from blake3 import blake3
 
-from gemma4_moe.checkpoint.hashing import Chunk
 from gemma4_moe.checkpoint.storage import refusals
 from gemma4_moe.errors import SourceChangedError
+from gemma4_moe.target.pieces import Piece
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
-
-    #: For each chunk, how many finite values of each tensor have become infinite in it.
-    Overflows = Mapping[Chunk, Mapping[str, int]]
-
-_T = TypeVar("_T")
 
 _PATTERN = "journal-*"
 
@@ -35,42 +30,32 @@ _CHECKSUM = 16
 
 @dataclass(slots=True)
 class Journalled:
-    """What the journals of a target say.
+    """The content of a target's journals.
 
     Attributes:
-        opening: What the conversion is: plan, options, source. None where no journal has a first line.
-        target: Hash of each chunk of the target's files that is on the device.
-        source: Hash of each chunk of the source's tensors that was read.
-        overflows: For chunks of `target`, how many finite values of each tensor have become infinite in it.
+        opening: The conversion: plan, options, source. None where no journal has a first line.
+        pieces: Each piece of the target's files that is on the device, by its place.
     """
 
     opening: dict[str, Any] | None = None
-    target: dict[Chunk, str] = field(default_factory=dict)
-    source: dict[Chunk, str] = field(default_factory=dict)
-    overflows: dict[Chunk, Mapping[str, int]] = field(default_factory=dict)
+    pieces: dict[tuple[str, int, int], Piece] = field(default_factory=dict)
 
-    def take(self, record: Mapping[str, Any]) -> None:
-        """Take one record in.
+    def add(self, piece: Piece) -> None:
+        """Add a piece, in the place of an earlier one that was made of the same source.
 
         Raises:
-            SourceChangedError: It gives a chunk of the source another hash than an earlier one.
+            SourceChangedError: The earlier one was made of other bytes of the source.
         """
-        self.opening = record.get("opening", self.opening)
-        for name, number, digest in record.get("target", ()):
-            self.target[Chunk(name, number)] = digest
-            self.overflows.pop(Chunk(name, number), None)  # the chunk was made once more
-        for name, number, counts in record.get("overflows", ()):
-            self.overflows[Chunk(name, number)] = counts
-        for name, number, digest in record.get("source", ()):
-            known = self.source.setdefault(Chunk(name, number), digest)
-            if known != digest:
-                raise SourceChangedError(
-                    "the source gave other bytes than before",
-                    tensor=name,
-                    expected=f"chunk {number} with BLAKE3 {known}",
-                    found=digest,
-                    hint="let nothing write the source, remove what was made with `gemma4-moe clean`, and start again",
-                )
+        known = self.pieces.get(piece.place)
+        if known is not None and known.facts.get("source") != piece.facts.get("source"):
+            raise SourceChangedError(
+                "the source gave other bytes than before",
+                tensor=piece.facts.get("tensor"),
+                expected=f"BLAKE3 {known.facts.get('source')} for ({piece.start}, {piece.end}) of {piece.file}",
+                found=f"BLAKE3 {piece.facts.get('source')}",
+                hint="let nothing write the source, delete this run with `gemma4-moe clean`, and start again",
+            )
+        self.pieces[piece.place] = piece
 
 
 class Journal:
@@ -112,35 +97,37 @@ class Journal:
 
 
 def read_journals(control: Path) -> Journalled:
-    """Return what all journals of a control directory say.
+    """Return the content of all journals of a control directory.
 
     Raises:
         StorageError: The disk or its permissions refused.
-        SourceChangedError: They give one chunk of the source two hashes.
+        SourceChangedError: They give one piece two sources.
     """
     found = Journalled()
     for record in _records(control):
-        found.take(record)
+        found.opening = record.get("opening", found.opening)
+        for row in record.get("pieces", ()):
+            found.add(Piece(*row))
     return found
 
 
 def can_go_on(control: Path) -> bool:
-    """Say whether the journals of a control directory vouch for any part of the target.
+    """Return whether the journals of a control directory vouch for any part of the target.
 
     Raises:
         StorageError: The disk or its permissions refused.
     """
-    return any(record.get("target") for record in _records(control))
+    return any(record.get("pieces") for record in _records(control))
+
+
+def as_rows(pieces: Iterable[Piece]) -> list[tuple[Any, ...]]:
+    """Return pieces as a record holds them."""
+    return [(*piece.place, piece.digest, piece.facts) for piece in pieces]
 
 
 def journals(control: Path) -> list[Path]:
     """Return the journals of a control directory, in the order of ranks."""
     return sorted(control.glob(_PATTERN))
-
-
-def as_rows(facts: Mapping[Chunk, _T]) -> list[tuple[str, int, _T]]:
-    """Return hashes, or other facts of chunks, as a record holds them."""
-    return [(chunk.name, chunk.number, fact) for chunk, fact in facts.items()]
 
 
 def _records(control: Path) -> Iterator[Mapping[str, Any]]:

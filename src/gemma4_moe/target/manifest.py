@@ -1,4 +1,4 @@
-"""`gemma4_moe.json`: what a converted directory says of how it came to be, and the hashes that it can be checked by.
+"""`gemma4_moe.json`: how a directory of ours came to be, and the hashes of pieces that its files can be checked by.
 
 It holds nothing that changes from run to run, no time and no path, so that equal conversions give equal bytes.
 """
@@ -6,50 +6,42 @@ It holds nothing that changes from run to run, no time and no path, so that equa
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.checkpoint import hashing
-from gemma4_moe.checkpoint.hashing import Chunk, Extent, OpenFile, chunk_count, hash_extents
 from gemma4_moe.checkpoint.index import is_bare_name
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME
 from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError
-from gemma4_moe.layout.dtypes import EXPERT_DTYPES, DType
+from gemma4_moe.target.ledger import Count
+from gemma4_moe.target.pieces import Piece, gaps, wrong_pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from gemma4_moe.checkpoint.directory import StoredTensor
+    from gemma4_moe.sizes import Progress
 
 #: Raised when a reader of the old form would misunderstand the new one.
-FORMAT = 1
+FORMAT = 2
 
-#: The longest manifest that is read, in bytes. The real model's has about 0.4 MB.
+#: The longest manifest that is read, in bytes. The real model's has about 0.5 MB.
 LONGEST_MANIFEST = 64 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """What a manifest says of a tensor that scales were folded into.
-
-    Attributes:
-        scale: The scale of each expert, as fp32 holds it.
-        dtype: The dtype that the experts had before.
-    """
-
-    scale: tuple[float, ...]
-    dtype: DType
+def described_files(pieces: Iterable[Piece]) -> dict[str, Any]:
+    """Return the manifest's entry of each file: its bytes, and its pieces in order, which cover it."""
+    files: dict[str, Any] = {}
+    for piece in sorted(pieces, key=lambda piece: piece.place):
+        said = files.setdefault(piece.file, {"bytes": 0, "pieces": []})
+        said["bytes"] = piece.end
+        said["pieces"].append([piece.start, piece.end, piece.digest])
+    return files
 
 
-def hashed_tensors(tensors: Iterable[StoredTensor], hashes: Mapping[Chunk, str]) -> dict[str, Any]:
-    """Return what a manifest says of the source's tensors: size in bytes and hashes, by their names."""
-    return {
-        tensor.name: {"bytes": tensor.nbytes, "blake3": _digests(hashes, tensor.name, tensor.nbytes)}
-        for tensor in tensors
-    }
+def pieces_of(files: Mapping[str, Any]) -> list[Piece]:
+    """Return the pieces of the files that a manifest describes."""
+    return [Piece(name, *row) for name, said in sorted(files.items()) for row in said["pieces"]]
 
 
 def encode_manifest(document: Mapping[str, Any]) -> bytes:
@@ -68,7 +60,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     with refusals("look at the directory", directory):
         if directory.is_dir() and not path.exists():
             raise CheckpointFormatError(
-                "the directory has no manifest: it was not made by gemma4-moe convert",
+                "the directory has no manifest: gemma4-moe did not write it",
                 file=directory,
                 expected=MANIFEST_NAME,
                 hint="compare it with its source: gemma4-moe verify SRC DST",
@@ -76,103 +68,52 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     raw = read_whole(path, LONGEST_MANIFEST)
     try:
         document = json.loads(raw)
+        found = f"format {document['format']!r}"
         known = (
             document["format"] == FORMAT
-            and isinstance(document["source"]["files"], dict)
             and isinstance(document["options"], dict)
-            and all(is_bare_name(name) and _is_hashed(file) for name, file in document["files"].items())
+            and isinstance(document.get("source", {"files": {}})["files"], dict)
+            and all(is_bare_name(name) and _is_covered(file) for name, file in document["files"].items())
         )
-        chunk_bytes = document["hashes"]["chunk_bytes"]
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise _foreign(path, str(error)) from error
-    if not known or chunk_bytes != hashing.CHUNK_BYTES:
-        raise _foreign(path, f"format {document['format']!r}, chunks of {chunk_bytes!r} bytes")
+    if not known:
+        raise _foreign(path, found)
     return dict(document)
 
 
-def read_folded(directory: Path, experts: Mapping[str, int]) -> dict[str, Folded]:
-    """Return what the manifest of a directory says of the scales that were folded into tensors; nothing without one.
-
-    Nobody has to believe it: what can be made of it is for the bits of the tensors to show.
-
-    Args:
-        directory: The directory.
-        experts: The number of experts of each tensor that may be asked about.
-
-    Raises:
-        CheckpointFormatError: There is a manifest that makes no sense, or that does not fit these tensors.
-        StorageError: The disk or its permissions refused.
-    """
-    path = directory / MANIFEST_NAME
-    with refusals("look at the directory", directory):
-        if not path.exists():
-            return {}
-    raw = read_whole(path, LONGEST_MANIFEST)
-    known = {dtype.name: dtype for dtype in EXPERT_DTYPES}
-    try:
-        document = json.loads(raw)
-        scales, dtypes = document["folded_scales"], document["source_dtypes"]
-        folded = {
-            name: Folded(tuple(_read_number(value) for value in scales[name]), known[dtypes[name]])
-            for name in experts.keys() & scales.keys()
-        }
-    except (ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise _senseless(path, f"{type(error).__name__}: {error}") from error
-    for name, said in folded.items():
-        if len(said.scale) != experts[name]:
-            raise _senseless(path, f"{len(said.scale)} scales for the {experts[name]} experts of {name}")
-    return folded
-
-
-def _is_hashed(file: Any) -> bool:
-    size, digests = file["bytes"], file["blake3"]
-    return type(size) is int and size >= 0 and isinstance(digests, list) and len(digests) == chunk_count(size)
+def _is_covered(file: Any) -> bool:
+    """Return whether a manifest gives a file a size, and pieces that cover it."""
+    size, rows = file["bytes"], file["pieces"]
+    return (
+        type(size) is int
+        and all(
+            type(start) is type(end) is int and start <= end and isinstance(digest, str) for start, end, digest in rows
+        )
+        and bool(rows)
+        and not gaps([(start, end) for start, end, _ in rows], size)
+    )
 
 
 def _foreign(path: Path, found: str) -> CheckpointFormatError:
     return CheckpointFormatError(
         "not a manifest that this version reads",
         file=path,
-        expected=f"format {FORMAT}, chunks of {hashing.CHUNK_BYTES} bytes",
+        expected=f"format {FORMAT}, with pieces that cover each file",
         found=found,
         hint="check the directory against its source: gemma4-moe verify SRC DST",
     )
 
 
-def _senseless(path: Path, found: str) -> CheckpointFormatError:
-    return CheckpointFormatError(
-        "a manifest whose scales make no sense",
-        file=path,
-        expected="folded_scales, a list of a number for each expert, and source_dtypes, by the tensor's name",
-        found=found,
-        hint=f"get {MANIFEST_NAME} again, or move it away: then every scale becomes one",
-    )
-
-
-def _digests(hashes: Mapping[Chunk, str], name: str, size: int) -> list[str]:
-    return [hashes[Chunk(name, number)] for number in range(chunk_count(size))]
-
-
-def _read_number(value: Any) -> float:
-    """Return the number that `_number` has written."""
-    if type(value) is not float and value not in ("nan", "inf", "-inf"):
-        raise ValueError(f"{value!r} is not a number that a manifest holds")
-    return float(value)
-
-
-#: The most bytes of buffers.
-DEFAULT_MEMORY = 64 * 2**20
-
-
 @dataclass(frozen=True, slots=True)
 class Recheck:
-    """What a check against a manifest found.
+    """The result of a check against a manifest.
 
     Attributes:
         directory: The directory.
         files: How many files the manifest names.
         nbytes: Their size in bytes.
-        wrong: One sentence for each way in which the directory is not what the manifest says.
+        wrong: One sentence for each difference between directory and manifest.
     """
 
     directory: Path
@@ -181,10 +122,8 @@ class Recheck:
     wrong: tuple[str, ...]
 
 
-def check_manifest(
-    directory: Path, *, max_memory: int = DEFAULT_MEMORY, progress: Callable[[int, int], object] | None = None
-) -> Recheck:
-    """Compare every file of a directory that we wrote with what its manifest says of it.
+def check_manifest(directory: Path, *, max_memory: int = 64 * 2**20, progress: Progress | None = None) -> Recheck:
+    """Compare every file of a directory that we wrote with its manifest.
 
     Args:
         directory: The directory.
@@ -196,64 +135,10 @@ def check_manifest(
         StorageError: The disk or its permissions refused.
     """
     files = read_manifest(directory)["files"]
-    total = sum(file["bytes"] for file in files.values())
-    wrong = wrong_files(directory, files, max_memory, progress=progress)
+    sizes = {name: file["bytes"] for name, file in files.items()}
+    total = sum(sizes.values())
+    wrong = wrong_pieces(directory, sizes, pieces_of(files), max_memory, hashed=Count(total, progress))
     with refusals("list the directory", directory):
         unknown = {path.name for path in directory.iterdir()} - files.keys() - {MANIFEST_NAME}
-    wrong += [f"{name}: the manifest does not name it" for name in sorted(unknown)]
-    return Recheck(directory, len(files), total, tuple(wrong))
-
-
-def wrong_files(
-    directory: Path,
-    files: Mapping[str, Any],
-    max_memory: int,
-    *,
-    buffered: bool = False,
-    part: int = 0,
-    parts: int = 1,
-    progress: Callable[[int, int], object] | None = None,
-) -> list[str]:
-    """Say which files are not what a manifest says, and where. Of the chunks, only every `parts`-th is looked at.
-
-    Raises:
-        StorageError: The disk or its permissions refused.
-    """
-    wrong: list[str] = []
-    extents: dict[Chunk, Extent] = {}
-    expected: dict[Chunk, str] = {}
-    with ExitStack() as stack:
-        for name, said in sorted(files.items()):
-            with refusals("look at the file", directory / name):
-                there = (directory / name).is_file()
-            if not there:
-                wrong.append(f"{name}: missing")
-                continue
-            file = stack.enter_context(OpenFile(directory / name))
-            if file.size != said["bytes"]:
-                wrong.append(f"{name}: {file.size} bytes, not {said['bytes']}")
-                continue
-            extents |= file.chunks()
-            expected |= {Chunk(name, number): digest for number, digest in enumerate(said["blake3"])}
-        mine = {chunk: extents[chunk] for chunk in list(extents)[part::parts]}
-        count = _Count(sum(extent.end - extent.start for extent in mine.values()), progress)
-        found = hash_extents(mine, max_memory, buffered=buffered, hashed=count)
-    for chunk, digest in found.items():
-        if digest != expected.get(chunk):
-            start, end = mine[chunk].start, mine[chunk].end
-            wrong.append(f"{chunk.name}: other bytes in [{start}, {end}): BLAKE3 {digest}, not {expected.get(chunk)}")
-    return wrong
-
-
-class _Count:
-    """Adds up what is done and tells a progress callback."""
-
-    def __init__(self, total: int, progress: Callable[[int, int], object] | None) -> None:
-        self._done = 0
-        self._total = total
-        self._progress = progress
-
-    def __call__(self, nbytes: int) -> None:
-        self._done += nbytes
-        if self._progress is not None:
-            self._progress(self._done, self._total)
+    sentences = [*wrong.values(), *(f"{name}: the manifest does not name it" for name in sorted(unknown))]
+    return Recheck(directory, len(files), total, tuple(dict.fromkeys(sentences)))

@@ -1,6 +1,6 @@
-"""What a run keeps beside its target, what an unfinished one leaves there, and how that is finished or removed.
+"""The control directory of a target, and how the work of an unfinished run in it is finished or deleted.
 
-The directory `.NAME.gemma4-moe/` beside NAME holds the lock, the journals and `out/`, which becomes the target.
+The directory `.NAME.gemma4-moe/` next to NAME holds the lock, the journals and `out/`, which becomes the target.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gemma4_moe.target.locking import Lock
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: What becomes the target.
+#: The directory that becomes the target.
 OUT = "out"
 
 #: The former target, while it is replaced, if the filesystem can't exchange two directories in one step.
@@ -34,11 +34,11 @@ _OWNER = "owner"
 
 @dataclass(frozen=True, slots=True)
 class Remains:
-    """What an unfinished run has left beside a target.
+    """The work of an unfinished run.
 
     Attributes:
         path: The directory.
-        nbytes: What it takes on the disk, in bytes.
+        nbytes: Its size on the disk, in bytes.
         resumable: Whether a later run can go on from it.
     """
 
@@ -55,7 +55,7 @@ def take_lock(control: Path, *, break_lock: bool = False) -> Lock:
 
 
 def remains(target: Path) -> Remains | None:
-    """Return what an unfinished run has left beside `target`, or None.
+    """Return the work of an unfinished run to `target`, or None.
 
     Raises:
         StorageError: The disk or its permissions refused.
@@ -80,7 +80,7 @@ def heal(target: Path) -> None:
     try:
         lock = take_lock(control)
     except TargetBusyError:
-        return  # whoever is at it does the same first
+        return  # its owner heals it first
     if _is_publishing(control):
         _finish_publish(target, control, lock)
     else:
@@ -88,7 +88,7 @@ def heal(target: Path) -> None:
 
 
 def clean(target: Path, *, break_lock: bool = False) -> Remains | None:
-    """Remove what an unfinished run has left beside `target`, and return what that was, or None.
+    """Delete the work of an unfinished run to `target`, and return what it was, or None.
 
     Raises:
         TargetBusyError: A process is writing the target.
@@ -108,7 +108,7 @@ def _is_publishing(control: Path) -> bool:
 
 
 def _finish_publish(target: Path, control: Path, lock: Lock) -> None:
-    """Do what was left to do after `publishing` was written; where that is the rename itself, leave all as it is."""
+    """Finish after the note `publishing`. If the rename itself was not made, leave all as it is."""
     inode = _published_inode(control)
     with refusals("finish publishing the target", target):
         if inode is not None and (control / OLD).exists() and not target.exists():
@@ -144,7 +144,7 @@ def leave(control: Path, lock: Lock) -> None:
 
 
 def remove_work(control: Path) -> None:
-    """Remove what a run has made in `control`. The journals go first: without them nothing vouches for the rest."""
+    """Delete the work in `control`, the journals first: without them no run resumes from the rest."""
     for path in journals(control):
         path.unlink()
     for name in (OUT, OLD):
@@ -167,7 +167,7 @@ def remove(control: Path, lock: Lock) -> None:
 
 
 def size_on_disk(directory: Path) -> int:
-    """Return what all that is below `directory` takes on the disk, in bytes.
+    """Return the size on the disk of all files below `directory`, in bytes.
 
     Raises:
         StorageError: The disk or its permissions refused.

@@ -1,18 +1,15 @@
-"""A target directory that is absent, or complete: everything is written beside it and published by one rename.
+"""A target directory that is absent or complete: its files are written next to it and published by one rename.
 
-After a failure what was written goes, or stays where there is something that a later run can go on from.
+After a failure journalled work stays for a later run; all else is deleted.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
-import shutil
 from typing import TYPE_CHECKING, Self
 
 from gemma4_moe.checkpoint.directory import control_directory
-from gemma4_moe.checkpoint.index import INDEX_NAME, write_index
 from gemma4_moe.checkpoint.storage import refusals, resolved, sync_directory, write_file
 from gemma4_moe.errors import StorageError, UsageError, command_line
 from gemma4_moe.sizes import format_size
@@ -21,22 +18,19 @@ from gemma4_moe.target.recovery import OLD, OUT, PUBLISHING, heal, leave, remove
 from gemma4_moe.target.renaming import exchange
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
     from pathlib import Path
     from types import TracebackType
-
-    from gemma4_moe.checkpoint.header import TensorEntry
 
 #: What a rename of a directory answers if its new name is that of anything but an empty directory.
 _OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
 class Transaction:
-    """The writing of one target. As a context manager it leaves the published target, or what a journal vouches for.
+    """The writing of one target. As a context manager it leaves the published target, or journalled work.
 
     Attributes:
         target: The directory that `publish` makes appear.
-        control: The directory beside it.
+        control: The hidden directory next to it.
         out: Where its files are written.
     """
 
@@ -45,7 +39,7 @@ class Transaction:
 
         Args:
             target: The directory to make.
-            resume: Go on with what an earlier run has journalled. Otherwise that is an error.
+            resume: Continue the work of an earlier run. Without it, such work is an error.
             break_lock: Take the lock from another host's process. Its user knows that it is gone.
 
         Raises:
@@ -107,10 +101,10 @@ class Transaction:
         sync_directory(self.target.parent)
 
     def _leave(self, error: BaseException) -> None:
-        """Keep what a later run can go on from, or else remove all; `error` stays the one to tell."""
+        """Keep journalled work, or else delete all; an error in that is a note of `error`."""
         try:
             if self._lock.is_broken():
-                self._lock.forget()  # what is there now is another process' work
+                self._lock.forget()  # the directory is another process' work now
             else:
                 leave(self.control, self._lock)
         except StorageError as trouble:
@@ -161,30 +155,3 @@ def _replace(out: Path, target: Path, old: Path) -> None:
         if old.exists() and not target.exists():
             old.rename(target)
         raise
-
-
-def copy_side_files(paths: Iterable[Path], out: Path) -> None:
-    """Copy files byte for byte into `out`, and bring them to the device.
-
-    Raises:
-        StorageError: The disk or its permissions refused.
-    """
-    for path in paths:
-        with refusals(f"copy the file into {out}", path):
-            shutil.copyfile(path, out / path.name)
-            with (out / path.name).open("rb") as copy:
-                os.fsync(copy.fileno())
-
-
-def write_index_file(files: Mapping[str, Iterable[TensorEntry]], out: Path) -> bytes:
-    """Write the index of several files into `out`, and return its bytes; a single file needs none, and none are given.
-
-    Raises:
-        StorageError: The disk or its permissions refused.
-    """
-    if len(files) == 1:
-        return b""
-    weight_map = {entry.name: file for file, entries in files.items() for entry in entries}
-    index = write_index(weight_map, sum(entry.nbytes for entries in files.values() for entry in entries))
-    write_file(out / INDEX_NAME, index)
-    return index

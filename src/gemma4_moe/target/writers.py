@@ -170,16 +170,14 @@ def _fallocate() -> Any:
 
 
 class PageWriter:
-    """Writes one file's bytes in order, past the page cache where that works. Close it after use.
+    """Writes pieces of one file in any order: whole pages past the page cache where that works. Close it after use.
 
     The device then works from the first write on, and no dirty pages gather that `fsync` would have to wait for.
-    Jumps are allowed to the start of a page, and from the end of one.
     """
 
     def __init__(self, file: SafetensorsWriter, *, buffered: bool = False) -> None:
         self._file = file
         self._direct = None if buffered else reopen_direct(file.fileno(), os.O_WRONLY)
-        self._held = b""
 
     def close(self) -> None:
         """Close the descriptor that this writer has opened."""
@@ -187,30 +185,22 @@ class PageWriter:
             os.close(self._direct)
             self._direct = None
 
-    def write(self, offset: int, buffer: memoryview, begin: int, end: int) -> None:
-        """Write buffer[begin:end] at `offset`.
+    def write(self, offset: int, content: memoryview) -> None:
+        """Write `content` at `offset`; it must lie as far behind a page in memory as `offset` does in the file.
 
-        `begin` is as far behind the start of a page as `offset` is. The bytes between that start and `begin` are
-        overwritten.
+        The pages at its two ends, where it fills them in part, are written through the page cache.
 
         Raises:
             StorageError: The disk refused.
         """
-        lead = offset % PAGE
-        assert lead == len(self._held), "the bytes before these were written before"
-        buffer[begin - lead : begin] = self._held
-        begin, offset = begin - lead, offset - lead
-        whole = begin + (end - begin) // PAGE * PAGE
-        self._write_pages(offset, buffer[begin:whole])
-        offset, rest = offset + whole - begin, buffer[whole:end]
-        self._held = b""
-        if offset + rest.nbytes == self._file.size:
-            self._file.write(offset, rest)
-        else:
-            self._held = bytes(rest)
+        first = min(-offset % PAGE, content.nbytes)
+        last = first + (content.nbytes - first) // PAGE * PAGE
+        self._file.write(offset, content[:first])
+        self._write_pages(offset + first, content[first:last])
+        self._file.write(offset + last, content[last:])
 
     def sync(self) -> None:
-        """Return once all whole pages that were written are on the device. Raises what the file's `sync` raises."""
+        """Return once all that was written is on the device. Raises what the file's `sync` raises."""
         self._file.sync()
         if self._direct is None:
             drop_cache(self._file.fileno(), 0, 0)

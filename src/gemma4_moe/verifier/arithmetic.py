@@ -1,9 +1,9 @@
-"""The verifier's own arithmetic: what an element of a converted checkpoint must be, bit by bit.
+"""The verifier's own arithmetic: the bits of each element of a converted checkpoint.
 
 It shares nothing with the kernels that it judges. A product of two fp32 numbers has at most 48 significant bits, so
-fp64 holds it exactly; the cast from there to fp32 is the one rounding of the product. From fp32 to 16 bits rounding is
-done on the bits, as integers. Everywhere elements are unsigned integers of their own width, never numbers: that NaNs
-and zeros of either sign keep their bits needs no care.
+fp64 holds it exactly, and the cast from fp64 to fp32 is the one rounding of the product. From fp32 to 16 bits the bits
+are rounded as integers. Elements are passed as unsigned integers of their own width, never as numbers, so that NaNs and
+zeros of either sign keep their bits.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def widen(bits: Bits, dtype: DType) -> Floats:
 
 
 def reference(bits: Bits, source: DType, target: DType, scale: float = 1.0) -> Bits:
-    """Return what elements of `source` times `scale` are in `target`.
+    """Return elements of dtype `source` times `scale`, in dtype `target`.
 
-    The product is rounded to fp32, then to the target, each to nearest even. Where the dtype stays and the scale is
-    exactly one, that is the elements' own bits. Everywhere else a NaN is the target's quiet NaN with the sign bit of
-    its element.
+    The product is rounded to fp32, then to the target, each to nearest even. If the dtype stays and the scale is
+    exactly one, the elements keep their own bits. In all other cases a NaN becomes the target's quiet NaN with the sign
+    bit of its element.
 
     Args:
         bits: The elements, any shape.
@@ -75,7 +75,7 @@ def _round(fp32: Bits, target: DType) -> Bits:
         bfloat16: Bits = _drop(fp32, 16).astype(np.uint16)
         return bfloat16
     magnitude = fp32 & 0x7FFFFFFF
-    # fp16's exponents begin 112 steps above fp32's. What is above its largest, infinity too, ends at its infinity.
+    # fp16's exponents begin 112 steps above fp32's. A magnitude above its largest becomes its infinity.
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         normal = np.minimum(_drop(magnitude - (112 << 23), 13), 0x7C00)
         subnormal = np.rint(magnitude.view(np.float32) * np.float32(2**24)).astype(np.uint32)
@@ -85,6 +85,6 @@ def _round(fp32: Bits, target: DType) -> Bits:
 
 
 def _drop(bits: Bits, count: int) -> Bits:
-    """Return `bits` without their lowest `count`, rounded to nearest even; a carry goes on into the exponent."""
+    """Return `bits` without their lowest `count`, rounded to nearest even; a carry enters the exponent."""
     kept: Bits = (bits + ((1 << count - 1) - 1 + (bits >> count & 1))) >> count
     return kept

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma4_moe.errors import DuplicateTensorError, UnsupportedCheckpointError, UsageError
+from gemma4_moe.errors import DuplicateTensorError, UnsupportedCheckpointError, UsageError, command_line
 from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.table import Layout
 from gemma4_moe.verifier.arithmetic import element_bits, reference
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.layout.dtypes import DType
+    from gemma4_moe.sizes import Progress
     from gemma4_moe.verifier.arithmetic import Bits
-
-    #: Told of the bytes of the target that were compared so far, and of their total.
-    Progress = Callable[[int, int], object]
 
 #: The most bytes of buffers.
 DEFAULT_MEMORY = 64 * 2**20
@@ -32,23 +30,23 @@ DEFAULT_MEMORY = 64 * 2**20
 #: How many elements are compared at once where no axes are exchanged.
 _PIECE = 2**16
 
-#: What a thread needs besides the buffers of its job, in bytes: what it computes from one piece.
-_BESIDE = 8 * 2**20
+#: Bytes that a thread needs besides the buffers of its comparison, for results computed from one piece.
+_THREAD_BYTES = 8 * 2**20
 
 #: More threads than this only wait for the disk.
 _MOST_THREADS = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Verification:
-    """What a comparison of two checkpoints found.
+    """The result of `verify` with a source, and of `diff`.
 
     Attributes:
         source: The directory that says what should be.
         target: The directory that was judged.
         tensors: How many tensors the target has or should have.
         equal: How many of them are as they should be.
-        different: All that is not; a tensor may be wrong in more than one way, and a side file is no tensor.
+        different: Every difference. A tensor can have more than one, and a side file is not a tensor.
     """
 
     source: Path
@@ -57,15 +55,19 @@ class Verification:
     equal: int
     different: tuple[Difference, ...]
 
+    def __repr__(self) -> str:
+        counts = f"{self.tensors:,} tensors, {self.equal:,} equal, {len(self.different):,} different"
+        return f"<Verification of {self.target} with {self.source}: {counts}>"
+
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """The comparison of one tensor, or of a few that belong together.
+class Comparison:
+    """One comparison to make, of one tensor or of a few that belong together.
 
     Attributes:
-        run: Does it, with buffers of the given number of bytes.
+        run: Makes it, with buffers of the given number of bytes.
         nbytes: Size of the target's tensors in bytes.
-        least: The least bytes of buffers with which it can be done.
+        least: The least bytes of buffers with which it can be made.
     """
 
     run: Callable[[int], list[Difference]]
@@ -73,35 +75,37 @@ class Job:
     least: int = 0
 
 
-def run_jobs(jobs: Sequence[Job], max_memory: int, progress: Progress | None) -> list[Difference]:
-    """Do all jobs and return what they found, in their order.
+def compare_all(comparisons: Sequence[Comparison], max_memory: int, progress: Progress | None) -> list[Difference]:
+    """Make all comparisons and return the differences, in their order.
 
     Raises:
-        UsageError: A job needs more memory.
-        Whatever a job raised first.
+        UsageError: A comparison needs more memory.
+        Exception: The first error of any comparison.
     """
-    least = _BESIDE + max((job.least for job in jobs), default=0)
+    least = _THREAD_BYTES + max((comparison.least for comparison in comparisons), default=0)
     if least > max_memory:
         raise UsageError(
-            "the memory budget is smaller than one expert of both checkpoints and what is computed from it",
+            "the memory budget is smaller than one expert of both checkpoints and its intermediate results",
             expected=f"at least {least} bytes",
             found=f"{max_memory} bytes",
+            hint=f"give max_memory={least} or more",
         )
     threads = min(_MOST_THREADS, os.cpu_count() or 1, max_memory // least)
-    memory = max_memory // threads - _BESIDE
-    total, done = sum(job.nbytes for job in jobs), 0
+    memory = max_memory // threads - _THREAD_BYTES
+    total, done = sum(comparison.nbytes for comparison in comparisons), 0
     differences = []
     with ThreadPoolExecutor(threads, "gemma4-moe") as pool:
-        for job, found in zip(jobs, pool.map(lambda job: job.run(memory), jobs), strict=True):
+        results = pool.map(lambda comparison: comparison.run(memory), comparisons)
+        for comparison, found in zip(comparisons, results, strict=True):
             differences += found
-            done += job.nbytes
+            done += comparison.nbytes
             if progress is not None:
                 progress(done, total)
     return differences
 
 
-def elementwise(expected: StoredTensor, found: StoredTensor) -> Job:
-    """Return the job that compares two tensors of one shape, the first cast to the dtype of the second."""
+def elementwise(expected: StoredTensor, found: StoredTensor) -> Comparison:
+    """Return the comparison of two tensors of one shape, the first cast to the dtype of the second."""
 
     def run(_memory: int) -> list[Difference]:
         mismatches = Mismatches(found.shape, found.dtype)
@@ -113,16 +117,16 @@ def elementwise(expected: StoredTensor, found: StoredTensor) -> Job:
             mismatches.compare(reference(one, expected.dtype, found.dtype)[None], two[None], first)
         return mismatches.difference(found.name)
 
-    return Job(run, found.nbytes)
+    return Comparison(run, found.nbytes)
 
 
 def read(tensor: StoredTensor, start: int, end: int) -> Bits:
-    """Return the elements in bytes [start, end) of a tensor, which are whole elements."""
+    """Return the elements in bytes [start, end) of a tensor. Both bounds are bounds of elements."""
     return read_into(np.empty(end - start, np.uint8), tensor, start)
 
 
 def read_into(buffer: Bits, tensor: StoredTensor, start: int) -> Bits:
-    """Fill a buffer of bytes with those of a tensor from byte `start` on, and return it as elements."""
+    """Fill a buffer with a tensor's bytes from byte `start` on, and return the buffer as elements."""
     tensor.read_into(memoryview(buffer.data), start)
     return buffer.view(element_bits(tensor.dtype))
 
@@ -131,7 +135,7 @@ def by_current_name(checkpoint: Checkpoint, layout: Layout) -> dict[str, StoredT
     """Return a checkpoint's tensors by their names in the layout's current spelling.
 
     Raises:
-        DuplicateTensorError: One tensor is there in both spellings.
+        DuplicateTensorError: A tensor is in the checkpoint in two spellings.
     """
     tensors: dict[str, StoredTensor] = {}
     for tensor in checkpoint.tensors.values():
@@ -142,8 +146,9 @@ def by_current_name(checkpoint: Checkpoint, layout: Layout) -> dict[str, StoredT
                 "two spellings of one tensor",
                 tensor=tensor.name,
                 file=tensor.file.path,
+                expected="each tensor in one spelling",
                 found=f"also {tensors[name].name}",
-                hint="keep one of them",
+                hint="get the checkpoint again, or save it again with the library that wrote it",
             )
         tensors[name] = tensor
     return tensors
@@ -162,13 +167,13 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
             file=checkpoint.path,
             expected="the names of one layout, hf or nemo",
             found=f"{len(checkpoint.tensors)} tensors",
-            hint="look at it with gemma4-moe inspect",
+            hint=command_line("gemma4-moe", "inspect", checkpoint.path),
         )
     return found[0]
 
 
 def present_in_one(expected: Mapping[str, str], found: Mapping[str, StoredTensor]) -> Iterable[Difference]:
-    """Yield what is missing or extra; `expected` says for each tensor what it should be."""
+    """Yield each missing and each extra tensor; `expected` maps a name to its dtype and shape as text."""
     for name, form in expected.items():
         if name not in found:
             yield Difference(name, "missing", form, None)
@@ -178,14 +183,14 @@ def present_in_one(expected: Mapping[str, str], found: Mapping[str, StoredTensor
 
 
 def form_text(dtype: str, shape: tuple[int, ...]) -> str:
-    """Show what a header says of a tensor."""
+    """Return a tensor's dtype and shape as text."""
     return f"{dtype} {list(shape)}"
 
 
 def compare_form(
     name: str, expected: tuple[DType, tuple[int, ...]], found: tuple[DType, tuple[int, ...]]
 ) -> list[Difference]:
-    """Compare dtype and shape."""
+    """Return how dtype and shape differ from those expected."""
     differences = []
     if expected[0] != found[0]:
         differences.append(Difference(name, "dtype", expected[0].tag, found[0].tag))
@@ -195,7 +200,7 @@ def compare_form(
 
 
 def summary(source: Path, target: Path, names: int, differences: Iterable[Difference]) -> Verification:
-    """Return the whole finding on a target that has or should have `names` tensors."""
+    """Return the result for a target that has or should have `names` tensors."""
     different = tuple(differences)
     wrong = {difference.name for difference in different if difference.kind != "file"}
     return Verification(source, target, names, names - len(wrong), different)

@@ -1,4 +1,4 @@
-"""What a difference is, how it is gathered from pieces of a tensor, and what is said of it."""
+"""A difference between two checkpoints: collected from pieces of a tensor, and shown."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that is not as it should be.
+    """One difference between a target and its expected contents.
 
     Attributes:
         name: The tensor, as the target names it, or the side file.
-        kind: "missing" or "extra": the target lacks it, or has it beside what it should have; "shape", "dtype";
-            "values": elements have other bits; "fold": so has what `down_proj` and its `per_expert_scale` fold to;
-            "file": a side file is missing or has other bytes.
-        expected: What should be there. Of elements, the first that differs: its value, and its bits in hexadecimal.
-        found: What is there.
+        kind: "missing": the target lacks it. "extra": only the target has it. "shape", "dtype": these differ.
+            "values": elements have other bits. "fold": the fold of `down_proj` and its `per_expert_scale` has other
+            bits. "file": a side file is missing or has other bytes.
+        expected: The expected dtype, shape or size; for elements, value and hexadecimal bits of the first that differs.
+        found: The same of the target.
         count: How many elements differ; of a packed dtype, how many bytes.
-        index: Where the first of them is, in the target's axes.
-        ulps: How far its two values are apart, in units in the last place of the dtype in which they are compared, as
-            steps from one value of the dtype to the next. None where one is NaN, or the dtype has no such steps.
+        index: The index of the first of them, in the target's axes.
+        ulps: The distance of its two values in units in the last place: the number of steps from one value of the
+            compared dtype to the next. None if one value is NaN, or the dtype has no such steps.
         max_ulps: The largest of these distances over all elements that differ and have one.
     """
 
@@ -42,7 +42,7 @@ class Difference:
     max_ulps: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
+        """Return the fields as JSON can hold them."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Difference:
 
 
 class Mismatches:
-    """Elements of one tensor that differ, gathered piece by piece."""
+    """The elements of one tensor that differ, collected piece by piece."""
 
     def __init__(self, shape: tuple[int, ...], dtype: DType) -> None:
         """Start with none.
@@ -77,13 +77,13 @@ class Mismatches:
         self._max_ulps: int | None = None
 
     def compare(self, expected: Bits, found: Bits, first: int, stride: int = 0) -> None:
-        """Take in one piece [rows, columns] of the target, of any strides.
+        """Compare one piece [rows, columns] of the target, of any strides.
 
         Args:
-            expected: What it should be.
-            found: What it is.
+            expected: Its expected elements.
+            found: Its elements.
             first: Position in the flat target of the piece's first element.
-            stride: How far apart the first elements of two rows are there.
+            stride: The distance between the first elements of two rows in the flat target.
         """
         wrong = expected != found
         if not wrong.any():
@@ -99,7 +99,7 @@ class Mismatches:
             self._max_ulps = max(int(distances.max()), self._max_ulps or 0)
 
     def add(self, other: Mismatches) -> None:
-        """Take in what was gathered of other elements of the same tensor."""
+        """Add the mismatches of other elements of the same tensor."""
         if other._first is not None and (self._first is None or other._first[0] < self._first[0]):
             self._first = other._first
         self.count += other.count
@@ -107,7 +107,7 @@ class Mismatches:
             self._max_ulps = max(other._max_ulps, self._max_ulps or 0)
 
     def difference(self, name: str, kind: Literal["values", "fold"] = "values") -> list[Difference]:
-        """Return what is to be said of tensor `name`: one difference, or none."""
+        """Return the difference of tensor `name`, if there is one."""
         if self._first is None:
             return []
         position, *values = self._first
@@ -131,8 +131,8 @@ class Mismatches:
 def _ulps(expected: Bits, found: Bits, dtype: DType) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return the distances of those pairs that have one.
 
-    Floats of one sign are ordered as their bits are. So a float's place on the line is its magnitude's bits, negated
-    for the negative ones; both zeros stand at 0, and infinity one step after the largest finite number.
+    Floats of one sign are ordered as their bits are. So a float's place on the line is the integer of its magnitude's
+    bits, negated if the float is negative. Both zeros are at 0, infinity is one step after the largest finite number.
     """
     if dtype.float_format is None:
         return np.empty(0, np.int64)
@@ -148,7 +148,7 @@ def _places(bits: Bits, dtype: DType) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def _text(bits: Bits, dtype: DType) -> str:
-    """Show one element: its value, where the dtype has numbers that we can show, and its bits."""
+    """Return one element as text: its bits, and its value if the dtype has numbers that we can show."""
     raw = f"0x{int(bits[0]):0{2 * bits.itemsize}X}"
     if dtype.float_format is not None:
         return f"{float(widen(bits, dtype)[0]):.9g} ({raw})"

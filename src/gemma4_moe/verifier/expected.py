@@ -1,6 +1,6 @@
-"""What a converted checkpoint should hold, from the source's names and headers alone.
+"""The tensors that a converted checkpoint should have, from the source's names and headers alone.
 
-It follows from the table's names and axes, without the converter's planner, so that a mistake there can't repeat here.
+They follow from the table's names and axes, without the converter's planner, so that a mistake there can't repeat here.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.layout.names import MoEName
 
-#: What a `per_expert_scale` may be stored in.
+#: The dtypes of a stored `per_expert_scale`.
 _FLOATS = ", ".join(dtype.tag for dtype in EXPERT_DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What one tensor of the target should be.
+    """One expected tensor of the target.
 
     Attributes:
-        source: What it comes from; None for a `per_expert_scale` of ones.
+        source: The source tensor that it comes from; None for a `per_expert_scale` of ones.
         shape: Its shape.
         transposed: Whether its last two axes are those of `source`, exchanged.
         scale: The source tensor whose values multiply its experts, or None.
@@ -42,13 +42,13 @@ class Expectation:
     scale_name: str | None = None
 
     def dtype(self, cast: DType | None) -> DType | None:
-        """Return its dtype where floats are cast to `cast`; None where it may be any that a scale may have."""
+        """Return its dtype if floats are cast to `cast`; None for a scale of ones, which may have any of `_FLOATS`."""
         if self.source is None:
             return None
         return self.source.dtype if cast is None or self.source.dtype.float_format is None else cast
 
     def dtype_text(self, cast: DType | None) -> str:
-        """Show that dtype."""
+        """Return that dtype as text."""
         dtype = self.dtype(cast)
         return _FLOATS if dtype is None else dtype.tag
 
@@ -56,15 +56,15 @@ class Expectation:
 def expectations(
     source: Checkpoint, names: Mapping[str, MoEName | None], layout: Layout, to: Layout
 ) -> dict[str, Expectation]:
-    """Return what should be in a target of layout `to`, by name in current spelling.
+    """Return the expected tensors of a target in layout `to`, by name in current spelling.
 
     Args:
-        source: What was converted.
-        names: What each of its names means.
+        source: The checkpoint that was converted.
+        names: The meaning of each of its names.
         layout: Its layout.
         to: The target's layout. If it is the source's, every tensor stays as it is.
     """
-    scales = {name.owner: source.tensors[own] for own, name in names.items() if name and name.rule is SCALE}
+    scales = {name.layer_key: source.tensors[own] for own, name in names.items() if name and name.rule is SCALE}
     expected = {}
     for own, name in names.items():
         stored = source.tensors[own]
@@ -78,7 +78,7 @@ def expectations(
             if name.rule is not DOWN:
                 expected[name.name(to)] = Expectation(stored, shape, transposed=True)
             elif to is Layout.NEMO:
-                expected[name.nemo] = Expectation(stored, shape, transposed=True, scale=scales[name.owner])
+                expected[name.nemo] = Expectation(stored, shape, transposed=True, scale=scales[name.layer_key])
             else:
                 scale_name = name.sibling(SCALE).hf
                 expected[name.hf] = Expectation(stored, shape, transposed=True, scale_name=scale_name)
@@ -87,7 +87,7 @@ def expectations(
 
 
 def common_dtype(expected: Mapping[str, Expectation], found: Mapping[str, StoredTensor]) -> DType | None:
-    """Return the dtype to which all floats were cast, None for none: whatever explains most of the target's tensors."""
+    """Return the dtype, or None for no cast, that explains the dtypes of most of the target's tensors."""
     pairs = [(tensor, found[name].dtype) for name, tensor in expected.items() if name in found]
 
     def explained(cast: DType | None) -> int:
@@ -102,7 +102,7 @@ def compare_headers(
     """Compare dtypes and shapes.
 
     Returns:
-        What differs, and those tensors of the target whose values can be compared, by name in current spelling.
+        The differences, and the tensors of the target whose values can be compared, by name in current spelling.
     """
     differences: list[Difference] = []
     comparable = {}

@@ -1,87 +1,124 @@
-"""Verify a converted checkpoint: recompute every tensor of it from its source by other means, and compare bits.
+"""Verify a converted checkpoint: compute every tensor of it again from its source, and compare bits.
 
-Nothing of the conversion is used, neither its kernels nor its plan: what a tensor should be follows from
-`expectations` and `reference`, so that no mistake of the converter can hide behind itself.
+Neither the kernels nor the plan of the conversion are used: what a tensor should be follows from `expectations` and
+`reference`, so that no mistake of the converter can hide behind itself. Without a source, hashes are compared.
 """
 
 from __future__ import annotations
 
 import os
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.checkpoint.recognition import check_tensors, recognise
 from gemma4_moe.checkpoint.storage import open_regular, refusals, regular_status
+from gemma4_moe.hub.source import locate
 from gemma4_moe.layout.dtypes import FLOAT32
+from gemma4_moe.sizes import parse_size
+from gemma4_moe.target.manifest import Recheck, check_manifest
+from gemma4_moe.target.publishing import check_published
 from gemma4_moe.verifier.arithmetic import reference, widen
 from gemma4_moe.verifier.comparison import (
     DEFAULT_MEMORY,
-    Job,
+    Comparison,
+    Verification,
     by_current_name,
+    compare_all,
     elementwise,
     form_text,
     layout_of,
     present_in_one,
     read,
     read_into,
-    run_jobs,
     summary,
 )
-from gemma4_moe.verifier.comparison import Verification as Verification
 from gemma4_moe.verifier.differences import Difference, Mismatches
 from gemma4_moe.verifier.expected import common_dtype, compare_headers, expectations
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.layout.names import MoEName
     from gemma4_moe.layout.table import Layout
+    from gemma4_moe.sizes import Progress
     from gemma4_moe.verifier.arithmetic import Bits
-    from gemma4_moe.verifier.comparison import Progress
     from gemma4_moe.verifier.expected import Expectation
 
 #: Rows and columns of an expert that are computed at once: a tile of both sides stays in the cache.
 _TILE = 256
 
-#: What is read of an experts' tensor at once, in bytes of both sides together, unless one expert is larger.
+#: Bytes of both sides together that are read of an experts' tensor at once, unless one expert is larger.
 _BLOCK_BYTES = 8 * 2**20
 
-#: What is read of a side file at once, in bytes.
+#: Bytes that are read of a side file at once.
 _CHUNK = 2**20
 
 
+@overload
+def verify(
+    target: str | Path, /, *, revision: str | None = None, max_memory: int | str = ..., progress: Progress | None = ...
+) -> Recheck: ...
+
+
+@overload
 def verify(
     source: str | Path,
     target: str | Path,
+    /,
     *,
-    max_memory: int = DEFAULT_MEMORY,
-    progress: Progress | None = None,
-) -> Verification:
-    """Compare every tensor of `target`, bit by bit, with what it should be as a conversion of `source`.
+    revision: str | None = None,
+    max_memory: int | str = ...,
+    progress: Progress | None = ...,
+) -> Verification: ...
 
-    From hf to nemo, and from nemo to hf; or in one layout, where a target differs from its source at most in spelling
-    and in the way it is cut into files. Floating-point tensors may have been cast, all to one dtype. From nemo to hf,
-    an expert is right if `down_proj` has its bits and the scale is one, or if both fold to its bits. Side files of
-    the source must be in the target, byte for byte.
+
+def verify(
+    first: str | Path,
+    second: str | Path | None = None,
+    /,
+    *,
+    revision: str | None = None,
+    max_memory: int | str = DEFAULT_MEMORY,
+    progress: Progress | None = None,
+) -> Verification | Recheck:
+    """Compare every tensor of a target with its source's, computed again; or a target alone with its manifest.
+
+    `verify(source, target)` compares bit by bit, from hf to nemo and from nemo to hf; or in one layout, if a target
+    differs from its source in spelling or in its files alone. Floating-point tensors may have been cast, all to one
+    dtype. From nemo to hf an expert is right in two cases: `down_proj` has its bits and the scale is one, or both fold
+    to its bits. Side files of the source must be in the target, byte for byte.
+
+    `verify(target)` compares the hashes of every file with those in `gemma4_moe.json`.
 
     Args:
-        source: The directory that was converted.
-        target: The directory that is judged.
-        max_memory: The most bytes of buffers.
-        progress: Told of the bytes of `target` that were compared so far, and of their total.
+        first: The source, or the target if there is no second argument: a directory, or a Hub id.
+        second: The target, likewise.
+        revision: Branch, tag or commit of the first argument, if it is a Hub id.
+        max_memory: The most bytes of buffers, or text such as "512MiB".
+        progress: Called with the bytes that were compared so far and with their total.
+
+    Returns:
+        A `Verification` of a target with its source, a `Recheck` of a target alone.
 
     Raises:
-        InputError: The source is not a checkpoint that can be converted, or the target is not a checkpoint.
+        InputError: The source is not a checkpoint that can be converted, the target is not a checkpoint or has no
+            manifest, or its publish was interrupted.
         StorageError: The disk or its permissions refused.
-        SourceChangedError: One of them changed while it was read.
-        UsageError: The memory budget is too small.
+        SourceChangedError: A file changed while it was read.
+        UsageError: The memory budget is too small or no size; or a directory was given a revision.
     """
-    source, target = Path(source), Path(target)
+    memory = parse_size(max_memory)
+    source = locate(first, revision)
+    if second is None:
+        check_published(source)
+        return check_manifest(source, max_memory=memory, progress=progress)
+    target = locate(second)
+    check_published(target)
     with open_checkpoint(source) as given, open_checkpoint(target) as judged:
         layout, names = _understand(given)
         to = layout_of(judged)
@@ -92,7 +129,7 @@ def verify(
         differences = list(present_in_one(forms, found))
         wrong, comparable = compare_headers(expected, found, cast)
         differences += wrong
-        differences += run_jobs(list(_jobs(expected, comparable)), max_memory, progress)
+        differences += compare_all(list(_comparisons(expected, comparable)), memory, progress)
         given.check_unchanged()
         judged.check_unchanged()
         differences += _compare_side_files(given, judged)
@@ -100,7 +137,7 @@ def verify(
 
 
 def _understand(source: Checkpoint) -> tuple[Layout, dict[str, MoEName | None]]:
-    """Return the source's layout and what its names mean; refuse what can't be converted."""
+    """Return the source's layout and the meaning of its names; refuse a source that can't be converted."""
     config = source.read_config()
     recognition = recognise(source.tensors, config)
     if recognition.refusal is not None:
@@ -109,24 +146,26 @@ def _understand(source: Checkpoint) -> tuple[Layout, dict[str, MoEName | None]]:
     return recognition.layout, check_tensors(source.tensors.values(), recognition.layout, config)
 
 
-def _jobs(expected: Mapping[str, Expectation], found: Mapping[str, StoredTensor]) -> Iterator[Job]:
+def _comparisons(expected: Mapping[str, Expectation], found: Mapping[str, StoredTensor]) -> Iterator[Comparison]:
     """Yield the comparisons of the values of `found`."""
     with_experts = {expected[name].scale_name for name in found}
     for name, target in found.items():
         tensor = expected[name]
         if tensor.source is None:
             if name not in with_experts:
-                yield Job(partial(_compare_ones, target), target.nbytes)
+                yield Comparison(partial(_compare_ones, target), target.nbytes)
         elif not tensor.transposed:
             yield elementwise(tensor.source, target)
         else:
             scale = None if tensor.scale_name is None else found.get(tensor.scale_name)
             one_expert = (tensor.source.nbytes + target.nbytes) // target.shape[0]
             if scale is None:
-                yield Job(partial(_compare_experts, tensor.source, target, tensor.scale), target.nbytes, one_expert)
+                yield Comparison(
+                    partial(_compare_experts, tensor.source, target, tensor.scale), target.nbytes, one_expert
+                )
             else:
                 nbytes = target.nbytes + scale.nbytes
-                yield Job(partial(_compare_pair, tensor.source, target, scale), nbytes, one_expert)
+                yield Comparison(partial(_compare_pair, tensor.source, target, scale), nbytes, one_expert)
 
 
 def _compare_experts(
@@ -144,8 +183,8 @@ def _compare_experts(
 def _compare_pair(source: StoredTensor, target: StoredTensor, scale: StoredTensor, memory: int) -> list[Difference]:
     """Compare target [E, H, I] and the target's scale [E], which should be ones, with source [E, I, H].
 
-    Where a scale is not one, both must fold to the source's bits. Where they don't although `down_proj` has these bits
-    itself, it is the scale that is wrong.
+    If a scale is not one, both must fold to the source's bits. If they don't, but `down_proj` has these bits itself,
+    the scale is the wrong one.
     """
     values, folds = Mismatches(target.shape, target.dtype), Mismatches(target.shape, source.dtype)
     scales, scale_bits = Mismatches(scale.shape, scale.dtype), read(scale, 0, scale.nbytes)
@@ -169,7 +208,7 @@ def _compare_pair(source: StoredTensor, target: StoredTensor, scale: StoredTenso
 
 
 def _compare_ones(scale: StoredTensor, _memory: int) -> list[Difference]:
-    """Compare a scale [E] of the target with ones, where there are no experts to look at it with."""
+    """Compare a scale [E] of the target with ones, if its experts can't be compared with it."""
     values = Mismatches(scale.shape, scale.dtype)
     bits = read(scale, 0, scale.nbytes)
     values.compare(_ones(len(bits), scale)[None], bits[None], 0)
@@ -187,7 +226,7 @@ def _factors(scale: StoredTensor) -> list[float]:
 
 
 def _experts(source: StoredTensor, target: StoredTensor, memory: int) -> Iterator[tuple[int, Bits, Bits]]:
-    """Yield each expert's number, its source [R, C] and its target [C, R], both valid until the next is asked for."""
+    """Yield each expert's number, its source [R, C] and its target [C, R], both valid until the next step."""
     count, columns, rows = target.shape
     old_bytes, new_bytes = source.nbytes // count, target.nbytes // count
     step = max(1, min(count, min(memory, _BLOCK_BYTES) // (old_bytes + new_bytes)))
@@ -200,7 +239,7 @@ def _experts(source: StoredTensor, target: StoredTensor, memory: int) -> Iterato
 
 
 def _tiles(expert: int, source: Bits, target: Bits) -> Iterator[tuple[tuple[int, int], Bits, Bits]]:
-    """Yield the place of each tile in the flat target, and the tile [c, r] in source [R, C] and target [C, R]."""
+    """Yield each tile [c, r] of source [R, C] and target [C, R], after its place in the flat target."""
     columns, rows = target.shape
     for row in range(0, rows, _TILE):
         for column in range(0, columns, _TILE):
@@ -210,7 +249,7 @@ def _tiles(expert: int, source: Bits, target: Bits) -> Iterator[tuple[tuple[int,
 
 
 def _compare_side_files(source: Checkpoint, target: Checkpoint) -> Iterator[Difference]:
-    """Yield the source's side files that the target lacks or has with other bytes."""
+    """Yield the source's side files that the target lacks, or holds with other bytes."""
     there = {path.name: path for path in target.side_files}
     for path in source.side_files:
         expected = f"{regular_status(path).st_size} bytes, as in the source"
@@ -220,12 +259,12 @@ def _compare_side_files(source: Checkpoint, target: Checkpoint) -> Iterator[Diff
         position = _first_other_byte(path, there[path.name])
         if position is not None:
             size = regular_status(there[path.name]).st_size
-            found = f"{size} bytes, the first other one at {position}"
+            found = f"{size} bytes, the first that differs at {position}"
             yield Difference(path.name, "file", expected, found)
 
 
 def _first_other_byte(one: Path, other: Path) -> int | None:
-    """Return where two files begin to differ, None where they don't."""
+    """Return the position of the first byte that differs in two files, or None."""
     position = 0
     with (
         os.fdopen(open_regular(one), "rb") as left,

@@ -13,9 +13,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gemma4_moe import plan
+from gemma4_moe.converter.mesh_preview import parse_mesh, predict
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layout.dtypes import BFLOAT16
-from gemma4_moe.model_io.mesh_preview import parse_mesh, predict
 from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
 from support.sparse import write_sparse_checkpoint
@@ -79,6 +79,14 @@ def test_a_rank_without_experts_reads_none(tmp_path: Path) -> None:
     assert [share.experts for share in prediction.shares] == [2, 2, 1, 0]
     assert prediction.shares[3].read_bytes == 0
     assert prediction.balance == pytest.approx(2 / 1.25)
+
+
+def test_plan_previews_a_mesh_given_as_text_or_as_a_mapping(real: Path) -> None:
+    assert plan(real).mesh is None
+    mesh = {"ep_shard": 2, "ep": 8}
+    assert plan(real, mesh="ep_shard=2,ep=8").mesh == plan(real, mesh=mesh).mesh == predict(plan(real).plan, mesh)
+    with pytest.raises(UsageError, match="not a mesh"):
+        plan(real, mesh={"ep": 0})
 
 
 @pytest.mark.parametrize("text", ["", "ep", "ep=", "ep=0", "ep=-2", "tp=2", "ep=2,ep=2", "ep=99999999", "ep=²"])

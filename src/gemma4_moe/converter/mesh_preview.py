@@ -1,4 +1,4 @@
-"""What each rank of a mesh will hold and read, from a plan alone: no torch, no process but this one."""
+"""The share of each rank of a mesh, from a plan alone: no torch, and no process but this one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
+from gemma4_moe.converter.blocks import BLOCK_BYTES
 from gemma4_moe.distributed.sharding import NAMED_DIMENSIONS, count, local_runs
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layout.table import Layout, transposes
-from gemma4_moe.model_io.load import load_staging_bytes
+from gemma4_moe.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from gemma4_moe.converter.plan import Plan, PlannedTensor
     from gemma4_moe.distributed.sharding import Placement
@@ -24,14 +25,14 @@ MOST_RANKS = 2**16
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one rank has to do with.
+    """The share of one rank.
 
     Attributes:
-        coordinate: Its place in the mesh.
+        coordinate: The rank's place in the mesh.
         expert_bytes: Bytes of expert tensors that it holds.
         experts: Experts of a layer of which it holds at least a part.
-        read_bytes: Bytes of the source's expert tensors and scales that it reads: all of its experts, since `ep_shard`
-            cuts the axis that lies innermost in the file.
+        read_bytes: Bytes of the source's expert tensors and scales that it reads: its experts whole, since `ep_shard`
+            cuts the innermost axis of the file.
     """
 
     coordinate: tuple[int, ...]
@@ -40,21 +41,27 @@ class Share:
     read_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Prediction:
-    """What a mesh makes of a plan.
+    """The shares of all ranks of a mesh that loads a plan's source.
 
     Attributes:
         mesh: Ranks along each dimension, by name.
         shares: One for each rank, in the order of ranks.
         other_bytes: Bytes of all tensors that are not experts; a rank that shards them too holds less.
-        staging_bytes: What a load needs beside the model: one block, or one row of the source where that is larger.
+        staging_bytes: Bytes that a load needs besides the model: one block, or one row of the source if that is larger.
     """
 
     mesh: Mapping[str, int]
     shares: tuple[Share, ...]
     other_bytes: int
     staging_bytes: int
+
+    def __repr__(self) -> str:
+        mesh = ", ".join(f"{name} {ranks}" for name, ranks in self.mesh.items())
+        return (
+            f"<Prediction for {mesh}: {len(self.shares)} ranks, {format_size(self.peak_bytes)} at the peak of a load>"
+        )
 
     @property
     def balance(self) -> float:
@@ -68,12 +75,13 @@ class Prediction:
         return max(share.expert_bytes for share in self.shares) + self.other_bytes + self.staging_bytes
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """Return ranks by dimension from text such as "ep_shard=2,ep=8".
+def parse_mesh(given: Mapping[str, int] | str) -> dict[str, int]:
+    """Return ranks by dimension from such a mapping, or from text such as "ep_shard=2,ep=8".
 
     Raises:
-        UsageError: It is no such text, or a dimension says nothing about experts.
+        UsageError: It is not a mesh, it is too large, or a dimension has no meaning for experts.
     """
+    text = given if isinstance(given, str) else ",".join(f"{name}={ranks}" for name, ranks in given.items())
     mesh: dict[str, int] = {}
     for part in text.split(","):
         name, _, ranks = part.strip().partition("=")
@@ -93,17 +101,17 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def predict(plan: Plan, mesh: Mapping[str, int]) -> Prediction:
-    """Say what each rank holds and reads when it loads the plan's source into the nemo layout.
+    """Return the share of each rank that loads the plan's source into the nemo layout.
 
     Raises:
-        UsageError: The plan does not lead to the nemo layout.
+        UsageError: The plan's target is not in the nemo layout.
     """
     if plan.target_layout is not Layout.NEMO:
         raise UsageError(
             "a mesh holds the nemo layout",
             expected="a source in the hf layout",
             found=f"a source in the {plan.source_layout} layout",
-            hint="leave --mesh out",
+            hint="leave the mesh out, or give a source in the hf layout",
         )
     placements = tuple(NAMED_DIMENSIONS[name] for name in mesh)
     experts = [tensor for tensor in plan.tensors.values() if transposes(tensor.operation)]
@@ -152,3 +160,14 @@ def _held(
 
 def _nbytes(tensor: PlannedTensor, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * tensor.dtype.itemsize
+
+
+def source_row_bytes(tensor: PlannedTensor) -> int:
+    """Return the bytes of the file for one index of a native tensor's first axis; of a scalar, all of it."""
+    assert tensor.source is not None, "every nemo tensor comes from an hf tensor"
+    return tensor.source.nbytes // max(1, tensor.source.shape[0] if tensor.source.shape else 1)
+
+
+def load_staging_bytes(tensors: Iterable[PlannedTensor]) -> int:
+    """Return the bytes that a load needs besides the model; they follow from the file's dtypes alone."""
+    return max([BLOCK_BYTES, *map(source_row_bytes, tensors)])

@@ -1,0 +1,65 @@
+"""Expert tensors that are stored in several tensors a role: each is written straight to its place in the native one.
+
+Nothing is put together first: the kernel writes experts (start, end) and rows (start, end) of a role to
+`native[experts, :, rows]`, and a rank takes only what its shard holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.distributed.tensor import DTensor
+
+from gemma4_moe.distributed.placements import local_of, placed, take
+from gemma4_moe.distributed.sharding import overlaps
+from gemma4_moe.errors import ParallelError
+from gemma4_moe.kernels import transpose_scale_cast
+
+if TYPE_CHECKING:
+    import torch
+
+    from gemma4_moe.adapter.entries import Entry
+
+
+def write_part(native: torch.Tensor, entry: Entry, scale: Entry | None, kernel: str) -> None:
+    """Write one part of a role into the native tensor [E, C, R]: this rank's shard of it, if that is a DTensor.
+
+    Args:
+        native: The native tensor.
+        entry: The part: [r, C] of one expert, or [E, r, C].
+        scale: per_expert_scale [E] for a part of down_proj, else None.
+        kernel: The kernel that converts.
+
+    Raises:
+        ParallelError: The part or its scale is a DTensor.
+    """
+    for given in (entry, scale):
+        if given is not None and isinstance(given.value, DTensor):
+            raise ParallelError(
+                "a DTensor in a checkpoint that has several tensors for a role",
+                tensor=given.name,
+                expected="whole tensors, of which each rank takes its own shard",
+                found=str(given.value.placements),
+                hint="give plain tensors, and `device_mesh` or `out`",
+            )
+    assert entry.parsed is not None, "an expert tensor"
+    shape, name, local = tuple(native.shape), entry.parsed.nemo, local_of(native)
+    whole = tuple((range(size),) for size in shape)
+    runs = placed(native, name).runs(shape) if isinstance(native, DTensor) else whole
+    experts, rows = entry.parsed.part.experts(shape[0]), entry.parsed.part.rows(shape[2])
+    factors = None if scale is None else scale.read().detach().to(local.device)
+    for held, some in overlaps(runs[0], *experts):
+        for columns, lines in overlaps(runs[2], *rows):
+            wanted = [[_from(some, experts[0])], [_from(lines, rows[0])], runs[1]]
+            values = take(entry.value, wanted[3 - len(entry.shape) :]).to(local.device)
+            transpose_scale_cast(
+                values.view(-1, *values.shape[-2:]),
+                scale=None if factors is None else factors[some.start : some.stop],
+                out=local[held, :, columns],
+                kernel=kernel,
+            )
+
+
+def _from(indices: range, start: int) -> range:
+    """Return indices as they count from `start`."""
+    return range(indices.start - start, indices.stop - start)

@@ -1,0 +1,80 @@
+"""Every exit status of the command: the list that `--help` prints, and the failure that leads to each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from gemma4_moe.errors import (
+    DifferenceError,
+    Gemma4MoEError,
+    InputError,
+    StorageError,
+    TargetBusyError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+INTERRUPTED = 130
+CLOSED_PIPE = 141
+TERMINATED = 143
+
+EXIT_STATUSES = {
+    0: "done; verify, diff and demo: no difference",
+    Gemma4MoEError.exit_status: "ranks disagree, a collective failed, or a defect of this program; "
+    "torchrun ends so after any failure",
+    UsageError.exit_status: "usage: an argument is missing or wrong, or DST may not be written as asked",
+    InputError.exit_status: "input: a checkpoint is damaged, incomplete, or of a form that is not converted",
+    DifferenceError.exit_status: "verify, diff or demo found a difference",
+    StorageError.exit_status: "the disk, its permissions or the network refused",
+    TargetBusyError.exit_status: "another process is writing DST",
+    INTERRUPTED: "interrupted by Ctrl-C (SIGINT)",
+    CLOSED_PIPE: "the program that reads stdout has ended, as head does",
+    TERMINATED: "terminated (SIGTERM)",
+}
+
+
+class TerminatedError(BaseException):
+    """SIGTERM was received."""
+
+
+def terminate_by_exception() -> None:
+    """Let SIGTERM raise a `TerminatedError`, so that contexts are left in order."""
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise TerminatedError
+
+
+def status_of(run: Callable[[], int | None]) -> int:
+    """Run a command and return the exit status; its error, if there is one, is printed on stderr."""
+    try:
+        status = run()
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except Gemma4MoEError as error:
+        click.echo(f"gemma4-moe: error: {error}", err=True)
+        return error.exit_status
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("gemma4-moe: interrupted", err=True)
+        return INTERRUPTED
+    except TerminatedError:
+        click.echo("gemma4-moe: terminated", err=True)
+        return TERMINATED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        return CLOSED_PIPE
+    except OSError as error:  # stdout can't be written, or the system refuses to look at a path
+        click.echo(f"gemma4-moe: error: {error}", err=True)
+        return StorageError.exit_status
+    return status or 0

@@ -1,0 +1,35 @@
+"""The published forms of the hf layout. A new form is a file here and a row of `SPELLINGS`.
+
+Everything after this package knows roles, experts and rows alone.
+"""
+
+from __future__ import annotations
+
+from gemma4_moe.layout.spellings.base import WHOLE, Part, Spelling
+from gemma4_moe.layout.spellings.fused import CURRENT, LEGACY
+from gemma4_moe.layout.spellings.per_expert import PER_EXPERT
+from gemma4_moe.layout.table import RULES, Rule
+
+__all__ = ["CURRENT", "SPELLINGS", "WHOLE", "Part", "Spelling", "find", "known_names"]
+
+#: Every form. A name that several forms share belongs to the first of them.
+SPELLINGS = (CURRENT, LEGACY, PER_EXPERT)
+
+
+def find(rest: str) -> tuple[Spelling, Rule, Part] | None:
+    """Return the readable form that has a tensor REST, its role and its contents; None if there is none."""
+    for spelling in SPELLINGS:
+        if spelling.readable and (found := spelling.find(rest)) is not None:
+            return spelling, *found
+    return None
+
+
+def known_names() -> dict[str, None]:
+    """Return REST of every tensor of the readable forms in their order; "{}" stands for an expert's number."""
+    return {
+        template: None
+        for spelling in SPELLINGS
+        if spelling.readable
+        for rule in RULES
+        for template in spelling.templates(rule)
+    }

@@ -1,0 +1,109 @@
+"""What a spelling is: which stored tensors make up a tensor of the hf layout, and what each of them holds of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gemma4_moe.layout.table import RULES, Rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one stored tensor holds of a role's hf tensor [E, R, C]: experts, and a run of their rows.
+
+    Attributes:
+        expert: The one expert that it holds, without the axis E; None if it holds all experts.
+        slot: Which of the equal runs of rows it holds.
+        slots: How many equal runs of rows there are: 2 if gate and up are stored apart, else 1.
+    """
+
+    expert: int | None = None
+    slot: int = 0
+    slots: int = 1
+
+    def axes(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the axes of the stored tensor, from the axes of the whole one."""
+        halved = tuple("I" if axis == "2I" and self.slots == 2 else axis for axis in axes)
+        return halved if self.expert is None else halved[1:]
+
+    def experts(self, count: int) -> tuple[int, int]:
+        """Return the range of experts (start, end) that it holds, of `count`."""
+        return (0, count) if self.expert is None else (self.expert, self.expert + 1)
+
+    def rows(self, count: int) -> tuple[int, int]:
+        """Return the range of rows (start, end) that it holds, of `count`."""
+        size = count // self.slots
+        return self.slot * size, (self.slot + 1) * size
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the stored tensor, from the shape of the whole one."""
+        if self == WHOLE:
+            return whole
+        experts, rows, columns = whole
+        shape = (experts, rows // self.slots, columns)
+        return shape if self.expert is None else shape[1:]
+
+
+#: All of a tensor.
+WHOLE = Part()
+
+
+@dataclass(frozen=True, eq=False)
+class Spelling:
+    """One published form of the hf layout: the names of the tensors that make up each role.
+
+    Attributes:
+        name: What it is called.
+        names: For each role that it spells in its own way, REST of each run of rows, in their order. A "{}" stands for
+            the number of an expert whose tensor has no axis E. All other roles have the names of the table.
+        readable: Whether checkpoints in this form are read.
+        writable: Whether a stream can be written in this form.
+    """
+
+    name: str
+    names: Mapping[Rule, tuple[str, ...]]
+    readable: bool = True
+    writable: bool = True
+    _fixed: dict[str, tuple[Rule, Part]] = field(init=False, repr=False, default_factory=dict)
+    _numbered: list[tuple[re.Pattern[str], Rule, int, int]] = field(init=False, repr=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        for rule in RULES:
+            templates = self.templates(rule)
+            numbered = {"{}" in template for template in templates}
+            halves = len(templates) == 2 and rule.hf_axes[1:2] == ("2I",)
+            if len(numbered) != 1 or not (len(templates) == 1 or halves) or (True in numbered and not rule.is_matrices):
+                raise AssertionError(f"{self.name} can't store {rule.role} as {', '.join(templates)}")
+            for slot, template in enumerate(templates):
+                if template in self._fixed:
+                    raise AssertionError(f"two tensors of {self.name} are called {template}")
+                if "{}" in template:
+                    pattern = re.escape(template).replace(r"\{\}", "(0|[1-9][0-9]{0,8})")
+                    self._numbered.append((re.compile(pattern, re.ASCII), rule, slot, len(templates)))
+                else:
+                    self._fixed[template] = rule, Part(None, slot, len(templates))
+
+    def templates(self, rule: Rule) -> tuple[str, ...]:
+        """Return REST of each run of a role's rows; "{}" stands for an expert's number."""
+        return self.names.get(rule, (rule.hf,))
+
+    def find(self, rest: str) -> tuple[Rule, Part] | None:
+        """Return the role that the tensor REST belongs to, and what it holds of it; None if it has no such tensor."""
+        if (found := self._fixed.get(rest)) is not None:
+            return found
+        for pattern, rule, slot, slots in self._numbered:
+            if (match := pattern.fullmatch(rest)) is not None:
+                return rule, Part(int(match[1]), slot, slots)
+        return None
+
+    def parts(self, rule: Rule, experts: int) -> Iterator[tuple[str, Part]]:
+        """Yield REST and contents of every tensor of a role with this number of experts, by experts and rows."""
+        templates = self.templates(rule)
+        for expert in range(experts) if "{}" in templates[0] else (None,):
+            for slot, template in enumerate(templates):
+                yield template.format(expert), Part(expert, slot, len(templates))

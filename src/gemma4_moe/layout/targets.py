@@ -1,0 +1,267 @@
+"""The tensors that a set of tensors becomes in the other layout: name, shape, dtype, operation and sources of each.
+
+The converter, `plan`, loading, saving and the stream all ask `targets_of`; `inspect` and the adapter check with the
+same `Inventory`. Names, shapes and dtypes decide, never values.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from gemma4_moe.errors import InputError
+from gemma4_moe.layout.dtypes import DType, cast_to
+from gemma4_moe.layout.names import LayerKey, MoEName, natural_key
+from gemma4_moe.layout.spellings import CURRENT, WHOLE, Part, Spelling
+from gemma4_moe.layout.table import Layout, Operation, Rule, converted_shape, shape_of, transposes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from gemma4_moe.layout.inventory import Inventory
+
+
+class Described(Protocol):
+    """A tensor as planning sees it."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its whole shape."""
+
+    @property
+    def dtype(self) -> DType:
+        """Its dtype."""
+
+
+T = TypeVar("T", bound=Described)
+
+
+@dataclass(frozen=True, slots=True)
+class Read(Generic[T]):
+    """A range of one stored tensor, and the place of its values in the role's tensor [E, R, C].
+
+    Attributes:
+        stored: The tensor.
+        start: The first byte, counted from the tensor's own start.
+        end: The byte after the last.
+        experts: The experts (start, end) that it holds.
+        rows: The rows (start, end) of each.
+    """
+
+    stored: T
+    start: int
+    end: int
+    experts: tuple[int, int]
+    rows: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart(Generic[T]):
+    """One stored tensor of a source, and the share of the source that it holds.
+
+    Attributes:
+        stored: The tensor.
+        experts: The experts (start, end) that it holds; elements if no axes are exchanged.
+        rows: The rows (start, end) of each.
+    """
+
+    stored: T
+    experts: tuple[int, int]
+    rows: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Source(Generic[T]):
+    """The values that a target is made from: one stored tensor, or several if a spelling stores a role so.
+
+    Attributes:
+        dtype: The dtype of all its tensors.
+        shape: The shape of the whole.
+        parts: Its tensors, in the order of experts, then of rows.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    parts: tuple[StoredPart[T], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return prod(self.shape) * self.dtype.bits // 8
+
+    def reads(self, first: int, last: int) -> Iterator[Read[T]]:
+        """Yield the reads that give the experts (or elements) first to last, in the order of the parts."""
+        count, height = self.parts[-1].experts[1], self.parts[-1].rows[1]
+        begin = bisect_right(self.parts, first, key=lambda part: part.experts[1])
+        for part in self.parts[begin:]:
+            start, end = max(first, part.experts[0]), min(last, part.experts[1])
+            if start >= end:
+                break
+            size = self.nbytes // count * (part.rows[1] - part.rows[0]) // height
+            before = start - part.experts[0]
+            yield Read(part.stored, before * size, (before + end - start) * size, (start, end), part.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Target(Generic[T]):
+    """One tensor of the other layout.
+
+    Attributes:
+        name: Its name.
+        dtype: Its dtype.
+        shape: Its shape.
+        operation: The operation that makes it from `source`.
+        role: The name of its role's whole tensor, current spelling; its own name if both layouts have it.
+        source: What it is made from; None for a scale of ones.
+        scale: The tensor [E] whose values multiply its experts, or None.
+        part: What it holds of its role's tensor.
+        beside: For a scale of ones, the tensor of its experts.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    operation: Operation
+    role: str
+    source: Source[T] | None
+    scale: T | None = None
+    part: Part = WHOLE
+    beside: T | None = None
+
+    @property
+    def stored(self) -> tuple[T, ...]:
+        """The stored tensors that it is made from, its scale last."""
+        parts = () if self.source is None else tuple(part.stored for part in self.source.parts)
+        return parts if self.scale is None else (*parts, self.scale)
+
+    @property
+    def origin(self) -> T:
+        """The first stored tensor that it is made from; for a scale of ones, that its experts are made from."""
+        if self.source is not None:
+            return self.source.parts[0].stored
+        assert self.beside is not None, "a scale of ones belongs to experts"
+        return self.beside
+
+
+def problems(tensors: Iterable[Described], inventory: Inventory, required: Sequence[Rule]) -> Iterator[InputError]:
+    """Take tensors into an inventory, and yield all that is wrong: each tensor, then the first incomplete layer."""
+    for tensor in tensors:
+        try:
+            inventory.add(tensor.name, tensor.shape, tensor.dtype.name)
+        except InputError as error:
+            yield error
+    try:
+        inventory.require_complete(required)
+    except InputError as error:
+        yield error
+
+
+def targets_of(
+    tensors: Iterable[T],
+    inventory: Inventory,
+    required: Sequence[Rule],
+    cast: DType | None = None,
+    spelling: Spelling = CURRENT,
+) -> dict[str, Target[T]]:
+    """Return every tensor that these become in the other layout, by name, in the natural order of their roles.
+
+    Args:
+        tensors: All tensors of one layout, with whatever else the caller knows of them.
+        inventory: An empty one of their layout, which then holds them.
+        required: The rows that each layer must have.
+        cast: The dtype of every floating-point tensor; None to keep each one's own.
+        spelling: The form in which hf tensors are written.
+
+    Raises:
+        UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`.
+        IncompleteExpertsError: See `Inventory.require_complete`.
+    """
+    by_name = {}
+    given = []
+    for tensor in tensors:
+        by_name[tensor.name] = tensor
+        given.append(tensor)
+    for problem in problems(given, inventory, required):
+        raise problem
+    made: list[Target[T]] = []
+    for name, parsed in inventory.names.items():
+        if parsed is None:
+            whole = _whole(by_name[name])
+            made.append(Target(name, cast_to(whole.dtype, cast), whole.shape, Operation.KEEP, name, whole))
+    for key, rows in inventory.layers.items():
+        for rule, parts in rows.items():
+            stored = {part: by_name[name] for part, (name, _) in parts.items()}
+            source = _source(rule, stored, inventory, key)
+            factor = rule.factor if inventory.layout is Layout.HF else None
+            scale = None if factor is None else by_name[rows[factor][WHOLE][0]]
+            for row in rule.yields(inventory.layout.other):
+                made += _made(MoEName(*key, row), source, scale, inventory.layout, cast, spelling)
+    _check_used_once(by_name, made)
+    return {target.name: target for target in sorted(made, key=lambda target: natural_key(target.role))}
+
+
+def hf_tensors(parsed: MoEName | None, name: str) -> list[tuple[str, Operation]]:
+    """Return (hf name, operation) of each hf tensor, current spelling, that the native tensor `name` becomes."""
+    if parsed is None:
+        return [(name, Operation.KEEP)]
+    return [(parsed.sibling(rule).hf, rule.operation) for rule in parsed.rule.yields(Layout.HF)]
+
+
+def _made(
+    name: MoEName, source: Source[T], scale: T | None, layout: Layout, cast: DType | None, spelling: Spelling
+) -> Iterator[Target[T]]:
+    """Yield the targets of one row that are made from `source`, a tensor of `layout`."""
+    operation, dtype, role = name.rule.operation, cast_to(source.dtype, cast), name.name(layout.other)
+    shape = converted_shape(operation, source.shape)
+    if layout is Layout.HF:
+        yield Target(role, dtype, shape, operation, role, source, scale)
+        return
+    for rest, part in spelling.parts(name.rule, shape[0]):
+        written = name.layer_path + rest
+        if operation is Operation.FOLD:
+            yield Target(written, dtype, shape[:1], operation, role, None, beside=source.parts[0].stored)
+        else:
+            yield Target(written, dtype, part.shape(shape), operation, role, source, part=part)
+
+
+def _source(rule: Rule, stored: dict[Part, T], inventory: Inventory, key: LayerKey) -> Source[T]:
+    """Return the stored tensors of one role of a layer as one source."""
+    if WHOLE in stored:
+        return _whole(stored[WHOLE], matrices=transposes(rule.operation))
+    shape = shape_of(rule, inventory.layout, inventory.sizes(key[0]))
+    ordered = sorted(stored.items(), key=lambda item: (item[0].expert or 0, item[0].slot))
+    parts = tuple(StoredPart(tensor, part.experts(shape[0]), part.rows(shape[1])) for part, tensor in ordered)
+    return Source(ordered[0][1].dtype, shape, parts)
+
+
+def _whole(tensor: T, *, matrices: bool = False) -> Source[T]:
+    """Return one tensor as a source: of matrices an expert, or of elements."""
+    if matrices:
+        part = StoredPart(tensor, (0, tensor.shape[0]), (0, tensor.shape[1]))
+    else:
+        part = StoredPart(
+            tensor, (0, prod(tensor.shape) * tensor.dtype.bits // 8 // max(1, tensor.dtype.itemsize)), (0, 1)
+        )
+    return Source(tensor.dtype, tensor.shape, (part,))
+
+
+def _check_used_once(tensors: Iterable[str], made: Iterable[Target[T]]) -> None:
+    """Check the planner's own work: no tensor is dropped, none is used twice, no name is made twice."""
+    used = Counter(
+        tensor.name
+        for target in made
+        if (target.part.expert or 0, target.part.slot) == (0, 0)
+        for tensor in target.stored
+    )
+    names = Counter(target.name for target in made)
+    wrong = {name: used[name] for name in {*tensors, *used} if used[name] != 1}
+    twice = [name for name, count in names.items() if count != 1]
+    if wrong or twice:
+        raise AssertionError(f"tensors not used exactly once: {wrong}; made twice: {twice}")

@@ -1,0 +1,171 @@
+"""The files of a target, for `convert` and `save_hf`: made at full size, written in pieces, completed and read back."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gemma4_moe.checkpoint.index import INDEX_NAME, write_index
+from gemma4_moe.checkpoint.side_files import MANIFEST_NAME
+from gemma4_moe.checkpoint.storage import refusals, sync_directory, write_file
+from gemma4_moe.errors import ParallelError, StorageError
+from gemma4_moe.target.manifest import FORMAT, described_files, encode_manifest
+from gemma4_moe.target.pieces import gaps, piece_of, wrong_pieces
+from gemma4_moe.target.writers import SafetensorsWriter
+from gemma4_moe.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    from gemma4_moe.distributed.ranks import Ranks
+    from gemma4_moe.target.file_layout import PlannedFile
+    from gemma4_moe.target.pieces import Piece
+
+#: Bytes of a piece of a file that is copied.
+_COPY_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFiles:
+    """The files of one target, in the directory where they are written. Each rank has its own, with the same values.
+
+    Attributes:
+        out: The directory.
+        files: The weight files.
+        ranks: The ranks that write them.
+        memory: The most bytes of buffers for reading back.
+        buffered: Whether to read back through the page cache.
+    """
+
+    out: Path
+    files: tuple[PlannedFile, ...]
+    ranks: Ranks
+    memory: int
+    buffered: bool = False
+
+    def make(self) -> None:
+        """Make each weight file at its full size, or keep the one that is there; remove all others. For one rank.
+
+        Raises:
+            StorageError: The disk or its permissions refused.
+        """
+        planned = {file.name: file for file in self.files}
+        with refusals("look at the directory", self.out):
+            for path in self.out.iterdir():
+                if path.name not in planned or path.stat().st_size != planned[path.name].size:
+                    path.unlink()
+        for name, file in planned.items():
+            path = self.out / name
+            with refusals("look at the file", path):
+                is_there = path.exists()
+            if is_there:
+                with SafetensorsWriter.reopen(path, file.size) as writer:
+                    writer.write(0, memoryview(file.header))
+            else:
+                SafetensorsWriter(path, file.header, file.size).close()
+        sync_directory(self.out)
+
+    def complete(
+        self, own: Iterable[Piece], side_files: Iterable[Path], describe: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> list[Piece]:
+        """Write side files, index and manifest once the weights are on the device. All ranks must call.
+
+        Args:
+            own: The pieces of weight files that this rank has written, without the headers.
+            side_files: The files to copy.
+            describe: Returns the rest of the manifest; gets the entries of the files, and may add to them.
+
+        Returns:
+            The pieces of all files, those of the manifest too.
+
+        Raises:
+            ParallelError: The ranks together have not written every byte once; or another rank failed.
+            StorageError: The disk or its permissions refused.
+        """
+        weights = [piece_of(file.name, 0, file.header) for file in self.files]
+        weights += [piece for pieces in self.ranks.everyones(list(own)) for piece in pieces]
+        pieces: list[Piece] = []
+        with self.ranks.together("write the manifest"):
+            if self.ranks.is_first:
+                self._check_covered(weights)
+                pieces = [*weights, *copy_files(side_files, self.out), *self._write_index()]
+                files = described_files(pieces)
+                document = {"format": FORMAT, "gemma4_moe": __version__, **describe(files), "files": files}
+                manifest = encode_manifest(document)
+                write_file(self.out / MANIFEST_NAME, manifest)
+                pieces.append(piece_of(MANIFEST_NAME, 0, manifest))
+                sync_directory(self.out)
+        (pieces, *_) = self.ranks.everyones(pieces)
+        return pieces
+
+    def read_back(self, pieces: Sequence[Piece], confirm: Callable[[], None] | None = None) -> None:
+        """Compare the files on the device with their pieces, each rank a part. All ranks must call.
+
+        Args:
+            pieces: The pieces that `complete` returned.
+            confirm: Called at every piece; raises if the target is not ours any more.
+
+        Raises:
+            StorageError: The disk or its permissions refused, or gave back other bytes than were written.
+            ParallelError: Another rank failed.
+        """
+        sizes = {name: said["bytes"] for name, said in described_files(pieces).items()}
+        mine = pieces[self.ranks.rank :: self.ranks.world]
+        hashed = None if confirm is None else lambda _: confirm()
+        with self.ranks.together("read back what was written"):
+            wrong = wrong_pieces(self.out, sizes, mine, self.memory, buffered=self.buffered, hashed=hashed)
+            if wrong:
+                raise StorageError(
+                    "the disk gives back other bytes than were written",
+                    file=self.out,
+                    found="; ".join(list(dict.fromkeys(wrong.values()))[:5]),
+                    hint="check the disk and the memory, then write again (convert: give --resume)",
+                )
+
+    def _check_covered(self, pieces: Iterable[Piece]) -> None:
+        """Check that the ranks together have written every byte: a hole would read as zeros."""
+        places: dict[str, list[tuple[int, int]]] = {file.name: [] for file in self.files}
+        for piece in pieces:
+            places[piece.file].append((piece.start, piece.end))
+        for file in self.files:
+            if holes := gaps(places[file.name], file.size):
+                raise ParallelError(
+                    "the ranks together did not write every byte once",
+                    file=self.out / file.name,
+                    expected=f"{file.size} bytes",
+                    found=f"nothing, or two pieces, at {holes[:5]}",
+                    hint="give a tensor as DTensor on all ranks, or as the whole tensor on all of them",
+                )
+
+    def _write_index(self) -> list[Piece]:
+        """Write the index; a single file needs none."""
+        if len(self.files) == 1:
+            return []
+        entries = [(entry, file.name) for file in self.files for entry in file.entries]
+        index = write_index({entry.name: name for entry, name in entries}, sum(entry.nbytes for entry, _ in entries))
+        write_file(self.out / INDEX_NAME, index)
+        return [piece_of(INDEX_NAME, 0, index)]
+
+
+def copy_files(paths: Iterable[Path], out: Path) -> list[Piece]:
+    """Copy files byte for byte into `out`, bring them to the device, and return their pieces.
+
+    Raises:
+        StorageError: The disk or its permissions refused.
+    """
+    pieces: list[Piece] = []
+    for path in paths:
+        action = refusals(f"copy the file into {out}", path)
+        with action, path.open("rb") as original, (out / path.name).open("xb") as copy:
+            start = 0
+            while (content := original.read(_COPY_BYTES)) or not start:
+                copy.write(content)
+                pieces.append(piece_of(path.name, start, content))
+                start += len(content)
+                if not content:  # an empty file has one piece
+                    break
+            copy.flush()
+            os.fsync(copy.fileno())
+    return pieces

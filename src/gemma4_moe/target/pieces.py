@@ -1,0 +1,104 @@
+"""Pieces of a target's files: ranges of bytes with their hashes, and the check that the device gives them back."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from gemma4_moe.checkpoint.file import OpenFile
+from gemma4_moe.checkpoint.hashing import Extent, blake3_of, hash_extents
+from gemma4_moe.checkpoint.storage import refusals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes (start, end) of a file, as they were written.
+
+    Attributes:
+        file: The bare name of the file.
+        start: The first byte.
+        end: The byte after the last.
+        digest: BLAKE3 of the bytes, in hexadecimal.
+        facts: Further facts that the writer journals with the piece; JSON can hold them.
+    """
+
+    file: str
+    start: int
+    end: int
+    digest: str
+    facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """The file, the first byte, and the byte after the last."""
+        return self.file, self.start, self.end
+
+
+def piece_of(file: str, start: int, content: bytes | memoryview, **facts: Any) -> Piece:
+    """Return the piece for `content` (C-contiguous) at byte `start` of a file."""
+    return Piece(file, start, start + memoryview(content).nbytes, blake3_of([content]), facts)
+
+
+def gaps(pieces: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """Return where ranges (start, end) don't cover `size` bytes once: as (end of one, start of the next)."""
+    return [
+        (before, after)
+        for (_, before), (after, _) in pairwise([(0, 0), *sorted(pieces), (size, size)])
+        if before != after
+    ]
+
+
+def wrong_pieces(
+    directory: Path,
+    sizes: Mapping[str, int],
+    pieces: Sequence[Piece],
+    memory: int,
+    *,
+    buffered: bool = False,
+    hashed: Callable[[int], None] | None = None,
+) -> dict[Piece, str]:
+    """Return the pieces that the device does not give back, each with a sentence on the difference.
+
+    Args:
+        directory: The directory of the files.
+        sizes: The size of each file in bytes.
+        pieces: The pieces to read.
+        memory: The most bytes of buffers.
+        buffered: Read through the page cache, which forgets the files first.
+        hashed: Told of the bytes of each piece when it is hashed; from several threads, one at a time.
+
+    Raises:
+        StorageError: The disk or its permissions refused.
+    """
+    wrong: dict[Piece, str] = {}
+    with ExitStack() as stack:
+        files: dict[str, OpenFile] = {}
+        unusable: dict[str, str] = {}
+        for name in sorted({piece.file for piece in pieces}):
+            with refusals("look at the file", directory / name):
+                is_there = (directory / name).is_file()
+            if not is_there:
+                unusable[name] = f"{name}: missing"
+                continue
+            files[name] = stack.enter_context(OpenFile(directory / name))
+            if files[name].size != sizes[name]:
+                unusable[name] = f"{name}: {files[name].size} bytes, not {sizes[name]}"
+        readable = [piece for piece in pieces if piece.file not in unusable]
+        groups = [(Extent(files[piece.file], piece.start, piece.end),) for piece in readable]
+        found = hash_extents(groups, memory, buffered=buffered, hashed=hashed)
+    digests = dict(zip(readable, found, strict=True))
+    for piece in pieces:
+        if piece.file in unusable:
+            wrong[piece] = unusable[piece.file]
+        elif digests[piece] != piece.digest:
+            wrong[piece] = (
+                f"{piece.file}: other bytes in ({piece.start}, {piece.end}): BLAKE3 {digests[piece]}, "
+                f"not {piece.digest}"
+            )
+    return wrong

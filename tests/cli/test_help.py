@@ -1,0 +1,95 @@
+"""`--help`: every command explains its arguments, nothing is cut, and each example runs as printed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from gemma4_moe import convert
+from gemma4_moe.cli.commands import cli
+from gemma4_moe.cli.exit_statuses import EXIT_STATUSES
+from gemma4_moe.demo.small_models import build_model, save_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COMMANDS = list(cli.commands)
+
+
+def help_of(*command: str) -> str:
+    done = CliRunner().invoke(cli, [*command, "--help"], prog_name="gemma4-moe", terminal_width=80)
+    assert done.exit_code == 0
+    return done.output
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_nothing_is_cut(command: tuple[str, ...]) -> None:
+    text = help_of(*command).replace("[ARGS]...", "").replace("DIM=RANKS,...", "")
+    assert "..." not in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_argument_is_explained_and_every_option_has_a_text(name: str) -> None:
+    command = cli.commands[name]
+    text = help_of(name)
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+        else:
+            argument = parameter.make_metavar(click.Context(command)).strip("[]")
+            assert re.search(rf"^Arguments:\n(  .*\n)*  {argument}  +\S", text, re.M), argument
+
+
+def test_the_exit_statuses_are_printed() -> None:
+    text = " ".join(help_of().split("Exit status:")[1].split())
+    assert all(f"{status} {meaning}" in text for status, meaning in EXIT_STATUSES.items())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small checkpoints under the names that the examples use."""
+    models = tmp_path_factory.mktemp("models")
+    (models / "google").mkdir()
+    for name in ("gemma-4-26B-A4B", "google/gemma-4-26B-A4B"):
+        save_model(build_model(), models / name)
+    convert(models / "gemma-4-26B-A4B", models / "gemma-4-nemo")
+    convert(models / "gemma-4-nemo", models / "gemma-4-hf", base=models / "gemma-4-26B-A4B")
+    return models
+
+
+def examples() -> list[str]:
+    found = [line.strip() for name in COMMANDS for line in _section(help_of(name), "Examples").splitlines()]
+    return [*(line.strip() for line in _section(help_of(), "Examples").splitlines()), *found]
+
+
+def _section(text: str, name: str) -> str:
+    match = re.search(rf"^{name}:\n((?:  .*\n)+)", text, re.M)
+    assert match is not None, f"no {name} in {text}"
+    return match[1]
+
+
+@pytest.mark.parametrize("example", sorted(set(examples())))
+def test_each_example_runs_as_printed(example: str, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    program, command, *arguments = shlex.split(example)
+    assert program == "gemma4-moe"
+    if command == "convert":
+        shutil.rmtree(tmp_path / arguments[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "gemma4_moe", command, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,159 @@
+"""The README and the documents: commands and snippets run as printed, and every link, path and name exists."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma4_moe.demo.small_models import build_model, save_model
+from gemma4_moe.layout.dtypes import BFLOAT16
+from gemma4_moe.layout.table import RULES
+from support.sparse import real_config, real_names_and_shapes, write_sparse_checkpoint
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md")])
+
+#: Folders of the repository: a word in backticks that begins with one of them is a path.
+FOLDERS = ("docs", "src", "tests", "tests_vllm", "benchmarks", "examples", "cpp", ".ci")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Each command of the README's consoles, and the lines below it."""
+    found: list[tuple[str, list[str]]] = []
+    for line in "".join(blocks("console")).splitlines():
+        if line.startswith("$ "):
+            found.append((line[2:], []))
+        else:
+            found[-1][1].append(line)
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with the real model's headers and the demo's model."""
+    place = tmp_path_factory.mktemp("place")
+    write_sparse_checkpoint(place / "gemma-4-26B-A4B", real_names_and_shapes(), BFLOAT16, real_config())
+    save_model(build_model(), place / "small")
+    return place
+
+
+def normal(line: str) -> str:
+    """A line without sizes, versions, measured differences and the width of its columns."""
+    line = re.sub(r"\d\.\d+e-\d+|transformers [\d.]+|[\d.]+ (?:[kMGT]?B)\b|\d{1,3}(?:,\d{3})+", "#", line)
+    return " ".join(re.sub("─+", "─", line).split())
+
+
+def test_the_consoles_show_what_the_commands_print(place: Path) -> None:
+    """In the README's order, since later commands read what earlier ones wrote."""
+    for command, shown in commands():
+        program, *arguments = shlex.split(command)
+        assert program == "gemma4-moe"
+        done = subprocess.run(
+            [sys.executable, "-m", "gemma4_moe", *arguments], cwd=place, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        printed = "\n".join(normal(line) for line in (done.stdout + done.stderr).splitlines() if line.strip())
+        wanted = [normal(line) for line in shown if line.strip()]
+        pattern = "".join(r"(?:.*\n)*?" if line == "..." else re.escape(line) + r"\n" for line in wanted)
+        ended = "" if wanted[-1] != "..." else r"(?:.*\n)*"
+        last = "(?:next: .*\n)?"  # the one line of stderr that a listing may leave out
+        assert re.fullmatch(pattern + ended + last, printed + "\n"), f"{command}\n{printed}\nis not\n{wanted}"
+
+
+def test_the_snippets_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine:
+        def load_weights(self, weights: Any) -> None:
+            self.loaded = dict(weights)
+
+    save_model(build_model(), tmp_path / "gemma-4-26B-A4B")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"engine": Engine()}
+    for snippet in blocks("python"):
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert {"gemma-4-nemo", "step-1000"} <= {path.name for path in tmp_path.iterdir()}
+    assert names["engine"].loaded.keys() <= names["published"].keys()
+    assert len(names["engine"].loaded) == 63
+
+
+def test_the_installation_names_extras_and_targets_that_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {extra for group in re.findall(r"'\.\[([\w,]+)\]'", README) for extra in group.split(",")}
+    assert named
+    assert named <= extras.keys()
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for document in DOCUMENTS:
+        assert set(re.findall(r"(?:^|`)make ([\w-]+)", document.read_text(), re.M)) <= targets, document
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_path_and_module_exists(document: Path) -> None:
+    text = document.read_text()
+    for link in re.findall(r"\]\(([^)#\s]+)\)", text):
+        assert link.startswith("https://") or (document.parent / link).exists(), link
+    slugs = {
+        re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in re.findall("^#+ (.*)", text, re.M)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= slugs
+    for word in re.findall(r"`([^`\s]+)`", text):
+        if word.startswith(tuple(f"{folder}/" for folder in FOLDERS)):
+            assert list(ROOT.glob(word)), word
+        elif re.fullmatch(r"gemma4_moe(\.\w+)+(\(.*\))?", word) and word != "gemma4_moe.json":
+            assert named(word.partition("(")[0]), word
+
+
+def named(word: str) -> object:
+    """What a dotted name means, or an error."""
+    module, found = word, []
+    while True:
+        try:
+            value = importlib.import_module(module)
+            break
+        except ModuleNotFoundError:
+            module, _, name = module.rpartition(".")
+            found.insert(0, name)
+    for name in found:
+        value = getattr(value, name)
+    return value
+
+
+def test_each_promise_and_each_row_beside_other_tools_names_its_test() -> None:
+    for heading in ("## What is promised", "## Beside other tools"):
+        rows = [line for line in README.split(heading)[1].split("\n## ")[0].splitlines() if line.startswith("| ")]
+        assert len(rows) > 3
+        for row in rows[1:]:
+            assert re.search(r"\]\(tests/\S+\.py\)", row.rstrip("|").rpartition(" | ")[2]), row
+
+
+def test_the_table_of_names_is_that_of_the_code() -> None:
+    """Names and axes; E, H and I as the README explains them."""
+    listed = set()
+    for row in re.findall(r"^\| `(?:experts|router)\..*", README, re.M):
+        cells = row.split("|")[1:5]
+        hf, hf_axes, nemo, nemo_axes = (re.findall(r"\[.*?\]|[\w.]+(?=`)", cell) for cell in cells)
+        listed |= set(zip(hf, hf_axes, nemo or [None], nemo_axes or hf_axes, strict=True))
+    expected = {
+        (rule.hf, _axes(rule.hf_axes), rule.nemo if rule.in_nemo else None, _axes(rule.nemo_axes or rule.hf_axes))
+        for rule in RULES
+    }
+    assert listed == expected
+
+
+def _axes(axes: tuple[str, ...]) -> str:
+    return f"[{', '.join(axes)}]"
+
+
+def test_no_count_of_tests_is_quoted() -> None:
+    assert not re.search(r"\d+ (?:tests|passed)\b", README)

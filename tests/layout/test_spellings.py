@@ -1,0 +1,89 @@
+"""The published forms: the name of every part, what it holds, and forms that can't be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gemma4_moe.layout import spellings
+from gemma4_moe.layout.spellings import SPELLINGS, WHOLE, Part, Spelling, find, known_names
+from gemma4_moe.layout.spellings.fused import CURRENT, LEGACY
+from gemma4_moe.layout.spellings.per_expert import PER_EXPERT
+from gemma4_moe.layout.table import DOWN, GATE_UP, RULES, SCALE, Layout, Rule, shape_of
+from support.forms import SINGLE, UNFUSED
+
+SIZES = {"E": 3, "H": 10, "I": 7}
+FORMS = (*SPELLINGS, UNFUSED, SINGLE)
+
+
+def test_the_names_of_each_form_are_those_that_are_published() -> None:
+    assert [(form.name, form.readable, form.writable) for form in SPELLINGS] == [
+        ("current", True, True),
+        ("legacy", True, False),
+        ("per-expert", False, True),
+    ]
+    found = {form.name: [rest for rule in (GATE_UP, DOWN, SCALE) for rest, _ in form.parts(rule, 2)] for form in FORMS}
+    assert found["current"] == ["experts.gate_up_proj", "experts.down_proj", "router.per_expert_scale"]
+    assert found["legacy"] == ["moe.gate_up_proj", "moe.down_proj", "moe.per_expert_scale"]
+    assert found["per-expert"] == [
+        "experts.0.gate_proj.weight",
+        "experts.0.up_proj.weight",
+        "experts.1.gate_proj.weight",
+        "experts.1.up_proj.weight",
+        "experts.0.down_proj.weight",
+        "experts.1.down_proj.weight",
+        "router.per_expert_scale",
+    ]
+    assert found["unfused"] == ["ffn.bank.gate", "ffn.bank.up", "ffn.bank.down", "router.per_expert_scale"]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.role)
+def test_the_parts_of_a_role_cover_it_once_and_are_found_by_name(form: Spelling, rule: Rule) -> None:
+    shape = shape_of(rule, Layout.HF, SIZES)
+    covered = torch.zeros(shape, dtype=torch.int)
+    for rest, part in form.parts(rule, SIZES["E"]):
+        assert form.find(rest) == (rule, part)
+        piece = covered
+        if part != WHOLE:
+            (first, last), (top, bottom) = part.experts(shape[0]), part.rows(shape[1])
+            piece = covered[first:last, top:bottom]
+            assert part.shape(shape) == tuple(piece.shape)[0 if part.expert is None else 1 :]
+        sizes = SIZES | {"2I": 2 * SIZES["I"]}
+        assert tuple(sizes[axis] for axis in part.axes(rule.hf_axes)) == part.shape(shape)
+        piece += 1
+    assert (covered == 1).all()
+
+
+@pytest.mark.parametrize("number", ["00", "01", "-1", "", "x", "٣", "1" * 10, " 1", "1.0"])
+def test_an_expert_has_a_plain_number(number: str) -> None:
+    assert PER_EXPERT.find(f"experts.{number}.gate_proj.weight") is None
+    assert PER_EXPERT.find("experts.10.up_proj.weight") == (GATE_UP, Part(10, 1, 2))
+    assert PER_EXPERT.find("experts.10.up_proj.weight\n") is None
+
+
+def test_only_readable_forms_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find("experts.3.down_proj.weight") is None
+    assert find("experts.down_proj") == (CURRENT, DOWN, WHOLE)
+    assert find("moe.down_proj") == (LEGACY, DOWN, WHOLE)
+    assert find("router.scale")[0] is CURRENT  # shared by all: the first has it
+    assert "experts.{}.down_proj.weight" not in known_names()
+    monkeypatch.setattr(spellings, "SPELLINGS", (*SPELLINGS, SINGLE))
+    assert find("moe.w12.one") == (SINGLE, GATE_UP, Part(12, 0, 2))
+    assert "moe.w{}.one" in known_names()
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({GATE_UP: ("experts.down_proj",)}, "two tensors of wrong are called experts.down_proj"),
+        ({DOWN: ("a", "b")}, "can't store down as a, b"),
+        ({GATE_UP: ("a", "b", "c")}, "can't store gate_up"),
+        ({GATE_UP: ("a.{}", "b")}, "can't store gate_up"),
+        ({GATE_UP: ()}, "can't store gate_up"),
+        ({SCALE: ("scale.{}",)}, "can't store scale"),
+    ],
+)
+def test_a_form_that_can_not_be_is_refused_when_it_is_built(names: dict[Rule, tuple[str, ...]], words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        Spelling("wrong", names)

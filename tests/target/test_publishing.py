@@ -1,0 +1,74 @@
+"""Commands that read a directory whose publish was interrupted: an error with a next command that works."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gemma4_moe import convert, diff, inspect, verify
+from gemma4_moe.cli import commands
+from gemma4_moe.errors import CheckpointFormatError
+from gemma4_moe.target.recovery import OLD, OUT, PUBLISHING
+from support.checkpoints import contents, write_checkpoint
+from support.models import random_hf_state_dict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+#: Each function that reads a checkpoint, and the directories that it is given.
+READS: dict[str, tuple[Callable[..., object], list[str]]] = {
+    "inspect": (inspect, ["nemo"]),
+    "verify alone": (verify, ["nemo"]),
+    "verify": (verify, ["hf", "nemo"]),
+    "diff a": (diff, ["nemo", "copy"]),
+    "diff b": (diff, ["copy", "nemo"]),
+}
+
+
+def interrupt_publish(target: Path, state: str) -> None:
+    """Leave a converted `target` as a kill would: before the last rename, or before the control directory went."""
+    control = target.with_name(f".{target.name}.gemma4-moe")
+    control.mkdir()
+    inode = target.stat().st_ino
+    if state == "between two renames":
+        (control / OLD).mkdir()
+        target.rename(control / OUT)
+    (control / PUBLISHING).write_text(json.dumps({"inode": inode}))
+
+
+@pytest.mark.parametrize("state", ["between two renames", "renamed"])
+@pytest.mark.parametrize("read", READS)
+def test_reading_changes_nothing_and_names_a_command_that_works(read: str, state: str, tmp_path: Path) -> None:
+    place = tmp_path / "a b"
+    place.mkdir()
+    source, target, copy = (place / name for name in ("hf", "nemo", "copy"))
+    function, names = READS[read]
+    directories = [place / name for name in names]
+    write_checkpoint(source, random_hf_state_dict())
+    convert(source, target)
+    shutil.copytree(target, copy)
+    interrupt_publish(target, state)
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointFormatError, match="interrupted while it was published") as caught:
+        function(*directories)
+    assert contents(tmp_path) == before
+    command, _, rest = str(caught.value.hint).partition(", or ")
+    assert "--resume" in rest
+    with pytest.raises(SystemExit) as ended:
+        commands.main(shlex.split(command)[1:])
+    assert ended.value.code == 0
+    function(*directories)
+    assert contents(target) == contents(copy)
+
+
+def test_resume_ends_it_too(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
+    convert(source, tmp_path / "nemo")
+    interrupt_publish(tmp_path / "nemo", "between two renames")
+    convert(source, tmp_path / "nemo", resume=True)
+    assert verify(source, tmp_path / "nemo").different == ()
