@@ -115,9 +115,7 @@ def broadcast(tensor: torch.Tensor, where: Placed, owner: Sequence[int]) -> None
 
 def _held(where: Placed, shape: Sequence[int], dim: int, rank: int, gathered: Collection[int]) -> tuple[Runs, ...]:
     """Return the runs that a rank of `dim` holds once `gathered` dimensions are gathered."""
-    coordinate = where.mesh.get_coordinate()
-    assert coordinate is not None, "a rank of the mesh gathers"
-    ranges = [range(where.mesh.size(d)) if d in gathered else [own] for d, own in enumerate(coordinate)]
+    ranges = [range(where.mesh.size(d)) if d in gathered else [own] for d, own in enumerate(where.coordinate)]
     ranges[dim] = [rank]
     held: list[set[range]] = [set() for _ in shape]
     for ranks in product(*ranges):

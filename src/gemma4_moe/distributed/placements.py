@@ -49,6 +49,14 @@ class Placed:
         """Whether the ranks hold different shards. If not, each rank holds the whole tensor."""
         return bool(self.expert_dims or self.inner_dims)
 
+    @property
+    def coordinate(self) -> Sequence[int]:
+        """This rank's place in each dimension of the mesh."""
+        found = self.mesh.get_coordinate()
+        if found is None:
+            raise ParallelError("this rank is not in the tensor's mesh", found=self.mesh, hint="call on its ranks only")
+        return found
+
     def converted(self, operation: Operation, ndim: int) -> Placed:
         """Return the placements after `operation` on a tensor of `ndim` axes; no shard moves."""
         moved = (p and Sharded(converted_axis(operation, p.axis, ndim), p.split_factor) for p in self.placements)
@@ -60,12 +68,7 @@ class Placed:
 
     def runs(self, shape: Sequence[int], coordinate: Sequence[int] | None = None) -> tuple[tuple[range, ...], ...]:
         """Return the indices of each axis that a rank, by default this one, holds."""
-        coordinate = self.mesh.get_coordinate() if coordinate is None else coordinate
-        if coordinate is None:
-            raise ParallelError(
-                "this rank is not in the tensor's mesh", found=self.mesh, hint="call on the mesh's ranks"
-            )
-        mesh_shape = tuple(self.mesh.shape)
+        coordinate, mesh_shape = self.coordinate if coordinate is None else coordinate, tuple(self.mesh.shape)
         return tuple(local_runs(size, axis, mesh_shape, coordinate, self.placements) for axis, size in enumerate(shape))
 
     def local_shape(self, shape: Sequence[int]) -> tuple[int, ...]:

@@ -10,10 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from gemma4_moe.distributed.collectives import broadcast, gather
 from gemma4_moe.distributed.placements import Placed, local_of, placed
-from gemma4_moe.distributed.sharding import Sharded
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
 from gemma4_moe.layout.spellings import WHOLE
-from gemma4_moe.layout.table import Operation
+from gemma4_moe.layout.table import Operation, converted_shape
 from gemma4_moe.refit.buckets import unpack
 
 if TYPE_CHECKING:
@@ -50,14 +49,10 @@ class Filler:
                 self._copies.append((out, local))
             elif self._keeps:
                 self._convert(item, _part(local if item.part.expert is None else local[item.part.expert], item), out)
-        elif item.part == WHOLE:
-            moved = where.converted(item.operation, value.ndim)
-            shard = self._convert(item, local, out.new_empty(moved.local_shape(item.shape)))
-            gather(shard, moved, item.shape, out=out)
         elif item.part.expert is None:
             self._fill_rows(item, tuple(value.shape), local, where, out)
         else:
-            self._fill_expert(item, tuple(value.shape), local, where, out)
+            self._fill_expert(item, item.part.expert, tuple(value.shape), local, where, out)
 
     def fill_batch(self, batch: Batch, value: torch.Tensor, bucket: Bucket) -> None:
         """Write a batch of items, made from `value`, to their places in a bucket."""
@@ -93,47 +88,30 @@ class Filler:
         return out
 
     def _fill_expert(
-        self, item: Item, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
+        self, item: Item, expert: int, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
     ) -> None:
         """Write one expert's part on the owner ranks, and broadcast it to the others."""
-        assert item.part.expert is not None, "an item of one expert"
-        owner, position = self._owners_of(where, shape[0])[item.part.expert]
-        coordinate = where.mesh.get_coordinate()
-        assert coordinate is not None, "a rank that holds a DTensor is in its mesh"
-        if all(coordinate[dim] == owner[dim] for dim in where.expert_dims):
-            self._fill_owned(item, shape, local[position], where, out)
+        owner, position = self._owners_of(where, shape[0])[expert]
+        if all(where.coordinate[dim] == owner[dim] for dim in where.expert_dims):
+            along = Placed(where.mesh, tuple(p if p and p.axis != 0 else None for p in where.placements))
+            self._fill_rows(item, (1, *shape[1:]), local[position : position + 1], along, out[None])
         broadcast(out, where, owner)
-
-    def _fill_owned(
-        self, item: Item, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
-    ) -> None:
-        """Write one expert's part, of which each owner rank has `local` [rows, columns] in native layout."""
-        inner = tuple(Sharded(2 - p.axis, p.split_factor) if p and p.axis != 0 else None for p in where.placements)
-        along = Placed(where.mesh, inner)
-        if not along.is_cut:
-            self._convert(item, _part(local, item), out)
-        elif 0 in (p.axis for p in inner if p) and item.part.slots > 1:
-            # Gate and up are on different ranks: the expert is gathered whole.
-            shard = self._convert(item, local, out.new_empty(local.shape[1], local.shape[0]))
-            start, end = item.part.rows(shape[2])
-            out.copy_(gather(shard, along, (shape[2], shape[1]))[start:end])
-        else:
-            mine = _part(local, item)
-            gather(self._convert(item, mine, out.new_empty(mine.shape[1], mine.shape[0])), along, item.shape, out=out)
 
     def _fill_rows(
         self, item: Item, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
     ) -> None:
-        """Write a run of rows of all experts, of which each rank has `local` [experts, columns, rows]."""
+        """Write all, or a run of rows of each expert, of a native tensor of which each rank has `local`."""
         moved = where.converted(item.operation, len(shape))
-        if any(p is not None and p.axis == 1 for p in moved.placements):
+        if not where.is_cut:
+            self._convert(item, _part(local, item), out)
+        elif item.part.slots > 1 and any(p and p.axis == 1 for p in moved.placements):
             # Gate and up are on different ranks: the experts are gathered whole.
-            whole, (start, end) = (shape[0], shape[2], shape[1]), item.part.rows(shape[2])
+            whole, (start, end) = converted_shape(item.operation, shape), item.part.rows(shape[2])
             shard = self._convert(item, local, out.new_empty(moved.local_shape(whole)))
             out.copy_(gather(shard, moved, whole)[:, start:end])
         else:
-            shard = self._convert(item, _part(local, item), out.new_empty(moved.local_shape(item.shape)))
-            gather(shard, moved, item.shape, out=out)
+            shard = self._convert(item, _part(local, item), out.new_empty(moved.local_shape(out.shape)))
+            gather(shard, moved, out.shape, out=out)
 
     def _owners_of(self, where: Placed, experts: int) -> list[tuple[tuple[int, ...], int]]:
         """Return, for each expert, its owner's coordinate in the mesh and its position on that rank."""

@@ -75,7 +75,8 @@ class WeightStream:
         dst: int | None = None,
     ) -> None:
         form = form_of(experts)
-        _check_choice("oversize", oversize, ("error", "own"))
+        if oversize not in ("error", "own"):
+            raise UsageError("no such value of oversize", expected="error or own", found=repr(oversize))
         if bucket_bytes < 1:
             raise UsageError("a bucket without room", expected="bucket_bytes of 1 or more", found=bucket_bytes)
         ranks = current()
@@ -186,8 +187,3 @@ def _fresh(item: Item, state: StatePass, filler: Filler) -> torch.Tensor:
     filler.fill(item, value, out)
     filler.flush()
     return out
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UsageError(f"no such value of {name}", expected=" or ".join(known), found=repr(value))
