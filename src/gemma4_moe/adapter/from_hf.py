@@ -56,11 +56,10 @@ class FromHf:
                     if name.part == WHOLE:
                         yield name.nemo, self._expert(name, expert, scale)
                     else:
-                        native = natives.get(name.nemo)
-                        if native is None:
-                            native = natives[name.nemo] = self._empty(name, expert, inventory)
-                        write_part(native, expert, scale, self.kernel)
-                        yield name.nemo, native
+                        if name.nemo not in natives:
+                            natives[name.nemo] = self._empty(name, expert, inventory)
+                        write_part(natives[name.nemo], expert, scale, self.kernel)
+                        yield name.nemo, natives[name.nemo]
                     del expert, scale
             del entry  # or its value would stay alive while the next one is made
 
@@ -85,9 +84,7 @@ class FromHf:
             return loaded if scale is None else _folded_in_place(name, loaded, scale.value, self.kernel)
         operation = name.rule.operation
         shape = converted_shape(operation, expert.shape)
-        target = None if self.out is None else _out_tensor(self.out, name.nemo, shape)
-        if target is not None:
-            require_expert_dtype(name.nemo, str(target.dtype), "hold the experts in one of these dtypes")
+        target = self._target(name, shape)
         where = self._placed(name, expert, target)
         values = _shard(expert, where)
         factor = None if scale is None else _shard(scale, where and where.of_experts())
@@ -96,6 +93,14 @@ class FromHf:
             return target
         made: torch.Tensor = transpose_scale_cast(values, scale=factor, dtype=self.dtype, kernel=self.kernel)
         return made if where is None else where.converted(operation, len(shape)).wrap(made, shape)
+
+    def _target(self, name: MoEName, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """Return the tensor of `out` for native experts, None without `out`."""
+        if self.out is None:
+            return None
+        target = _out_tensor(self.out, name.nemo, shape)
+        require_expert_dtype(name.nemo, str(target.dtype), "hold the experts in one of these dtypes")
+        return target
 
     def _empty(self, name: MoEName, part: Entry, inventory: Inventory) -> torch.Tensor:
         """Return the native tensor that a part belongs to, without values: that of `out`, or a new one."""
@@ -107,9 +112,8 @@ class FromHf:
                 hint="give the adapter a moe_config, or give from_hf a mapping instead of an iterator",
             )
         shape = shape_of(name.rule, Layout.NEMO, sizes)
-        if self.out is not None:
-            target = _out_tensor(self.out, name.nemo, shape)
-            require_expert_dtype(name.nemo, str(target.dtype), "hold the experts in one of these dtypes")
+        target = self._target(name, shape)
+        if target is not None:
             return target
         if self.mesh is None:
             device = part.value.device if isinstance(part.value, torch.Tensor) else None
