@@ -71,6 +71,7 @@ def text(**changes: object) -> Callable[[dict[str, Any]], Any]:
 
 
 IN_A_LAYER = "<prefix>layers.<number>.experts.down_proj"
+#: Each damage, and the words that its refusal must have.
 STATES = {
     "gate_up missing": (without("experts.gate_up_proj"), P + "experts.gate_up_proj", "Incomplete"),
     "down missing": (without("experts.down_proj"), P + "experts.down_proj", "Incomplete"),

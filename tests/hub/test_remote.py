@@ -134,8 +134,7 @@ def test_a_base_is_read_on_the_hub_or_fetched(options: list[str], hub: Hub, sour
 
 def test_a_plan_counts_the_space_for_a_base(hub: Hub, source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "nemo")
-    found = ask(hub, tmp_path, "plan", tmp_path / "nemo", "--base", MODEL)
-    assert found["cache_bytes"] == sum(_weights(source))
+    assert ask(hub, tmp_path, "plan", tmp_path / "nemo", "--base", MODEL)["cache_bytes"] == sum(_weights(source))
 
 
 def _require_the_same_but_for_the_commit(streamed: Path, local: Path) -> None:

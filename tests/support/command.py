@@ -19,7 +19,7 @@ def run(
     """Run the command, or a `program` that calls it, and require an exit status."""
     command = COMMAND if program is None else (sys.executable, "-c", program)
     done = subprocess.run(
-        [*command, *map(str, arguments)],
+        (*command, *map(str, arguments)),
         env=os.environ | environment,
         cwd=cwd,
         capture_output=True,
