@@ -1,7 +1,5 @@
 """The error tree: what a person reads, what a shell gets, and that no checkpoint can write to the terminal."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import subprocess
@@ -12,60 +10,36 @@ import pytest
 from gemma4_moe import errors
 from gemma4_moe.errors import Gemma4MoEError, InputError, UnsupportedCheckpointError, command_line, printable
 
-#: Every error and the status with which the command line ends.
+#: Every error and the status with which the command ends.
 EXIT_STATUS = {
-    "UsageError": 2,
-    "InputError": 3,
-    "UnknownTensorError": 3,
-    "TensorShapeError": 3,
-    "DuplicateTensorError": 3,
-    "IncompleteExpertsError": 3,
-    "UnsupportedCheckpointError": 3,
-    "CheckpointFormatError": 3,
-    "ConfigError": 3,
-    "SourceChangedError": 3,
-    "DifferenceError": 4,
-    "StorageError": 5,
-    "TargetBusyError": 6,
-    "ParallelError": 1,
-}
+    "UsageError": 2, "DifferenceError": 4, "StorageError": 5, "TargetBusyError": 6, "ParallelError": 1,
+    **dict.fromkeys(
+        ("InputError", "UnknownTensorError", "TensorShapeError", "DuplicateTensorError", "IncompleteExpertsError",
+         "UnsupportedCheckpointError", "CheckpointFormatError", "ConfigError", "SourceChangedError"), 3,
+    ),
+}  # fmt: skip
 
-
-def every_error() -> dict[str, type[Gemma4MoEError]]:
-    found = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
-    return {
-        name: value
-        for name, value in found.items()
-        if issubclass(value, Gemma4MoEError) and value is not Gemma4MoEError
-    }
-
+CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Gemma4MoEError)]
+EVERY_ERROR = [value for value in CLASSES if value is not Gemma4MoEError]
 
 #: Errors whose every meaning has one next step, so that who raises them need not name it.
 WITH_A_USUAL_HINT = {
-    "UsageError",
-    "TensorShapeError",
-    "DuplicateTensorError",
-    "CheckpointFormatError",
-    "StorageError",
-}
-
-
-@pytest.mark.parametrize("name", EXIT_STATUS)
-def test_a_class_with_a_usual_hint_gives_it_unless_told_another(name: str) -> None:
-    error = every_error()[name]
-    assert (error("it is wrong", hint=None).hint is not None) == (name in WITH_A_USUAL_HINT)
-    assert error("it is wrong", hint="do this").hint == "do this"
+    "UsageError", "TensorShapeError", "DuplicateTensorError", "CheckpointFormatError", "StorageError",
+}  # fmt: skip
 
 
 def test_every_error_has_its_exit_status() -> None:
-    assert {name: error.exit_status for name, error in every_error().items()} == EXIT_STATUS
+    assert {error.__name__: error.exit_status for error in EVERY_ERROR} == EXIT_STATUS
     assert Gemma4MoEError.exit_status == 1
 
 
-@pytest.mark.parametrize("name", EXIT_STATUS)
-def test_every_input_error_is_a_value_error(name: str) -> None:
-    error = every_error()[name]
-    assert issubclass(error, ValueError) == (EXIT_STATUS[name] == 3) == issubclass(error, InputError)
+@pytest.mark.parametrize("error", EVERY_ERROR)
+def test_every_error_has_its_usual_hint_unless_told_another_and_is_a_value_error_if_input(
+    error: type[Gemma4MoEError],
+) -> None:
+    assert (error("it is wrong", hint=None).hint is not None) == (error.__name__ in WITH_A_USUAL_HINT)
+    assert error("it is wrong", hint="do this").hint == "do this"
+    assert issubclass(error, ValueError) == (error.exit_status == 3) == issubclass(error, InputError)
 
 
 def test_errors_are_what_callers_of_a_framework_or_the_system_catch() -> None:
@@ -89,20 +63,13 @@ def test_the_text_has_the_problem_then_each_fact_then_the_next_step() -> None:
 def test_a_command_in_a_hint_is_one_that_a_shell_takes() -> None:
     assert command_line("gemma4-moe", "clean", Path("a/nemo")) == "gemma4-moe clean a/nemo"
     path = "a b/it's $HOME; `rm`"
-    printed = subprocess.run(
-        ["sh", "-c", command_line("printf", "%s", path)], capture_output=True, text=True, check=True
-    )
-    assert printed.stdout == path
+    assert subprocess.check_output(["sh", "-c", command_line("printf", "%s", path)], text=True) == path
 
 
 def test_facts_that_are_not_known_are_not_shown() -> None:
     assert str(InputError("it is wrong")) == "it is wrong"
     assert InputError("it is wrong", found=0).facts == {"found": "0"}
-    assert str(InputError("it is wrong", expected="", hint="")).splitlines() == [
-        "it is wrong",
-        "  expected: ",
-        "  next: ",
-    ]
+    assert str(InputError("it is wrong", expected="", hint="")) == "it is wrong\n  expected: \n  next: "
 
 
 def test_a_form_without_a_name_is_none() -> None:
@@ -110,9 +77,9 @@ def test_a_form_without_a_name_is_none() -> None:
     assert UnsupportedCheckpointError("refused", form="MLX", tensor="w").form == "MLX"
 
 
-@pytest.mark.parametrize("name", EXIT_STATUS)
-def test_errors_survive_the_way_between_processes(name: str) -> None:
-    error = every_error()[name]("it is wrong", tensor="w", expected=1, hint="do this")
+@pytest.mark.parametrize("kind", EVERY_ERROR)
+def test_errors_survive_the_way_between_processes(kind: type[Gemma4MoEError]) -> None:
+    error = kind("it is wrong", tensor="w", expected=1, hint="do this")
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(again) is type(error)
         assert str(again) == str(error)
@@ -146,7 +113,7 @@ def test_every_code_point_becomes_something_that_any_terminal_takes() -> None:
 def test_no_part_of_a_message_carries_a_control_sequence() -> None:
     evil = "\x1b]0;owned\x07\n  next: rm -rf"
     error = UnsupportedCheckpointError(evil, tensor=evil, file=evil, expected=evil, found=evil, hint=evil)
-    text = str(error)
-    assert len(text.splitlines()) == 6
-    assert all(line.isprintable() for line in text.splitlines())
+    lines = str(error).splitlines()
+    assert len(lines) == 6
+    assert all(line.isprintable() for line in lines)
     assert error.args == (printable(evil),)

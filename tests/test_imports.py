@@ -1,21 +1,27 @@
 """What an import loads: the command line and the converter must answer without torch."""
 
-from __future__ import annotations
-
 import resource
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+
+from support.command import run
 
 HEAVY = ("torch", "transformers", "huggingface_hub", "triton", "nemo_automodel")
 
 
-def loaded_by(program: str) -> list[str]:
+A_CONVERSION = """
+import numpy as np
+from gemma4_moe.kernels import transpose_scale_cast
+x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+assert transpose_scale_cast(x, scale=np.array([2, 3], np.float32))[1, 3, 2] == 69
+"""
+
+
+def loaded_by(program: str, packages: tuple[str, ...] = HEAVY) -> list[str]:
     """The heavy packages that a fresh process has loaded after `program`."""
-    report = f"import sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", f"{program}\n{report}"], check=True, capture_output=True, text=True)
-    return run.stdout.splitlines()[-1].split()
+    report = f"import sys; print(*[name for name in {packages!r} if name in sys.modules])"
+    return run(program=f"{program}\n{report}").stdout.splitlines()[-1].split()
 
 
 @pytest.mark.parametrize(
@@ -32,6 +38,7 @@ def loaded_by(program: str) -> list[str]:
         "import gemma4_moe.kernels",
         "import gemma4_moe.demo.demo, gemma4_moe.demo.small_models",
         "from gemma4_moe.cli.commands import main\ntry: main(['--help'])\nexcept SystemExit as e: assert e.code == 0",
+        A_CONVERSION,
     ],
     ids=lambda program: program[:60],
 )
@@ -39,27 +46,22 @@ def test_it_loads_nothing_heavy(program: str) -> None:
     assert loaded_by(program) == []
 
 
+def test_opening_a_checkpoint_and_a_writer_loads_no_numpy_either(source: Path) -> None:
+    program = (
+        f"from gemma4_moe.checkpoint.directory import open_checkpoint\nopen_checkpoint({str(source)!r}).close()\n"
+        "import gemma4_moe.target.writers"
+    )
+    assert loaded_by(program, ("torch", "numpy", "safetensors")) == []
+
+
 def test_help_takes_less_than_a_fifth_of_a_second() -> None:
     """Time of the processor: that of a clock depends on what else runs."""
-    command = [sys.executable, "-m", "gemma4_moe", "--help"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     for _ in range(5):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        run("--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 5 < 0.2
 
 
 def test_the_adapter_loads_torch_and_nothing_else() -> None:
     assert loaded_by("from gemma4_moe import Gemma4MoEStateDictAdapter") == ["torch"]
-
-
-def test_a_numpy_conversion_loads_no_torch() -> None:
-    program = "\n".join(
-        [
-            "import numpy as np",
-            "from gemma4_moe.kernels import transpose_scale_cast",
-            "x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)",
-            "assert transpose_scale_cast(x, scale=np.array([2, 3], np.float32))[1, 3, 2] == 69",
-        ]
-    )
-    assert loaded_by(program) == []

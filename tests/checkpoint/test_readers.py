@@ -1,7 +1,5 @@
 """Reading in whole pages at any offset, with and without direct I/O, and in the quicker of two ways."""
 
-from __future__ import annotations
-
 import errno
 import os
 import random
@@ -16,9 +14,8 @@ from gemma4_moe.checkpoint import readers
 from gemma4_moe.checkpoint.file import OpenFile
 from gemma4_moe.checkpoint.readers import PAGE, SLACK, PageReader, QuickerReader, allocate
 from gemma4_moe.errors import CheckpointFormatError, StorageError
-from support.checkpoints import contents, write_checkpoint
+from support.checkpoints import contents
 from support.direct_io import failing_after, works_here
-from support.models import random_hf_state_dict
 
 CONTENT = random.Random(1).randbytes(10 * PAGE + 123)
 
@@ -153,9 +150,8 @@ def test_it_does_not_matter_that_one_way_has_read_more(monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("trial", [1, 5_000])
 def test_the_target_is_the_same_whichever_way_the_source_was_read(
-    trial: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trial: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24))
     convert(source, tmp_path / "buffered", buffered=True)
     monkeypatch.setattr(readers, "TRIAL_BYTES", trial)
     convert(source, tmp_path / "nemo", max_memory=60_000)

@@ -1,12 +1,10 @@
 """Every failure ends with a status of the list that `--help` prints, and every status of the list comes out."""
 
-from __future__ import annotations
-
-import os
 import signal
 import subprocess
-import sys
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 import click
 import pytest
@@ -14,12 +12,7 @@ import pytest
 from gemma4_moe import errors
 from gemma4_moe.cli.exit_statuses import EXIT_STATUSES, TerminatedError, status_of
 from gemma4_moe.errors import Gemma4MoEError
-from support.checkpoints import write_checkpoint
-from support.models import random_hf_state_dict
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+from support.command import COMMAND, run
 
 ERRORS = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Gemma4MoEError)]
 
@@ -50,16 +43,15 @@ def test_nothing_and_a_difference() -> None:
     assert status_of(lambda: errors.DifferenceError.exit_status) == 4
 
 
-def test_a_closed_pipe_is_141(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
-    line = f"{sys.executable} -m gemma4_moe inspect {source} | true; echo ${{PIPESTATUS[0]}}"
+def test_a_closed_pipe_is_141(source: Path) -> None:
+    line = f"{' '.join(COMMAND)} inspect {source} | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("141\n", "")
 
 
-def test_a_defect_of_this_program_is_1(tmp_path: Path) -> None:
+def test_a_defect_of_this_program_is_1() -> None:
     program = "from gemma4_moe.cli import commands\ncommands.cli.main = lambda *a, **k: 1 / 0\ncommands.main([])"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 1
+    assert "ZeroDivisionError" in run(program=program, status=1).stderr
 
 
 def test_every_listed_status_is_one_of_these() -> None:
@@ -67,13 +59,10 @@ def test_every_listed_status_is_one_of_these() -> None:
     assert listed == EXIT_STATUSES.keys()
 
 
-def test_a_shell_in_which_sigint_is_ignored_changes_nothing(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
-    done = subprocess.run(
-        [sys.executable, "-m", "gemma4_moe", "inspect", source],
+def test_a_shell_in_which_sigint_is_ignored_changes_nothing(source: Path) -> None:
+    subprocess.run(
+        [*COMMAND, "inspect", source],
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        env=os.environ,
-        capture_output=True,
-        check=False,
+        stdout=subprocess.DEVNULL,
+        check=True,
     )
-    assert done.returncode == 0

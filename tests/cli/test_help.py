@@ -1,13 +1,9 @@
 """`--help`: every command explains its arguments, nothing is cut, and each example runs as printed."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import click
 import pytest
@@ -17,9 +13,7 @@ from gemma4_moe import convert
 from gemma4_moe.cli.commands import cli
 from gemma4_moe.cli.exit_statuses import EXIT_STATUSES
 from gemma4_moe.demo.small_models import build_model, save_model
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from support.command import run
 
 COMMANDS = list(cli.commands)
 
@@ -67,29 +61,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models
 
 
-def examples() -> list[str]:
-    found = [line.strip() for name in COMMANDS for line in _section(help_of(name), "Examples").splitlines()]
-    return [*(line.strip() for line in _section(help_of(), "Examples").splitlines()), *found]
+def examples(*command: str) -> list[str]:
+    match = re.search(r"^Examples:\n((?:  .*\n)+)", help_of(*command), re.M)
+    assert match is not None, f"no examples of {command}"
+    return [line.strip() for line in match[1].splitlines()]
 
 
-def _section(text: str, name: str) -> str:
-    match = re.search(rf"^{name}:\n((?:  .*\n)+)", text, re.M)
-    assert match is not None, f"no {name} in {text}"
-    return match[1]
-
-
-@pytest.mark.parametrize("example", sorted(set(examples())))
+@pytest.mark.parametrize("example", sorted({*examples(), *(line for name in COMMANDS for line in examples(name))}))
 def test_each_example_runs_as_printed(example: str, models: Path, tmp_path: Path) -> None:
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     program, command, *arguments = shlex.split(example)
     assert program == "gemma4-moe"
     if command == "convert":
         shutil.rmtree(tmp_path / arguments[1])
-    done = subprocess.run(
-        [sys.executable, "-m", "gemma4_moe", command, *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run(command, *arguments, cwd=tmp_path)

@@ -1,12 +1,10 @@
 """docs/python.md: every public name and every result is in its table, and a result's repr fits on a screen."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,9 +14,6 @@ from gemma4_moe.layout.dtypes import BFLOAT16
 from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
 from support.sparse import real_config, real_names_and_shapes, write_sparse_checkpoint
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 PAGE = (Path(__file__).parents[2] / "docs/python.md").read_text()
 RESULTS = sorted(set(re.findall(r"^\| `\w+\(.*?\)` \| `gemma4_moe\.([\w.]+)`", PAGE, re.M)))

@@ -1,12 +1,8 @@
 """The README and the documents: commands and snippets run as printed, and every link, path and name exists."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ import pytest
 from gemma4_moe.demo.small_models import build_model, save_model
 from gemma4_moe.layout.dtypes import BFLOAT16
 from gemma4_moe.layout.table import RULES
+from support.command import run
 from support.sparse import real_config, real_names_and_shapes, write_sparse_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -61,10 +58,7 @@ def test_the_consoles_show_what_the_commands_print(place: Path) -> None:
     for command, shown in commands():
         program, *arguments = shlex.split(command)
         assert program == "gemma4-moe"
-        done = subprocess.run(
-            [sys.executable, "-m", "gemma4_moe", *arguments], cwd=place, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        done = run(*arguments, cwd=place)
         printed = "\n".join(normal(line) for line in (done.stdout + done.stderr).splitlines() if line.strip())
         wanted = [normal(line) for line in shown if line.strip()]
         pattern = "".join(r"(?:.*\n)*?" if line == "..." else re.escape(line) + r"\n" for line in wanted)
@@ -116,17 +110,11 @@ def test_every_link_path_and_module_exists(document: Path) -> None:
 
 def named(word: str) -> object:
     """What a dotted name means, or an error."""
-    module, found = word, []
-    while True:
-        try:
-            value = importlib.import_module(module)
-            break
-        except ModuleNotFoundError:
-            module, _, name = module.rpartition(".")
-            found.insert(0, name)
-    for name in found:
-        value = getattr(value, name)
-    return value
+    try:
+        return importlib.import_module(word)
+    except ModuleNotFoundError:
+        parent, _, name = word.rpartition(".")
+        return getattr(named(parent), name)
 
 
 def test_each_promise_and_each_row_beside_other_tools_names_its_test() -> None:
@@ -144,15 +132,11 @@ def test_the_table_of_names_is_that_of_the_code() -> None:
         cells = row.split("|")[1:5]
         hf, hf_axes, nemo, nemo_axes = (re.findall(r"\[.*?\]|[\w.]+(?=`)", cell) for cell in cells)
         listed |= set(zip(hf, hf_axes, nemo or [None], nemo_axes or hf_axes, strict=True))
-    expected = {
-        (rule.hf, _axes(rule.hf_axes), rule.nemo if rule.in_nemo else None, _axes(rule.nemo_axes or rule.hf_axes))
-        for rule in RULES
-    }
+    expected = set()
+    for rule in RULES:
+        hf_axes, nemo_axes = (f"[{', '.join(axes)}]" for axes in (rule.hf_axes, rule.nemo_axes or rule.hf_axes))
+        expected.add((rule.hf, hf_axes, rule.nemo if rule.in_nemo else None, nemo_axes))
     assert listed == expected
-
-
-def _axes(axes: tuple[str, ...]) -> str:
-    return f"[{', '.join(axes)}]"
 
 
 def test_no_count_of_tests_is_quoted() -> None:

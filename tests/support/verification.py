@@ -8,6 +8,8 @@ import torch
 
 from gemma4_moe.verifier.verify import verify
 from support.checkpoints import config_of, write_checkpoint
+from support.formulas import hf_from_nemo, nemo_from_hf
+from support.models import random_hf_state_dict
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +28,13 @@ DOWNS, GATE_UPS = LAYER + "moe.experts.down_projs", LAYER + "moe.experts.gate_an
 UNSIGNED = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
 
 
+def both_layouts(**sizes: Any) -> tuple[State, State, State]:
+    """A random hf state dict, its nemo one, and the hf one that this gives without a base."""
+    hf = random_hf_state_dict(**sizes)
+    nemo = nemo_from_hf(hf)
+    return hf, nemo, hf_from_nemo(nemo)
+
+
 def checked(tmp_path: Path, source: State, target: State, *, hf: State | None = None, **options: Any) -> Verification:
     """Write both state dicts, the target in another number of files, and verify the one against the other.
 
@@ -42,11 +51,22 @@ def checked(tmp_path: Path, source: State, target: State, *, hf: State | None = 
     return verify(tmp_path / "source", tmp_path / "target", **options)
 
 
+def judged(tmp_path: Path, target: State, hf: State) -> Verification:
+    """Verify another target against the "source" that `checked` wrote; the config is that of `hf`."""
+    write_checkpoint(tmp_path / "other", target, config_of(hf))
+    return verify(tmp_path / "source", tmp_path / "other")
+
+
 def sole(result: Verification) -> Difference:
     """The only difference of a verification."""
     assert len(result.different) == 1, [str(difference) for difference in result.different]
     assert result.equal == result.tensors - 1
     return result.different[0]
+
+
+def place(flat: int, tensor: torch.Tensor) -> tuple[int, ...]:
+    """The index in `tensor` of an element that is counted in the flat one."""
+    return tuple(int(axis) for axis in torch.unravel_index(torch.tensor(flat), tensor.shape))
 
 
 def flip(tensor: torch.Tensor, flat: int, bit: int) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """The lint over sources: each rule finds a bad line beside a good one."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +7,9 @@ from pathlib import Path
 import pytest
 
 LINT = Path(__file__).parents[2] / "tools" / "lint" / "sources.py"
+
+
+NAME = "moe.experts.down_projs"
 
 
 def lint(directory: Path) -> subprocess.CompletedProcess[str]:
@@ -22,11 +23,7 @@ def lint(directory: Path) -> subprocess.CompletedProcess[str]:
         ("UsageError('wrong')", "UsageError('wrong', expected=1)", "UsageError names no next step"),
         ("x.transpose(1, 2).contiguous()", "x.transpose(1, 2)", "a transposed view is copied"),
         ("np.ascontiguousarray(x.swapaxes(1, 2))", "np.ascontiguousarray(x)", "a transposed view is copied"),
-        (
-            "f(p + 'moe.experts.down_projs')",
-            "'''moe.experts.down_projs'''",
-            "'moe.experts.down_projs' spells moe.experts.down_projs",
-        ),
+        (f"f(p + '{NAME}')", f"'''{NAME}'''", f"'{NAME}' spells {NAME}"),
     ],
 )
 def test_each_rule_finds_its_line(bad: str, good: str, problem: str, tmp_path: Path) -> None:

@@ -11,20 +11,9 @@ NUMPY = {BFLOAT16: ml_dtypes.bfloat16, FLOAT16: np.float16, FLOAT32: np.float32}
 QUIET_NAN = {BFLOAT16: 0x7FC0, FLOAT16: 0x7E00, FLOAT32: 0x7FC00000}
 LARGEST, TINY = 3.4028234663852886e38, 2.0**-149
 SCALES = [
-    float(np.float32(0.7)),
-    1.15625,
-    0.9999999403953552,
-    0.0,
-    -0.0,
-    -1.5,
-    2.0**-130,
-    TINY,
-    2.0**120,
-    LARGEST,
-    np.inf,
-    -np.inf,
-    np.nan,
-]
+    float(np.float32(0.7)), 1.15625, 0.9999999403953552, 0.0, -0.0, -1.5, 2.0**-130, TINY, 2.0**120, LARGEST, np.inf,
+    -np.inf, np.nan,
+]  # fmt: skip
 
 EVERY_16_BITS = np.arange(2**16, dtype=np.uint16)
 

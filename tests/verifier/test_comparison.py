@@ -1,5 +1,3 @@
-import tracemalloc
-
 import pytest
 import torch
 
@@ -8,16 +6,16 @@ from gemma4_moe.verifier import verify as verify_module
 from gemma4_moe.verifier.comparison import compare_all
 from gemma4_moe.verifier.verify import verify
 from support.checkpoints import config_of, write_checkpoint
-from support.formulas import hf_from_nemo, nemo_from_hf
+from support.formulas import nemo_from_hf
+from support.memory import memory_below
 from support.models import random_hf_state_dict
-from support.verification import checked
+from support.verification import both_layouts, checked
 
 
 def test_progress_counts_the_targets_bytes(tmp_path):
-    hf = random_hf_state_dict()
-    nemo = nemo_from_hf(hf)
+    hf, nemo, back = both_layouts()
     calls = []
-    checked(tmp_path, nemo, hf_from_nemo(nemo), hf=hf, progress=lambda done, total: calls.append((done, total)))
+    checked(tmp_path, nemo, back, hf=hf, progress=lambda *call: calls.append(call))
     total = sum(tensor.nbytes for tensor in hf.values())
     assert calls[-1] == (total, total)
     assert {whole for _, whole in calls} == {total}
@@ -37,25 +35,19 @@ def test_memory_stays_within_the_budget_whatever_differs(tmp_path, monkeypatch, 
     budget = 12 * 2**20
     assert largest > 3 * budget
     del hf, nemo
-    peaks = []
 
     def measured(*args):
-        tracemalloc.start()
-        try:
+        with memory_below(budget, above=2**20):
             return compare_all(*args)
-        finally:
-            peaks.append(tracemalloc.get_traced_memory()[1])
-            tracemalloc.stop()
 
     monkeypatch.setattr(verify_module, "compare_all", measured)
     result = verify(tmp_path / "hf", tmp_path / "nemo", max_memory=budget)
     assert (result.equal == 0) is all_differ
-    assert 2**20 < peaks[0] < budget
 
 
 def test_a_budget_below_one_expert_is_refused(tmp_path):
-    hf = random_hf_state_dict()
+    hf, nemo, _ = both_layouts()
     with pytest.raises(UsageError, match="smaller than one expert") as caught:
-        checked(tmp_path, hf, nemo_from_hf(hf), max_memory=1000)
+        checked(tmp_path, hf, nemo, max_memory=1000)
     least = int(caught.value.facts["expected"].split()[2])
     assert verify(tmp_path / "source", tmp_path / "target", max_memory=least).different == ()

@@ -1,27 +1,22 @@
-import json
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, UnsupportedCheckpointError, UsageError
 from gemma4_moe.verifier.diff import diff
-from support.checkpoints import config_of, write_checkpoint
+from support.checkpoints import write_checkpoint
 from support.formulas import legacy_name, nemo_from_hf
 from support.headers import entry, raw_file
 from support.models import random_hf_state_dict
+from support.verification import flip, place
 
 LAYER = "model.language_model.layers.0."
 
 
-CONFIG = {"model_type": "not looked at"}
-
-
-def written(tmp_path, a, b):
-    write_checkpoint(tmp_path / "a", a, CONFIG, files=1)
-    write_checkpoint(tmp_path / "b", b, CONFIG, files=2)
-    return tmp_path / "a", tmp_path / "b"
+def written(tmp_path, *states):
+    """The directories of state dicts, in one file, in two, and so on."""
+    config = {"model_type": "not looked at"}
+    return [write_checkpoint(tmp_path / "abc"[n], state, config, files=n + 1) for n, state in enumerate(states)]
 
 
 @pytest.mark.parametrize("form", [dict, nemo_from_hf], ids=["hf", "nemo"])
@@ -36,16 +31,13 @@ def test_equal_checkpoints_cut_differently_into_files(tmp_path, form):
 @pytest.mark.parametrize("form", [dict, nemo_from_hf], ids=["hf", "nemo"])
 def test_one_flipped_bit_in_any_tensor(tmp_path, form):
     state = form(random_hf_state_dict(layers=1))
-    a, _ = written(tmp_path, state, state)
     for number, (name, tensor) in enumerate(state.items()):
-        bits = tensor.contiguous().view(torch.int16).clone()
-        flat = 11 * number % bits.numel()
-        bits.view(-1)[flat] ^= 4
-        write_checkpoint(tmp_path / f"b{number}", state | {name: bits.view(torch.bfloat16)}, CONFIG)
-        result = diff(a, tmp_path / f"b{number}")
+        flat = 11 * number % tensor.numel()
+        (tmp_path / name).mkdir()
+        result = diff(*written(tmp_path / name, state, state | {name: flip(tensor, flat, 2)}))
         assert (result.tensors, result.equal) == (len(state), len(state) - 1)
         (found,) = result.different
-        index = tuple(int(axis) for axis in torch.unravel_index(torch.tensor(flat), tensor.shape))
+        index = place(flat, tensor)
         assert (found.name, found.kind, found.count, found.index) == (name, "values", 1, index)
         assert (found.ulps, found.max_ulps) == (4, 4)
         assert float(found.expected.split(" ")[0]) == pytest.approx(tensor[index].item(), rel=1e-8)
@@ -54,11 +46,10 @@ def test_one_flipped_bit_in_any_tensor(tmp_path, form):
 def test_another_spelling_is_no_difference_and_keeps_its_own_name(tmp_path):
     hf = random_hf_state_dict()
     legacy = {legacy_name(name): tensor for name, tensor in hf.items()}
-    a, b = written(tmp_path, hf, legacy)
-    assert diff(a, b).different == ()
     name = legacy_name(LAYER + "experts.down_proj")
-    write_checkpoint(tmp_path / "c", legacy | {name: -legacy[name]}, CONFIG)
-    (found,) = diff(a, tmp_path / "c").different
+    a, b, c = written(tmp_path, hf, legacy, legacy | {name: -legacy[name]})
+    assert diff(a, b).different == ()
+    (found,) = diff(a, c).different
     assert (found.name, found.count) == (name, hf[LAYER + "experts.down_proj"].numel())
 
 
@@ -83,12 +74,11 @@ def test_nans_and_zeros_are_compared_as_bits(tmp_path):
     hf = random_hf_state_dict(dtype=torch.float32)
     name = LAYER + "router.scale"
     hf[name][:4] = torch.tensor([0x7FC00001, 0x7FC00002, 0, 0x7F800000], dtype=torch.int32).view(torch.float32)
-    a, b = written(tmp_path, hf, hf)
-    assert diff(a, b).different == ()
     bits = hf[name].clone().view(torch.int32)
     bits[:4] = torch.tensor([0x7FC00001, 0x7FC00003, -(2**31), 0x7F7FFFFF], dtype=torch.int32)
-    write_checkpoint(tmp_path / "c", hf | {name: bits.view(torch.float32)}, CONFIG)
-    (found,) = diff(a, tmp_path / "c").different
+    a, b, c = written(tmp_path, hf, hf, hf | {name: bits.view(torch.float32)})
+    assert diff(a, b).different == ()
+    (found,) = diff(a, c).different
     assert (found.count, found.index, found.expected, found.found) == (3, (1,), "nan (0x7FC00002)", "nan (0x7FC00003)")
     assert (found.ulps, found.max_ulps) == (None, 1)  # from infinity to the largest number; the zeros are 0 apart
 
@@ -145,26 +135,25 @@ def test_different_layouts_are_refused(tmp_path):
 
 def test_what_is_no_checkpoint_is_an_error(tmp_path):
     hf = random_hf_state_dict()
-    a, b = written(tmp_path, hf, hf | {name: tensor.clone() for name, tensor in nemo_from_hf(hf).items()})
+    down = LAYER + "experts.down_proj"
+    a, b, c = written(tmp_path, hf, hf | nemo_from_hf(hf), hf | {legacy_name(down): hf[down]})
     with pytest.raises(UnsupportedCheckpointError, match="both layouts"):
         diff(a, b)
     with pytest.raises(CheckpointFormatError):
         diff(a, tmp_path / "absent")
-    name = LAYER + "experts.down_proj"
-    write_checkpoint(tmp_path / "twice", hf | {legacy_name(name): hf[name]}, config_of(hf))
     with pytest.raises(DuplicateTensorError, match="two spellings"):
-        diff(a, tmp_path / "twice")
+        diff(a, c)
     with pytest.raises(UsageError, match="memory budget"):
         diff(a, a, max_memory=1)
 
 
 def test_progress_and_files_without_config(tmp_path):
     hf = random_hf_state_dict()
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        save_file(hf, tmp_path / name / "model.safetensors")
-    (tmp_path / "a/README.md").write_text(json.dumps("side files are not looked at"))
+    a, b = written(tmp_path, hf, hf)
+    for path in (a, b):
+        (path / "config.json").unlink()
+    (a / "README.md").write_text("side files are not looked at")
     calls = []
-    assert diff(tmp_path / "a", tmp_path / "b", progress=lambda *call: calls.append(call)).different == ()
+    assert diff(a, b, progress=lambda *call: calls.append(call)).different == ()
     total = sum(tensor.nbytes for tensor in hf.values())
     assert calls[-1] == (total, total)

@@ -4,17 +4,14 @@ import pytest
 from gemma4_moe.layout.dtypes import FLOAT16
 from gemma4_moe.verifier import verify
 from gemma4_moe.verifier.differences import Difference, Mismatches
-from support.formulas import nemo_from_hf
-from support.models import random_hf_state_dict
-from support.verification import DOWNS, GATE_UP, GATE_UPS, checked, flip, sole
+from support.verification import DOWNS, GATE_UP, GATE_UPS, both_layouts, checked, flip, sole
 
 H, I = 10, 7  # noqa: E741
 
 
 def test_the_first_of_several_is_the_first_in_the_targets_axes(tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "_TILE", 4)
-    hf = random_hf_state_dict()
-    nemo = nemo_from_hf(hf)
+    hf, nemo, _ = both_layouts()
     right = nemo[DOWNS]
     # In tiles of four, [4, 1, 9] is looked at after [4, 2, 0], and the other expert last.
     for index, bit in (((4, 2, 0), 2), ((4, 1, 9), 0), ((5, 0, 0), 6)):
@@ -51,8 +48,7 @@ def test_pieces_may_come_in_any_order_and_from_several_gatherers():
 
 
 def test_what_a_difference_says(tmp_path):
-    hf = random_hf_state_dict()
-    nemo = nemo_from_hf(hf)
+    hf, nemo, _ = both_layouts()
     nemo[GATE_UPS][0, 1, 2] = 1.0
     hf[GATE_UP][0, 2, 1] = 1.5
     assert str(sole(checked(tmp_path, hf, nemo))).splitlines() == [

@@ -3,18 +3,15 @@ import json
 import pytest
 import torch
 
-from gemma4_moe.verifier.verify import verify
-from support.checkpoints import config_of, write_checkpoint
-from support.formulas import hf_from_nemo, legacy_name, nemo_from_hf
+from support.formulas import legacy_name, nemo_from_hf
 from support.models import random_hf_state_dict
-from support.verification import DOWN, DOWNS, GATE_UPS, LAYER, SCALE, checked, flip, sole
+from support.verification import DOWN, DOWNS, GATE_UPS, LAYER, SCALE, both_layouts, checked, flip, judged, place, sole
 
 E, H, I = 6, 10, 7  # noqa: E741
 
 
 def test_missing_extra_shape_and_dtype(tmp_path):
-    hf = random_hf_state_dict()
-    nemo = nemo_from_hf(hf)
+    hf, nemo, _ = both_layouts()
     total = len(nemo)
     del nemo[GATE_UPS]
     nemo[LAYER + "moe.experts.down_bias"] = torch.zeros(E, H)
@@ -38,8 +35,7 @@ def test_one_tensor_that_was_not_cast_is_found_and_integers_are_never_cast(tmp_p
     assert checked(tmp_path, hf, nemo).different == ()
     nemo[GATE_UPS] = nemo[GATE_UPS].to(torch.bfloat16)
     nemo["steps"] = torch.tensor([3, 4, 6])
-    write_checkpoint(tmp_path / "wrong", nemo, config_of(hf))
-    found = verify(tmp_path / "source", tmp_path / "wrong").different
+    found = judged(tmp_path, nemo, hf).different
     assert [(d.name, d.kind, d.expected, d.found, d.ulps) for d in found] == [
         (GATE_UPS, "dtype", "F32", "BF16", None),
         ("steps", "values", "5 (0x0000000000000005)", "6 (0x0000000000000006)", None),
@@ -47,48 +43,34 @@ def test_one_tensor_that_was_not_cast_is_found_and_integers_are_never_cast(tmp_p
     assert found[1].index == (2,)
 
 
-def paired(hf, nemo, layer=LAYER):
-    """What `hf` itself is to `nemo`: not native bits with ones, but pairs that fold to them."""
-    back = hf_from_nemo(nemo)
-    return back | {layer + rest: hf[layer + rest] for rest in ("experts.down_proj", "router.per_expert_scale")}
-
-
 def test_pairs_that_fold_to_the_sources_bits_are_right_expert_by_expert(tmp_path):
-    hf = random_hf_state_dict()
-    nemo = nemo_from_hf(hf)
-    mixed = paired(hf, nemo)
-    native = nemo[DOWNS].permute(0, 2, 1)
-    mixed[DOWN] = torch.stack([native[e] if e % 2 else hf[DOWN][e] for e in range(E)])
-    mixed[SCALE] = torch.tensor([1.0 if e % 2 else float(hf[SCALE][e]) for e in range(E)], dtype=torch.bfloat16)
+    hf, nemo, mixed = both_layouts()
+    for tensor in (DOWN, SCALE):
+        mixed[tensor][::2] = hf[tensor][::2]
     assert checked(tmp_path, nemo, mixed, hf=hf).different == ()
 
     flat = (2 * H + 3) * I + 4
     nemo_from_pairs = nemo_from_hf(hf | {DOWN: flip(mixed[DOWN], flat, 6)})
     mixed[DOWN] = flip(mixed[DOWN], flat, 6)
-    write_checkpoint(tmp_path / "wrong", mixed, config_of(hf))
-    found = sole(verify(tmp_path / "source", tmp_path / "wrong"))
+    found = sole(judged(tmp_path, mixed, hf))
     assert (found.name, found.kind, found.count, found.index) == (DOWN, "fold", 1, (2, 3, 4))
     for said, state in ((found.expected, nemo), (found.found, nemo_from_pairs)):
         assert float(said.split(" ")[0]) == pytest.approx(state[DOWNS][2, 4, 3].item(), rel=1e-8)
 
 
 def test_any_scale_is_right_where_an_expert_is_all_zeros(tmp_path):
-    hf = random_hf_state_dict()
-    nemo = nemo_from_hf(hf)
+    hf, nemo, back = both_layouts()
     nemo[DOWNS][4] = 0
-    back = hf_from_nemo(nemo)
+    back[DOWN][4] = 0
     back[SCALE][4] = 0.5
     assert checked(tmp_path, nemo, back, hf=hf).different == ()
     back[SCALE][4] = -0.5
-    write_checkpoint(tmp_path / "wrong", back, config_of(hf))
-    found = sole(verify(tmp_path / "source", tmp_path / "wrong"))
+    found = sole(judged(tmp_path, back, hf))
     assert (found.name, found.index) == (SCALE, (4,))  # zeros of the other sign
 
 
 def test_a_scale_that_is_not_one_beside_native_bits_is_what_is_wrong(tmp_path):
-    hf = random_hf_state_dict()
-    nemo = nemo_from_hf(hf)
-    back = hf_from_nemo(nemo)
+    hf, nemo, back = both_layouts()
     back[SCALE] = torch.tensor([1.0, 1.0, 1.5, 1.0, -1.0, torch.nan], dtype=torch.float32)
     found = sole(checked(tmp_path, nemo, back, hf=hf))
     assert (found.name, found.kind, found.count, found.index) == (SCALE, "values", 3, (2,))
@@ -97,36 +79,23 @@ def test_a_scale_that_is_not_one_beside_native_bits_is_what_is_wrong(tmp_path):
 
 
 def test_a_scale_may_have_any_float_dtype_and_no_other(tmp_path):
-    hf = random_hf_state_dict()
-    nemo = nemo_from_hf(hf)
-    back = hf_from_nemo(nemo)
+    hf, nemo, back = both_layouts()
     back[SCALE] = torch.full((E,), 1.0, dtype=torch.float16)
     assert checked(tmp_path, nemo, back, hf=hf).different == ()
     back[SCALE] = torch.full((E,), 1, dtype=torch.int32)
-    write_checkpoint(tmp_path / "wrong", back, config_of(hf))
-    found = sole(verify(tmp_path / "source", tmp_path / "wrong"))
+    found = sole(judged(tmp_path, back, hf))
     assert (found.name, found.kind, found.expected, found.found) == (SCALE, "dtype", "BF16, F16, F32", "I32")
 
 
-def test_ones_without_their_experts_are_still_looked_at(tmp_path):
-    hf = random_hf_state_dict()
-    nemo = nemo_from_hf(hf)
-    back = hf_from_nemo(nemo)
-    del back[DOWN]
-    back[SCALE][3] = 2.0
+@pytest.mark.parametrize(("missing", "wrong"), [(DOWN, SCALE), (SCALE, DOWN)])
+def test_ones_or_experts_without_the_other_are_still_looked_at(tmp_path, missing, wrong):
+    hf, nemo, back = both_layouts()
+    del back[missing]
+    back[wrong] = flip(back[wrong], 3, 0)
     result = checked(tmp_path, nemo, back, hf=hf)
-    assert [(d.name, d.kind, d.index) for d in result.different] == [(DOWN, "missing", None), (SCALE, "values", (3,))]
+    found = [(d.name, d.kind, d.index) for d in result.different]
+    assert found == [(missing, "missing", None), (wrong, "values", place(3, back[wrong]))]
     assert result.equal == len(hf) - 2
-
-
-def test_experts_without_their_scale_are_still_looked_at(tmp_path):
-    hf = random_hf_state_dict()
-    nemo = nemo_from_hf(hf)
-    back = hf_from_nemo(nemo)
-    del back[SCALE]
-    back[DOWN] = flip(back[DOWN], 5, 0)
-    result = checked(tmp_path, nemo, back, hf=hf)
-    assert [(d.name, d.kind) for d in result.different] == [(SCALE, "missing"), (DOWN, "values")]
 
 
 def test_the_same_layout_in_another_spelling_keeps_every_bit(tmp_path):
@@ -134,16 +103,17 @@ def test_the_same_layout_in_another_spelling_keeps_every_bit(tmp_path):
     legacy = {legacy_name(name): tensor for name, tensor in hf.items()}
     assert checked(tmp_path, hf, legacy).different == ()
     name = legacy_name(SCALE)
-    wrong = legacy | {name: flip(legacy[name], 1, 15)}
-    write_checkpoint(tmp_path / "wrong", wrong, config_of(hf))
-    found = sole(verify(tmp_path / "source", tmp_path / "wrong"))
+    found = sole(judged(tmp_path, legacy | {name: flip(legacy[name], 1, 15)}, hf))
     assert (found.name, found.index, found.ulps) == (name, (1,), 2 * int(hf[SCALE].view(torch.int16)[1]))
-    cast = {name: tensor.float() for name, tensor in hf.items()}
-    write_checkpoint(tmp_path / "cast", cast, config_of(hf))
-    assert {d.kind for d in verify(tmp_path / "source", tmp_path / "cast").different} == {"dtype"}
 
 
 def test_a_legacy_source(tmp_path):
     hf = random_hf_state_dict()
     legacy = {legacy_name(name): tensor for name, tensor in hf.items()}
     assert checked(tmp_path, legacy, nemo_from_hf(hf), hf=hf).different == ()
+
+
+def test_the_same_layout_in_another_dtype_is_different(tmp_path):
+    hf = random_hf_state_dict()
+    cast = {name: tensor.float() for name, tensor in hf.items()}
+    assert {d.kind for d in checked(tmp_path, hf, cast).different} == {"dtype"}

@@ -1,25 +1,13 @@
 """What the command `verify` and `diff` can, the functions can: a target alone, Hub ids, sizes as text, `~`."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from gemma4_moe import convert, diff, inspect, plan, verify
 from gemma4_moe.errors import CheckpointFormatError, UsageError
-from support.checkpoints import flip_bit, write_checkpoint
-from support.models import random_hf_state_dict
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "hf", random_hf_state_dict())
+from support.checkpoints import flip_bit
+from support.hub_server import COMMIT
 
 
 def test_a_target_alone_is_checked_against_its_manifest(source: Path, tmp_path: Path) -> None:
@@ -30,8 +18,9 @@ def test_a_target_alone_is_checked_against_its_manifest(source: Path, tmp_path: 
     assert sentence.startswith("model.safetensors: other bytes in ")
     with pytest.raises(CheckpointFormatError, match="has no manifest"):
         verify(source)
-    with pytest.raises(UsageError, match="a directory has no revision"):
-        verify(tmp_path / "nemo", revision="main")
+    for call in (verify, inspect):
+        with pytest.raises(UsageError, match="a directory has no revision"):
+            call(tmp_path / "nemo", revision="main")
 
 
 def test_sizes_may_be_text(source: Path, tmp_path: Path) -> None:
@@ -46,9 +35,9 @@ def test_sizes_may_be_text(source: Path, tmp_path: Path) -> None:
 
 def test_hub_ids_are_read_from_the_cache(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = tmp_path / "hub/models--google--small-gemma"
-    (repository / "refs").mkdir(parents=True)
+    for folder in ("refs", "snapshots"):
+        (repository / folder).mkdir(parents=True)
     (repository / "refs/main").write_text(COMMIT)
-    (repository / "snapshots").mkdir()
     source.rename(repository / "snapshots" / COMMIT)
     for constant, value in (("HF_HUB_OFFLINE", True), ("HF_HUB_CACHE", str(tmp_path / "hub"))):
         monkeypatch.setattr(f"huggingface_hub.constants.{constant}", value)

@@ -1,5 +1,3 @@
-import shutil
-
 import pytest
 import torch
 
@@ -12,12 +10,27 @@ from gemma4_moe.errors import (
     UnsupportedCheckpointError,
 )
 from gemma4_moe.verifier.verify import verify
-from support.checkpoints import config_of, write_checkpoint
+from support.checkpoints import config_of, contents, write_checkpoint
 from support.formulas import hf_from_nemo, legacy_name, nemo_from_hf
-from support.models import random_hf_state_dict, read_directory
-from support.verification import DOWN, DOWNS, GATE_UP, GATE_UPS, LAYER, SCALE, UNSIGNED, checked, flip, sole
+from support.models import random_hf_state_dict
+from support.verification import (
+    DOWN,
+    DOWNS,
+    GATE_UP,
+    GATE_UPS,
+    LAYER,
+    SCALE,
+    UNSIGNED,
+    both_layouts,
+    checked,
+    flip,
+    judged,
+    place,
+    sole,
+)
 
 E, H, I = 6, 10, 7  # noqa: E741
+GATE_SCALE = LAYER + "moe.gate.scale"
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -31,28 +44,18 @@ def special(state):
     return state
 
 
+@pytest.mark.parametrize("cast", FLOATS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_what_formulas_make_is_right(tmp_path, dtype):
+def test_what_formulas_make_is_right_in_both_directions_and_any_cast(tmp_path, dtype, cast):
     hf = random_hf_state_dict(dtype=dtype)
-    nemo = nemo_from_hf(hf)
+    nemo = {name: tensor.to(cast) for name, tensor in nemo_from_hf(hf, cast).items()}
     result = checked(tmp_path, hf, nemo)
     assert (result.tensors, result.equal, result.different) == (len(nemo), len(nemo), ())
     assert (result.source, result.target) == (tmp_path / "source", tmp_path / "target")
-    shutil.rmtree(tmp_path / "source")
-    write_checkpoint(tmp_path / "source", hf_from_nemo(nemo), config_of(hf))
-    back = verify(tmp_path / "target", tmp_path / "source")
-    assert (back.tensors, back.equal, back.different) == (len(hf), len(hf), ())
-
-
-@pytest.mark.parametrize("cast", FLOATS, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_casts_in_both_directions(tmp_path, dtype, cast):
-    hf = random_hf_state_dict(dtype=dtype)
-    nemo = {name: tensor.to(cast) for name, tensor in nemo_from_hf(hf, cast).items()}
-    assert checked(tmp_path, hf, nemo).different == ()
     back = {name: tensor.to(dtype) for name, tensor in hf_from_nemo(nemo, dtype).items()}
     write_checkpoint(tmp_path / "back", back, config_of(hf))
-    assert verify(tmp_path / "target", tmp_path / "back").different == ()
+    result = verify(tmp_path / "target", tmp_path / "back")
+    assert (result.tensors, result.equal, result.different) == (len(hf), len(hf), ())
 
 
 @pytest.mark.parametrize("cast", ["keep", "bfloat16", "float16", "float32"])
@@ -77,28 +80,24 @@ def test_nans_are_expected_with_their_own_bits_or_quiet_with_their_own_sign(tmp_
     nemo[GATE_UPS][3, :3, 2] = payload
     assert checked(tmp_path, hf, nemo).different == ()
     nemo[DOWNS][1, 0, 0] = torch.tensor([0xFFC0], dtype=torch.uint16).view(torch.bfloat16)
-    write_checkpoint(tmp_path / "wrong", nemo, config_of(hf))
-    found = sole(verify(tmp_path / "source", tmp_path / "wrong"))
+    found = sole(judged(tmp_path, nemo, hf))
     assert (found.index, found.expected, found.found) == ((1, 0, 0), "nan (0x7FC0)", "nan (0xFFC0)")
     assert (found.count, found.ulps, found.max_ulps) == (1, None, None)
 
 
-def flipped_cases():
-    hf = random_hf_state_dict()
-    return [("nemo", name) for name in nemo_from_hf(hf)] + [("hf", name) for name in hf]
+HF, NEMO, _ = both_layouts()
 
 
-@pytest.mark.parametrize(("to", "name"), flipped_cases())
+@pytest.mark.parametrize(("to", "name"), [*(("nemo", name) for name in NEMO), *(("hf", name) for name in HF)])
 @pytest.mark.parametrize(("dtype", "bit"), [(torch.bfloat16, 3), (torch.float32, 0)], ids=str)
 def test_one_flipped_bit_is_found_in_any_tensor(tmp_path, to, name, dtype, bit):
-    hf = random_hf_state_dict(dtype=dtype)
-    nemo = nemo_from_hf(hf)
-    source, target = (hf, nemo) if to == "nemo" else (nemo, hf_from_nemo(nemo))
+    hf, nemo, back = both_layouts(dtype=dtype)
+    source, target = (hf, nemo) if to == "nemo" else (nemo, back)
     right = target[name]
     flat = (37 * len(name)) % right.numel()
     target[name] = flip(right, flat, bit)
     found = sole(checked(tmp_path, source, target, hf=hf))
-    index = tuple(int(axis) for axis in torch.unravel_index(torch.tensor(flat), right.shape))
+    index = place(flat, right)
     assert (found.name, found.kind, found.count, found.index) == (name, "values", 1, index)
     assert (found.ulps, found.max_ulps) == (2**bit, 2**bit)
     digits = 4 if dtype is torch.bfloat16 else 8
@@ -108,52 +107,30 @@ def test_one_flipped_bit_is_found_in_any_tensor(tmp_path, to, name, dtype, bit):
         assert bits == f"(0x{int(tensor.contiguous().view(UNSIGNED[dtype])[index]):0{digits}X})"
 
 
-def _swapped_halves(hf, nemo):
-    gate, up = nemo[GATE_UPS].split(I, dim=2)
-    nemo[GATE_UPS] = torch.cat([up, gate], dim=2)
-    return GATE_UPS, E * H * 2 * I
+def per_expert(scale):
+    return scale.float()[:, None, None]
 
 
-def _scale_forgotten(hf, nemo):
-    nemo[DOWNS] = hf[DOWN].permute(0, 2, 1).contiguous()
-    return DOWNS, None
+#: The tensor that a converter gets wrong, and its mistake as a function of the tensors of both layouts.
+MISTAKES = {
+    "swapped halves": (GATE_UPS, lambda of: torch.cat(of[GATE_UPS].split(I, dim=2)[::-1], dim=2)),
+    "experts in another order": (GATE_UPS, lambda of: of[GATE_UPS].flip(0)),
+    "scale forgotten": (DOWNS, lambda of: of[DOWN].permute(0, 2, 1)),
+    "scale of the next expert": (DOWNS, lambda of: (of[DOWN] * per_expert(of[SCALE].roll(1))).permute(0, 2, 1)),
+    "scale in the other direction": (DOWNS, lambda of: (of[DOWN] / per_expert(of[SCALE])).permute(0, 2, 1)),
+    "layers exchanged": (GATE_SCALE, lambda of: of[GATE_SCALE.replace(".1.", ".0.")]),
+}
 
 
-def _scale_of_the_next_expert(hf, nemo):
-    nemo[DOWNS] = nemo_from_hf(hf | {SCALE: hf[SCALE].roll(1)})[DOWNS]
-    return DOWNS, None
-
-
-def _scale_in_the_other_direction(hf, nemo):
-    nemo[DOWNS] = (hf[DOWN].float() / hf[SCALE].float()[:, None, None]).to(torch.bfloat16).permute(0, 2, 1).contiguous()
-    return DOWNS, None
-
-
-def _experts_in_another_order(hf, nemo):
-    nemo[GATE_UPS] = nemo[GATE_UPS].flip(0).contiguous()
-    return GATE_UPS, E * H * 2 * I
-
-
-def _layers_exchanged(hf, nemo):
-    nemo[LAYER + "moe.gate.scale"] = nemo["model.language_model.layers.0.moe.gate.scale"]
-    return LAYER + "moe.gate.scale", None
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        _swapped_halves, _scale_forgotten, _scale_of_the_next_expert, _scale_in_the_other_direction,
-        _experts_in_another_order, _layers_exchanged,
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_of_a_converter_are_found(tmp_path, mistake):
-    hf = random_hf_state_dict()
-    nemo = nemo_from_hf(hf)
-    name, most = mistake(hf, nemo)
+    hf, nemo, _ = both_layouts()
+    name, wrong = MISTAKES[mistake]
+    nemo[name] = wrong(hf | nemo).to(torch.bfloat16)
     found = sole(checked(tmp_path, hf, nemo))
     assert (found.name, found.kind) == (name, "values")
-    if most is not None:
-        assert 0.9 * most < found.count <= most
+    if name == GATE_UPS:
+        assert 0.9 < found.count / (E * H * 2 * I) <= 1
 
 
 @pytest.mark.parametrize(("sizes", "hf_name", "nemo_name"), [
@@ -161,8 +138,7 @@ def test_mistakes_of_a_converter_are_found(tmp_path, mistake):
     ({"H": 8, "I": 8}, DOWN, DOWNS),
 ])  # fmt: skip
 def test_a_forgotten_transpose_is_found_where_shapes_do_not_tell(tmp_path, sizes, hf_name, nemo_name):
-    hf = random_hf_state_dict(**sizes)
-    nemo = nemo_from_hf(hf)
+    hf, nemo, _ = both_layouts(**sizes)
     nemo[nemo_name] = nemo[nemo_name].permute(0, 2, 1).contiguous()
     assert nemo[nemo_name].shape == hf[hf_name].shape
     assert sole(checked(tmp_path, hf, nemo)).name == nemo_name
@@ -174,14 +150,13 @@ def test_a_forgotten_transpose_is_found_where_shapes_do_not_tell(tmp_path, sizes
 def test_a_fold_that_rounds_twice_is_found(tmp_path, source_dtype, target_dtype):
     hf = random_hf_state_dict(dtype=source_dtype)
     nemo = {name: tensor.to(target_dtype) for name, tensor in nemo_from_hf(hf, target_dtype).items()}
-    product = hf[DOWN].to(torch.bfloat16).float() * hf[SCALE].float()[:, None, None]
+    product = hf[DOWN].to(torch.bfloat16).float() * per_expert(hf[SCALE])
     nemo[DOWNS] = product.to(torch.bfloat16).to(target_dtype).permute(0, 2, 1).contiguous()
     assert sole(checked(tmp_path, hf, nemo)).name == DOWNS
 
 
 def test_side_files(tmp_path):
-    hf = random_hf_state_dict()
-    nemo = nemo_from_hf(hf)
+    hf, nemo, _ = both_layouts()
     assert checked(tmp_path, hf, nemo).different == ()
     target = tmp_path / "target"
     (target / "tokenizer.json").write_bytes(b'{"version": "1.1"} \n')
@@ -203,35 +178,34 @@ def test_side_files(tmp_path):
 
 
 def test_what_is_no_checkpoint_is_an_error_and_not_a_difference(tmp_path):
-    hf = random_hf_state_dict()
-    nemo = nemo_from_hf(hf)
+    hf, nemo, _ = both_layouts()
     checked(tmp_path, hf, nemo)
-    source, target = tmp_path / "source", tmp_path / "target"
-    with pytest.raises(CheckpointFormatError, match="no such directory"):
-        verify(source, tmp_path / "absent")
-    dense = {name: tensor for name, tensor in hf.items() if "experts" not in name and "router" not in name}
-    write_checkpoint(tmp_path / "dense", dense, config_of(hf))
-    with pytest.raises(UnsupportedCheckpointError, match="no mixture-of-experts layer"):
-        verify(source, tmp_path / "dense")
-    with pytest.raises(UnsupportedCheckpointError, match="no mixture-of-experts layer"):
-        verify(tmp_path / "dense", target)
-    write_checkpoint(tmp_path / "both", hf | nemo, config_of(hf))
-    with pytest.raises(UnsupportedCheckpointError, match="names of both layouts"):
-        verify(source, tmp_path / "both")
-    write_checkpoint(tmp_path / "twice", hf | {legacy_name(DOWN): hf[DOWN]}, config_of(hf))
-    with pytest.raises(DuplicateTensorError, match="two spellings"):
-        verify(source, tmp_path / "twice")
-    del hf[SCALE]
-    write_checkpoint(tmp_path / "half", hf)
-    with pytest.raises(IncompleteExpertsError):
-        verify(tmp_path / "half", target)
-    (source / "config.json").unlink()
-    with pytest.raises(ConfigError):
-        verify(source, target)
+    states = {
+        "dense": {name: tensor for name, tensor in hf.items() if "experts" not in name and "router" not in name},
+        "both": hf | nemo,
+        "twice": hf | {legacy_name(DOWN): hf[DOWN]},
+        "half": {name: tensor for name, tensor in hf.items() if name != SCALE},
+        "without config": hf,
+    }
+    for name, state in states.items():
+        write_checkpoint(tmp_path / name, state, config_of(hf))
+    (tmp_path / "without config/config.json").unlink()
+    for source, target, error, words in (
+        ("source", "absent", CheckpointFormatError, "no such directory"),
+        ("source", "dense", UnsupportedCheckpointError, "no mixture-of-experts layer"),
+        ("dense", "target", UnsupportedCheckpointError, "no mixture-of-experts layer"),
+        ("source", "both", UnsupportedCheckpointError, "names of both layouts"),
+        ("source", "twice", DuplicateTensorError, "two spellings"),
+        ("half", "target", IncompleteExpertsError, "scale missing"),
+        ("without config", "target", ConfigError, "missing"),
+    ):
+        with pytest.raises(error, match=words):
+            verify(tmp_path / source, tmp_path / target)
 
 
 def test_sources_and_targets_are_only_read(tmp_path):
-    hf = random_hf_state_dict()
-    checked(tmp_path, hf, nemo_from_hf(hf))
-    assert read_directory(tmp_path / "source").keys() == hf.keys()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+    hf, nemo, _ = both_layouts()
+    checked(tmp_path, hf, nemo)
+    before = contents(tmp_path)
+    verify(tmp_path / "source", tmp_path / "target")
+    assert contents(tmp_path) == before
