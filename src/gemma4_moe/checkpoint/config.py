@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.storage import read_whole
 from gemma4_moe.errors import CheckpointFormatError, ConfigError
+from gemma4_moe.layout.table import SIZE_FIELDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,24 +26,20 @@ _HINT = "get the checkpoint's own config.json; it tells which sizes its tensors 
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """A config.json. A size that it lacks is None.
+    """A config.json.
 
     Attributes:
         path: The file.
         document: The whole document.
         model_type: The top level's model_type.
-        experts: E, `num_experts`.
-        hidden_size: H, `hidden_size`.
-        expert_size: I, `moe_intermediate_size`.
-        layers: The number of decoder layers, `num_hidden_layers`.
+        sizes: E, H and I, as far as the config has them.
+        layers: The number of decoder layers, `num_hidden_layers`, or None.
     """
 
     path: Path
     document: dict[str, Any]
     model_type: str | None
-    experts: int | None
-    hidden_size: int | None
-    expert_size: int | None
+    sizes: dict[str, int]
     layers: int | None
 
 
@@ -67,9 +64,9 @@ def read_config(directory: Path) -> ConfigFile:
         path=path,
         document=document,
         model_type=model_type,
-        experts=_size(path, text, "num_experts"),
-        hidden_size=_size(path, text, "hidden_size"),
-        expert_size=_size(path, text, "moe_intermediate_size"),
+        sizes={
+            axis: size for axis, (field, _) in SIZE_FIELDS.items() if (size := _size(path, text, field)) is not None
+        },
         layers=_size(path, text, "num_hidden_layers"),
     )
 
