@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gemma4_moe.layout.dtypes import FLOAT16
-from gemma4_moe.verifier import verify
+from gemma4_moe.verifier import values
 from gemma4_moe.verifier.differences import Difference, Mismatches
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
@@ -12,7 +12,7 @@ H, I = 10, 7  # noqa: E741
 
 
 def test_the_first_of_several_is_the_first_in_the_targets_axes(tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "_TILE", 4)
+    monkeypatch.setattr(values, "_TILE", 4)
     hf = random_hf_state_dict()
     nemo = nemo_from_hf(hf)
     right = nemo[DOWNS]
