@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -40,10 +40,6 @@ class Difference:
     index: tuple[int, ...] | None = None
     ulps: int | None = None
     max_ulps: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON can hold them."""
-        return asdict(self)
 
     def __str__(self) -> str:
         if self.index is None:
