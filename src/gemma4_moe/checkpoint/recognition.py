@@ -1,12 +1,11 @@
-"""Which checkpoint this is: its layout, its spelling, its model, or the known form that is not converted.
+"""The identity of a checkpoint: its layout, its spelling, its model, or the known form that is not converted.
 
 Names and the config decide, never shapes: H may equal 2I.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gemma4_moe.errors import ConfigError, IncompleteExpertsError, InputError, UnsupportedCheckpointError
 from gemma4_moe.layout.foreign import FOREIGN_SPELLINGS
@@ -43,14 +42,13 @@ _RELATIVES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Recognition:
-    """What the names and the config of a checkpoint say of it.
+class Recognition(NamedTuple):
+    """The identity of a checkpoint, from its names and its config.
 
     Attributes:
         layout: The layout, or None if it is neither or can't be told.
         spelling: "current", "legacy", "current and legacy", a foreign form's name, or "none".
-        refusal: Why it can't be converted, or None.
+        refusal: The reason not to convert it, or None.
     """
 
     layout: Layout | None
@@ -59,7 +57,7 @@ class Recognition:
 
 
 def recognise(names: Collection[str], config: ConfigFile) -> Recognition:
-    """Return what a checkpoint with these tensor names and this config.json is."""
+    """Recognise a checkpoint by all its tensor names and its config.json."""
     for form in FOREIGN_SPELLINGS:
         if (name := next(filter(form.pattern.fullmatch, names), None)) is not None:
             problem = f"a {form.name} checkpoint, which is not converted"
@@ -75,12 +73,7 @@ def recognise(names: Collection[str], config: ConfigFile) -> Recognition:
 
 
 def layout_of(names: Collection[str], directory: Path, model_type: str | None = None) -> Layout:
-    """Return the layout that the tensor names of the checkpoint in `directory` belong to.
-
-    Args:
-        names: All of them.
-        directory: For messages.
-        model_type: For messages, if it is known.
+    """Return the layout of a checkpoint's tensor names. Messages have its directory and, if known, its model type.
 
     Raises:
         UnsupportedCheckpointError: They belong to both layouts, or to none.
@@ -134,7 +127,7 @@ def _wrong_model(config: ConfigFile) -> InputError | None:
 
 
 def check_tensors(tensors: Iterable[StoredTensor], layout: Layout, config: ConfigFile) -> dict[str, MoEName | None]:
-    """Return what the name of every tensor of a checkpoint means, after the checks of `wrong_tensors`.
+    """Return the meaning of the name of every tensor of a checkpoint, after the checks of `wrong_tensors`.
 
     Raises:
         UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`.

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from gemma4_moe.cli.options import Output
     from gemma4_moe.cli.report import Report
 
-#: The options of convert that `plan` has too.
-_PLANNED = ("to", "dtype", "max_shard_size", "max_memory", "revision", "stream", "base")
-
 
 @click.group(
     cls=Group,
@@ -133,7 +130,7 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
 
     if dry_run:
         check_target(target, expanded(source), overwrite=arguments["overwrite"])
-        _preview(output, source, target, {name: arguments[name] for name in _PLANNED})
+        _preview(output, source, target, {p.name: arguments[p.name] for p in plan.params if p.name in arguments})
         return
     with (
         under_torchrun(),

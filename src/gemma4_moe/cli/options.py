@@ -1,4 +1,4 @@
-"""The arguments and options that several commands have, and where a command's data and messages go."""
+"""The arguments and options that several commands have, and the output of a command's data and messages."""
 
 from __future__ import annotations
 
@@ -96,13 +96,7 @@ break_lock = click.option(
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where a command's data and messages go.
-
-    Attributes:
-        data: stdout.
-        talk: stderr, or nowhere with --quiet.
-        as_json: Whether data is JSON.
-    """
+    """The places of a command's data (stdout) and its messages (stderr, or nowhere with --quiet)."""
 
     data: Console
     talk: Console

@@ -118,7 +118,7 @@ class Inventory:
             )
 
     def _check_shape(self, name: str, parsed: MoEName, shape: tuple[int, ...]) -> None:
-        axes = parsed.axes(self.layout)
+        axes = parsed.part.axes(parsed.rule.axes(self.layout))
         learned = self._learned.setdefault(parsed.prefix, {})
         if len(shape) == len(axes):
             for axis, size in zip(axes, shape, strict=True):
@@ -130,10 +130,8 @@ class Inventory:
         expected = [doubled.get(axis, axis) for axis in axes]
         beyond = parsed.part.expert is not None and parsed.part.expert >= known.get("E", parsed.part.expert + 1)
         if beyond or list(shape) != expected:
-            sources = ", ".join(
-                f"{letter} = {size} from {learned[letter][1] if letter in learned else 'the config'}"
-                for letter, size in sorted(known.items())
-            )
+            origins = {axis: learned[axis][1] if axis in learned else "the config" for axis in known}
+            sources = ", ".join(f"{axis} = {size} from {origins[axis]}" for axis, size in sorted(known.items()))
             raise TensorShapeError(
                 "an expert that the model does not have" if beyond else "a tensor of the wrong shape",
                 tensor=name,
@@ -158,13 +156,8 @@ def _check_same_dtype(name: str, dtype: str, parts: Parts) -> None:
     """Check that a tensor has the dtype of the first one of its role."""
     first, known = next(iter(parts.values()))
     if known is not None and known != dtype:
-        raise TensorShapeError(
-            "tensors of one role with different dtypes",
-            tensor=name,
-            expected=f"{known}, as {first} has",
-            found=dtype,
-            hint="give all tensors of a role in one dtype",
-        )
+        problem, hint = "tensors of one role with different dtypes", "give all tensors of a role in one dtype"
+        raise TensorShapeError(problem, tensor=name, expected=f"{known}, as {first} has", found=dtype, hint=hint)
 
 
 def _few(names: Sequence[str]) -> list[str]:

@@ -56,20 +56,16 @@ class MoEName:
     @property
     def hf(self) -> str:
         """The whole name in the hf layout, current spelling."""
-        return self.layer_path + self.rule.hf
+        return self.name(Layout.HF)
 
     @property
     def nemo(self) -> str:
         """The whole name in the nemo layout; for the scale, that of the tensor that takes it in."""
-        return self.layer_path + self.rule.nemo
+        return self.name(Layout.NEMO)
 
     def name(self, layout: Layout) -> str:
         """Return the whole name in `layout`, current spelling."""
         return self.layer_path + self.rule.name(layout)
-
-    def axes(self, layout: Layout) -> tuple[str, ...]:
-        """Return the axes of the tensor of this name."""
-        return self.part.axes(self.rule.axes(layout))
 
     def sibling(self, rule: Rule) -> MoEName:
         """Return the name of another row in the same layer, current spelling."""
@@ -85,8 +81,7 @@ def lookup(name: str, layout: Layout) -> MoEName | None:
     if layout is Layout.NEMO:
         rule = _NEMO_ROWS.get(rest)
         return None if rule is None else MoEName(prefix, layer, rule)
-    found = spellings.find(rest)
-    if found is None:
+    if (found := spellings.find(rest)) is None:
         return None
     spelling, rule, part = found
     return MoEName(prefix, layer, rule, spelling, part)
@@ -121,14 +116,11 @@ def parse(name: str, layout: Layout) -> MoEName | None:
     if match and rest.split(".")[0] in MOE_MODULES:
         raise _unknown(name, rest, layout)
     for known in _known(layout):
-        if rest == known or rest.endswith("." + known):
-            raise UnknownTensorError(
-                f"a name of the {layout} layout outside a layer",
-                tensor=name,
-                expected=f"<prefix>layers.<number>.{known}",
-                found=name,
-                hint="give the tensor its full name, with the layer's number",
-            )
+        if f".{rest}".endswith(f".{known}"):
+            problem = f"a name of the {layout} layout outside a layer"
+            hint = "give the tensor its full name, with the layer's number"
+            expected = f"<prefix>layers.<number>.{known}"
+            raise UnknownTensorError(problem, tensor=name, expected=expected, found=name, hint=hint)
     return None
 
 

@@ -46,26 +46,19 @@ class Difference:
             sides = {"expected": self.expected, "found": self.found}
             return f"{self.name}: {self.kind}: " + ", ".join(f"{side} {text}" for side, text in sides.items() if text)
         folded = ", folded with its scale" if self.kind == "fold" else ""
-        first = f"  first at {list(self.index)}: expected {self.expected}, found {self.found}"
-        lines = [
-            f"{self.name}{folded}: elements that differ: {self.count:,}",
-            first if self.ulps is None else f"{first}, distance in ulps: {self.ulps:,}",
-        ]
+        text = f"{self.name}{folded}: elements that differ: {self.count:,}\n"
+        text += f"  first at {list(self.index)}: expected {self.expected}, found {self.found}"
+        if self.ulps is not None:
+            text += f", distance in ulps: {self.ulps:,}"
         if self.max_ulps is not None:
-            lines.append(f"  largest distance in ulps: {self.max_ulps:,}")
-        return "\n".join(lines)
+            text += f"\n  largest distance in ulps: {self.max_ulps:,}"
+        return text
 
 
 class Mismatches:
-    """The elements of one tensor that differ, collected piece by piece."""
+    """The elements of one tensor that differ, collected piece by piece; both sides have one shape and dtype."""
 
     def __init__(self, shape: tuple[int, ...], dtype: DType) -> None:
-        """Start with none.
-
-        Args:
-            shape: The target's shape.
-            dtype: The dtype of both sides.
-        """
         self.count = 0
         self._shape = shape
         self._dtype = dtype
@@ -73,13 +66,9 @@ class Mismatches:
         self._max_ulps: int | None = None
 
     def compare(self, expected: Bits, found: Bits, first: int, stride: int = 0) -> None:
-        """Compare one piece [rows, columns] of the target, of any strides.
+        """Compare one piece [rows, columns] of the target.
 
-        Args:
-            expected: Its expected elements.
-            found: Its elements.
-            first: Position in the flat target of the piece's first element.
-            stride: The distance between the first elements of two rows in the flat target.
+        In the flat target its first element is at `first`, and two rows begin `stride` elements apart.
         """
         wrong = expected != found
         if not wrong.any():

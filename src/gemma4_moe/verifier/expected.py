@@ -50,20 +50,15 @@ def expectations(
 ) -> dict[str, Expectation]:
     """Return the expected tensors of a target in layout `to`, by name in current spelling.
 
-    Args:
-        source: The checkpoint that was converted.
-        names: The meaning of each of its names.
-        layout: Its layout.
-        to: The target's layout. If it is the source's, every tensor stays as it is.
+    `names` has the meaning of each name of the source. If the source's layout is the target's, every tensor stays as it
+    is.
     """
     scales = {name.layer_key: source.tensors[own] for own, name in names.items() if name and name.rule is SCALE}
     expected = {}
     for own, name in names.items():
         stored = source.tensors[own]
-        if name is None:
-            expected[own] = Expectation(stored, stored.shape)
-        elif layout is to or name.rule.hf_axes == name.rule.nemo_axes:
-            expected[name.name(to)] = Expectation(stored, stored.shape)
+        if name is None or layout is to or name.rule.hf_axes == name.rule.nemo_axes:
+            expected[own if name is None else name.name(to)] = Expectation(stored, stored.shape)
         elif name.rule.in_nemo:
             experts, rows, columns = stored.shape
             shape = (experts, columns, rows)
