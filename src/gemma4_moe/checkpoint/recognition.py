@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from gemma4_moe.errors import ConfigError, IncompleteExpertsError, InputError, UnsupportedCheckpointError
 from gemma4_moe.layout.foreign import FOREIGN_SPELLINGS
 from gemma4_moe.layout.inventory import Inventory
-from gemma4_moe.layout.names import MoEName, lookup
+from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.spellings import CURRENT
 from gemma4_moe.layout.table import CHECKPOINT_RULES, GATE_UP, Layout
 from gemma4_moe.layout.targets import problems, targets_of
@@ -126,20 +126,6 @@ def _wrong_model(config: ConfigFile) -> InputError | None:
     return relative
 
 
-def check_tensors(tensors: Iterable[StoredTensor], layout: Layout, config: ConfigFile) -> dict[str, MoEName | None]:
-    """Return the meaning of the name of every tensor of a checkpoint, after the checks of `wrong_tensors`.
-
-    Raises:
-        UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`.
-        IncompleteExpertsError: A layer lacks a row of the table, or the config counts a layer that is not there.
-        ConfigError: There are layers that the config does not count.
-    """
-    inventory = Inventory(layout, config.sizes)
-    for problem in wrong_tensors(tensors, inventory, config):
-        raise problem
-    return inventory.names
-
-
 def wrong_tensors(tensors: Iterable[StoredTensor], inventory: Inventory, config: ConfigFile) -> Iterator[InputError]:
     """Yield every wrong tensor, then the first incomplete layer, then layers that the config does not count."""
     yield from problems(tensors, inventory, CHECKPOINT_RULES[inventory.layout])
@@ -152,7 +138,7 @@ def wrong_tensors(tensors: Iterable[StoredTensor], inventory: Inventory, config:
 def checkpoint_targets(
     tensors: Iterable[StoredTensor], layout: Layout, config: ConfigFile, cast: DType | None = None
 ) -> dict[str, Target[StoredTensor]]:
-    """Return every tensor that a checkpoint becomes in the other layout. Errors are those of `check_tensors`."""
+    """Return every tensor that a checkpoint becomes in the other layout, after the checks of `wrong_tensors`."""
     inventory = Inventory(layout, config.sizes)
     targets = targets_of(tensors, inventory, CHECKPOINT_RULES[layout], cast)
     check_layer_count(inventory, config)
@@ -163,8 +149,8 @@ def check_layer_count(inventory: Inventory, config: ConfigFile) -> None:
     """Check that the layers with experts are those that the config counts.
 
     Raises:
-        IncompleteExpertsError: One that the config counts is not there.
-        ConfigError: One is there that the config does not count.
+        IncompleteExpertsError: A layer that the config counts is missing.
+        ConfigError: There is a layer that the config does not count.
     """
     if config.layers is None:
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,11 +122,9 @@ def _round_trip(directory: Path) -> Iterator[Check]:
 
 
 def _built(source: PreTrainedModel, directory: Path) -> Check:
-    import transformers
-
     config = source.config.get_text_config()
     finding = (
-        f"random fp32 model of transformers {transformers.__version__}: {config.num_hidden_layers} layers, "
+        f"random fp32 model of transformers {version('transformers')}: {config.num_hidden_layers} layers, "
         f"E {config.num_experts}, H {config.hidden_size}, I {config.moe_intermediate_size}"
     )
     written = len(source.state_dict()) - 1  # lm_head is the embedding, which is written once

@@ -46,7 +46,7 @@ class Rule:
         nemo: REST in the nemo layout. For a tensor that is folded away, that of the tensor that takes it in.
         hf_axes: Axes in the hf layout.
         nemo_axes: Axes in the nemo layout; empty for a tensor that is folded away.
-        operation: What happens from hf to nemo.
+        operation: The operation from hf to nemo.
     """
 
     role: str

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Described(Protocol):
-    """A tensor as planning sees it."""
+    """A tensor without its values."""
 
     @property
     def name(self) -> str:
@@ -82,7 +82,7 @@ class Source(Generic[T]):
         return _nbytes(self)
 
     def reads(self, first: int, last: int) -> Iterator[Read[T]]:
-        """Yield the reads that give the experts (or elements) first to last, in the order of the parts."""
+        """Yield the reads of the experts, or elements, (first, last), in the order of the parts."""
         begin = bisect_right(self.parts, first, key=lambda part: part.experts[1])
         for part in self.parts[begin:]:
             start, end = max(first, part.experts[0]), min(last, part.experts[1])
@@ -127,11 +127,10 @@ class Target(Generic[T]):
 
     @property
     def origin(self) -> T:
-        """The first stored tensor that it is made from; for a scale of ones, that its experts are made from."""
-        if self.source is not None:
-            return self.source.parts[0].stored
-        assert self.beside is not None, "a scale of ones belongs to experts"
-        return self.beside
+        """The first stored tensor that it is made from, or that the experts of a scale of ones are made from."""
+        origin = self.beside if self.source is None else self.source.parts[0].stored
+        assert origin is not None, "a scale of ones belongs to experts"
+        return origin
 
 
 def problems(tensors: Iterable[Described], inventory: Inventory, required: Sequence[Rule]) -> Iterator[InputError]:

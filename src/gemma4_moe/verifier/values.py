@@ -123,7 +123,7 @@ def _compare_ones(scale: StoredTensor, _memory: int) -> list[Difference]:
 
 
 def _ones(count: int, scale: StoredTensor) -> Bits:
-    return reference(np.full((1, count), 0x3F800000, np.uint32), FLOAT32, scale.dtype)
+    return reference(np.ones((1, count), np.float32).view(np.uint32), FLOAT32, scale.dtype)
 
 
 def _factors(scale: StoredTensor) -> list[float]:

@@ -12,9 +12,10 @@ from itertools import count
 from typing import TYPE_CHECKING, overload
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
-from gemma4_moe.checkpoint.recognition import check_tensors, layout_of, recognise
+from gemma4_moe.checkpoint.recognition import layout_of, recognise, wrong_tensors
 from gemma4_moe.checkpoint.storage import open_regular, refusals, regular_status
 from gemma4_moe.hub.source import locate
+from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.manifest import Recheck, check_manifest
 from gemma4_moe.target.publishing import check_published
@@ -113,7 +114,10 @@ def _understand(source: Checkpoint) -> tuple[Layout, dict[str, MoEName | None]]:
     if recognition.refusal is not None:
         raise recognition.refusal
     assert recognition.layout is not None, "a checkpoint without a layout is refused"
-    return recognition.layout, check_tensors(source.tensors.values(), recognition.layout, config)
+    inventory = Inventory(recognition.layout, config.sizes)
+    for problem in wrong_tensors(source.tensors.values(), inventory, config):
+        raise problem
+    return inventory.layout, inventory.names
 
 
 def _compare_side_files(source: Checkpoint, target: Checkpoint) -> Iterator[Difference]:
