@@ -29,8 +29,6 @@ class ConfigFile:
     """A config.json.
 
     Attributes:
-        path: The file.
-        document: The whole document.
         model_type: The top level's model_type.
         sizes: E, H and I, as far as the config has them.
         layers: The number of decoder layers, `num_hidden_layers`, or None.

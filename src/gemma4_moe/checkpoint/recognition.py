@@ -79,23 +79,17 @@ def layout_of(names: Collection[str], directory: Path, model_type: str | None = 
         UnsupportedCheckpointError: They belong to both layouts, or to none.
     """
     layouts = [layout for layout in Layout if any(lookup(name, layout) for name in names)]
-    if len(layouts) > 1:
-        raise UnsupportedCheckpointError(
-            "names of both layouts in one checkpoint",
-            file=directory,
-            expected="the names of one layout, hf or nemo",
-            found=f"{len(names)} tensors",
-            hint="a directory may hold the files of two checkpoints: separate them",
-        )
-    if not layouts:
-        raise UnsupportedCheckpointError(
-            "no mixture-of-experts layer in this checkpoint",
-            file=directory,
-            expected=f"tensors such as <prefix>layers.<number>.{GATE_UP.hf}",
-            found=f"{len(names)} tensors{f' of a model of type {model_type}' if model_type else ''}",
-            hint="only Gemma 4 models with experts (26B-A4B) have two layouts; a dense model needs no conversion",
-        )
-    return layouts[0]
+    if len(layouts) == 1:
+        return layouts[0]
+    if layouts:
+        problem, expected = "names of both layouts in one checkpoint", "the names of one layout, hf or nemo"
+        hint = "a directory may hold the files of two checkpoints: separate them"
+    else:
+        problem = "no mixture-of-experts layer in this checkpoint"
+        expected = f"tensors such as <prefix>layers.<number>.{GATE_UP.hf}"
+        hint = "only Gemma 4 models with experts (26B-A4B) have two layouts; a dense model needs no conversion"
+    found = f"{len(names)} tensors{f' of a model of type {model_type}' if model_type else ''}"
+    raise UnsupportedCheckpointError(problem, file=directory, expected=expected, found=found, hint=hint)
 
 
 def _relative(config: ConfigFile) -> InputError | None:
@@ -117,12 +111,8 @@ def _wrong_model(config: ConfigFile) -> InputError | None:
             hint="put the model's own config.json beside its weights",
         )
     if relative is None and config.document.get("quantization_config"):
-        return UnsupportedCheckpointError(
-            "config.json says that the weights are quantised",
-            file=config.path,
-            found="quantization_config",
-            hint="start from the unquantised checkpoint",
-        )
+        problem, hint = "config.json says that the weights are quantised", "start from the unquantised checkpoint"
+        return UnsupportedCheckpointError(problem, file=config.path, found="quantization_config", hint=hint)
     return relative
 
 

@@ -50,10 +50,7 @@ def inspection(found: Inspection) -> Report:
         "parameters": found.parameters,
         "bytes": found.bytes,
         "groups": found.groups,
-        "folds": [
-            {"name": f.name, "shape": list(f.shape), "dtype": f.dtype, "tensors": f.tensors, "bytes": f.bytes}
-            for f in found.folds
-        ],
+        "folds": [asdict(row) for row in found.folds],
         "problems": [
             {"kind": type(error).__name__, "problem": error.problem, **error.facts, "next": error.hint}
             for error in found.problems

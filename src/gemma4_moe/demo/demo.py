@@ -35,7 +35,6 @@ class Check:
     """The check of one step of the demo.
 
     Attributes:
-        step: The step.
         finding: The result in words.
         passed: Whether it is the expected one.
         tensors: Number of tensors that were checked.

@@ -13,7 +13,6 @@ class ForeignSpelling(NamedTuple):
     """A published form of Gemma 4 MoE, or a relative of it, that this package names and does not convert.
 
     Attributes:
-        name: Its name in messages.
         reason: Why it is refused, and the next step.
         pattern: Matches a tensor name that only this form has.
     """

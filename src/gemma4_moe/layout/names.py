@@ -31,8 +31,6 @@ class MoEName:
 
     Attributes:
         prefix: Everything before `layers.`, its dot included.
-        layer: The layer's number L.
-        rule: The row.
         spelling: The published form that has this name.
         part: The share of the row's tensor that it holds.
     """

@@ -48,7 +48,6 @@ class Read(Generic[T]):
     """A range of one stored tensor, and the place of its values in the role's tensor [E, R, C].
 
     Attributes:
-        stored: The tensor.
         start: The first byte, counted from the tensor's own start.
         end: The byte after the last.
         experts: The experts (start, end) that it holds; elements if no axes are exchanged.
@@ -98,9 +97,6 @@ class Target(Generic[T]):
     """One tensor of the other layout.
 
     Attributes:
-        name: Its name.
-        dtype: Its dtype.
-        shape: Its shape.
         operation: The operation that makes it from `source`.
         role: The name of its role's whole tensor, current spelling; its own name if both layouts have it.
         source: The values that it is made from; None for a scale of ones.

@@ -44,9 +44,7 @@ class Planned(NamedTuple):
 
     Attributes:
         name: Its hf name.
-        shape: Its shape.
         dtype: torch's name of its dtype, such as "bfloat16".
-        nbytes: Its size in bytes.
     """
 
     name: str
@@ -61,8 +59,6 @@ class Item:
 
     Attributes:
         name: Its hf name.
-        shape: Its shape.
-        dtype: Its dtype.
         native: Name of the native tensor. Ones are made on its device.
         operation: The operation between the two.
         part: Its share of its role's hf tensor.

@@ -99,18 +99,10 @@ class Mismatches:
         expected, found = (np.array([value], element_bits(self._dtype)) for value in values)
         ulps = _ulps(expected, found, self._dtype)
         element = position * expected.itemsize * 8 // self._dtype.bits  # a byte of a packed dtype holds several
-        return [
-            Difference(
-                name=name,
-                kind=kind,
-                expected=_text(expected, self._dtype),
-                found=_text(found, self._dtype),
-                count=self.count,
-                index=tuple(int(axis) for axis in np.unravel_index(element, self._shape)),
-                ulps=int(ulps[0]) if ulps.size else None,
-                max_ulps=self._max_ulps,
-            )
-        ]
+        index = tuple(int(axis) for axis in np.unravel_index(element, self._shape))
+        first = int(ulps[0]) if ulps.size else None
+        texts = _text(expected, self._dtype), _text(found, self._dtype)
+        return [Difference(name, kind, *texts, self.count, index, first, self._max_ulps)]
 
 
 def _ulps(expected: Bits, found: Bits, dtype: DType) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -123,8 +115,7 @@ def _ulps(expected: Bits, found: Bits, dtype: DType) -> np.ndarray[Any, np.dtype
         return np.empty(0, np.int64)
     numbers = ~(np.isnan(widen(expected, dtype)) | np.isnan(widen(found, dtype)))
     one, other = _places(expected[numbers], dtype), _places(found[numbers], dtype)
-    distances: np.ndarray[Any, np.dtype[np.int64]] = np.abs(one - other)
-    return distances
+    return np.abs(one - other)
 
 
 def _places(bits: Bits, dtype: DType) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -25,7 +25,6 @@ class Expectation:
 
     Attributes:
         source: The source tensor that it comes from; None for a `per_expert_scale` of ones.
-        shape: Its shape.
         transposed: Whether its last two axes are those of `source`, exchanged.
         scale: The source tensor whose values multiply its experts, or None.
         scale_name: The target's tensor that multiplies its experts and should be ones, or None.
