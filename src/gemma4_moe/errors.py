@@ -52,10 +52,8 @@ class Gemma4MoEError(Exception):
         super().__init__(self.problem)
 
     def __str__(self) -> str:
-        lines = [self.problem, *(f"  {label}: {value}" for label, value in self.facts.items())]
-        if self.hint is not None:
-            lines.append(f"  next: {self.hint}")
-        return "\n".join(lines)
+        lines = self.facts | ({} if self.hint is None else {"next": self.hint})
+        return "\n".join([self.problem, *(f"  {label}: {text}" for label, text in lines.items())])
 
 
 class UsageError(Gemma4MoEError):

@@ -32,17 +32,13 @@ def parse_size(size: int | str) -> int:
         match = _SIZE.fullmatch(size)
         units = {unit.upper(): factor for unit, factor in _UNITS.items()}
         if match is None or match[2].upper() not in units:
-            raise UsageError(
-                "not a size",
-                expected="a number and a unit, such as 5GB or 512MiB",
-                found=repr(size),
-                hint=f"write it with one of {', '.join(unit for unit in _UNITS if unit)}, or as a number of bytes",
-            )
+            expected = "a number and a unit, such as 5GB or 512MiB"
+            hint = f"write it with one of {', '.join(filter(None, _UNITS))}, or as a number of bytes"
+            raise UsageError("not a size", expected=expected, found=repr(size), hint=hint)
         amount = int(min(float(match[1]), _MOST) * units[match[2].upper()])
     if amount < 1:
-        raise UsageError(
-            "a size must be positive", expected="at least 1 byte", found=repr(size), hint="give a larger size"
-        )
+        hint = "give a larger size"
+        raise UsageError("a size must be positive", expected="at least 1 byte", found=repr(size), hint=hint)
     return amount
 
 

@@ -1,6 +1,5 @@
 import json
 import os
-from operator import attrgetter
 
 import pytest
 
@@ -15,24 +14,22 @@ def write(directory, document):
     return read_config(directory)
 
 
-sizes = attrgetter("model_type", "experts", "hidden_size", "expert_size", "layers")
-
-
 def test_the_real_models_sizes():
     config = read_config(REAL_MODEL)
-    assert sizes(config) == ("gemma4", 128, 2816, 704, 30)
+    assert (config.model_type, config.layers) == ("gemma4", 30)
+    assert config.sizes == {"E": 128, "H": 2816, "I": 704}
     assert config.document == json.loads((REAL_MODEL / "config.json").read_text())
     assert config.path == REAL_MODEL / "config.json"
 
 
 def test_a_text_only_config_has_its_sizes_at_the_top(tmp_path):
     config = write(tmp_path, {"model_type": "gemma4_text", "num_experts": 6, "num_hidden_layers": LARGEST_SIZE})
-    assert sizes(config) == ("gemma4_text", 6, None, None, LARGEST_SIZE)
+    assert (config.model_type, config.sizes, config.layers) == ("gemma4_text", {"E": 6}, LARGEST_SIZE)
 
 
 def test_text_config_is_taken_alone_where_there_is_one(tmp_path):
     config = write(tmp_path, {"num_experts": 6, "hidden_size": 40, "text_config": {"hidden_size": 24}})
-    assert sizes(config) == (None, None, 24, None, None)
+    assert (config.model_type, config.sizes) == (None, {"H": 24})
 
 
 @pytest.mark.parametrize("field", ["num_experts", "hidden_size", "moe_intermediate_size", "num_hidden_layers"])

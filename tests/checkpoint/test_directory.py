@@ -178,6 +178,6 @@ def test_the_real_models_stand_in(tmp_path):
         assert checkpoint.total_bytes == 51_611_872_412
         config = checkpoint.read_config()
         shape = checkpoint.tensors["model.language_model.layers.7.experts.down_proj"].shape
-        assert shape == (config.experts, config.hidden_size, config.expert_size)
+        assert shape == tuple(config.sizes[axis] for axis in "EHI")
     assert sum(path.stat().st_blocks * 512 for path in (tmp_path / "real").iterdir()) < 2**21
     assert seconds < 0.5

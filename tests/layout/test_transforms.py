@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemma4_moe.layout.dtypes import BFLOAT16, EXPERT_DTYPES, FLOAT8_E4M3, FLOAT16, FLOAT32, DType
+from gemma4_moe.layout.dtypes import BFLOAT16, EXPERT_DTYPES, FLOAT8_E4M3, FLOAT16, FLOAT32, DType, is_exact
 from gemma4_moe.layout.table import (
     DOWN,
     GATE_UP,
@@ -18,7 +18,6 @@ from gemma4_moe.layout.table import (
     Rule,
     converted_axis,
     converted_shape,
-    folds_in_place_exactly,
     shape_of,
     transposes,
 )
@@ -66,4 +65,4 @@ def test_axes_move_as_shapes_do(operation: Operation, ndim: int) -> None:
 @pytest.mark.parametrize("file", [*EXPERT_DTYPES, FLOAT8_E4M3], ids=lambda dtype: dtype.tag)
 def test_a_load_in_place_is_exact_where_the_model_holds_every_value_of_the_file(file: DType, model: DType) -> None:
     inexact = {(FLOAT32, BFLOAT16), (FLOAT32, FLOAT16), (FLOAT16, BFLOAT16), (BFLOAT16, FLOAT16)}
-    assert folds_in_place_exactly(file, model) == ((file, model) not in inexact)
+    assert is_exact(file, model) == ((file, model) not in inexact)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gemma4_moe.errors import UsageError
-from gemma4_moe.verifier import verify as verify_module
+from gemma4_moe.verifier import comparison
 from gemma4_moe.verifier.comparison import compare_all
 from gemma4_moe.verifier.verify import verify
 from support.checkpoints import config_of, write_checkpoint
@@ -40,7 +40,7 @@ def test_memory_stays_within_the_budget_whatever_differs(tmp_path, monkeypatch, 
         with memory_below(budget, above=2**20):
             return compare_all(*args)
 
-    monkeypatch.setattr(verify_module, "compare_all", measured)
+    monkeypatch.setattr(comparison, "compare_all", measured)
     result = verify(tmp_path / "hf", tmp_path / "nemo", max_memory=budget)
     assert (result.equal == 0) is all_differ
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def test_missing_extra_shape_and_dtype(tmp_path):
         (LAYER + "moe.gate.proj.weight", "shape", f"[{E}, {H}]", f"[{H}, {E}]"),
         (DOWNS, "dtype", "BF16", "F32"),
     }
-    assert json.loads(json.dumps([d.as_dict() for d in result.different]))[0]["count"] is None
+    assert json.loads(json.dumps([asdict(d) for d in result.different]))[0]["count"] is None
     assert f"{DOWNS}: dtype: expected BF16, found F32" in map(str, result.different)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from gemma4_moe.errors import ConfigError, UsageError
+from gemma4_moe.layout.table import SIZE_FIELDS
 
 Conversion = Literal["auto", "cpu", "triton", "torch"]
 
@@ -33,14 +34,6 @@ class BackendConfig:
     conversion: Conversion = "auto"
 
 
-#: The attributes with the size of each axis, of the text config and of the MoE config.
-_FIELDS = {
-    "E": ("num_experts", "n_routed_experts"),
-    "H": ("hidden_size", "dim"),
-    "I": ("moe_intermediate_size", "moe_inter_dim"),
-}
-
-
 def axis_sizes(config: Any, moe_config: Any) -> dict[str, int]:
     """Return the sizes of E, H and I that the configs, if any, give.
 
@@ -49,7 +42,7 @@ def axis_sizes(config: Any, moe_config: Any) -> dict[str, int]:
     """
     text_config = getattr(config, "text_config", None) or config
     sizes: dict[str, int] = {}
-    for axis, (text_name, moe_name) in _FIELDS.items():
+    for axis, (text_name, moe_name) in SIZE_FIELDS.items():
         for source, name in ((text_config, text_name), (moe_config, moe_name)):
             value = getattr(source, name, None)
             if value is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.storage import read_whole
 from gemma4_moe.errors import CheckpointFormatError, ConfigError
+from gemma4_moe.layout.table import SIZE_FIELDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,17 +24,15 @@ LARGEST_SIZE = 2**20
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """A config.json: its document, model_type, sizes E, H, I and number of decoder layers.
+    """A config.json: its document, model_type, sizes by axis E, H and I, and number of decoder layers.
 
-    A field that the document lacks is None.
+    A field that the document lacks is None, or not among the sizes.
     """
 
     path: Path
     document: dict[str, Any]
     model_type: str | None
-    experts: int | None
-    hidden_size: int | None
-    expert_size: int | None
+    sizes: dict[str, int]
     layers: int | None
 
 
@@ -53,8 +52,9 @@ def read_config(directory: Path) -> ConfigFile:
     text = document.get("text_config", document)
     if not isinstance(text, dict):
         raise _senseless(path, "text_config", "an object", text)
-    fields = "num_experts", "hidden_size", "moe_intermediate_size", "num_hidden_layers"
-    return ConfigFile(path, document, model_type, *(_size(path, text, field) for field in fields))
+    sizes = {axis: _size(path, text, field) for axis, (field, _) in SIZE_FIELDS.items()}
+    known = {axis: size for axis, size in sizes.items() if size is not None}
+    return ConfigFile(path, document, model_type, known, _size(path, text, "num_hidden_layers"))
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -1,23 +1,23 @@
-"""Which checkpoint this is: its layout, its spelling, its model, or the known form that is not converted.
+"""The identity of a checkpoint: its layout, its spelling, its model, or the known form that is not converted.
 
 Names and the config decide, never shapes: H may equal 2I.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gemma4_moe.errors import ConfigError, IncompleteExpertsError, InputError, UnsupportedCheckpointError
 from gemma4_moe.layout.foreign import FOREIGN_SPELLINGS
 from gemma4_moe.layout.inventory import Inventory
-from gemma4_moe.layout.names import MoEName, lookup
+from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.spellings import CURRENT
 from gemma4_moe.layout.table import CHECKPOINT_RULES, GATE_UP, Layout
 from gemma4_moe.layout.targets import problems, targets_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
+    from pathlib import Path
 
     from gemma4_moe.checkpoint.config import ConfigFile
     from gemma4_moe.checkpoint.directory import StoredTensor
@@ -27,25 +27,28 @@ if TYPE_CHECKING:
 #: `model_type` of the models that have these layers, and what each is called.
 SUPPORTED_MODELS = {"gemma4": "multimodal Gemma 4", "gemma4_text": "text-only Gemma 4"}
 
+_UNIFIED = "Gemma 4 unified is a dense model: it has no experts to convert"
+_DRAFTER = "an MTP drafter never holds experts: use it as it is beside its converted target model"
+_DIFFUSION = "DiffusionGemma shares these layers, but NeMo's Gemma 4 MoE model does not load it"
+
 #: `model_type` of relatives that are refused by name, and the reason.
 _RELATIVES = {
-    "gemma4_unified": "Gemma 4 unified is a dense model: it has no experts to convert",
-    "gemma4_unified_text": "Gemma 4 unified is a dense model: it has no experts to convert",
-    "gemma4_assistant": "an MTP drafter never holds experts: use it as it is beside its converted target model",
-    "gemma4_unified_assistant": "an MTP drafter never holds experts: use it as it is beside its target model",
-    "diffusion_gemma": "DiffusionGemma shares these layers, but NeMo's Gemma 4 MoE model does not load it",
-    "diffusion_gemma_text": "DiffusionGemma shares these layers, but NeMo's Gemma 4 MoE model does not load it",
+    "gemma4_unified": _UNIFIED,
+    "gemma4_unified_text": _UNIFIED,
+    "gemma4_assistant": _DRAFTER,
+    "gemma4_unified_assistant": _DRAFTER,
+    "diffusion_gemma": _DIFFUSION,
+    "diffusion_gemma_text": _DIFFUSION,
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Recognition:
-    """What the names and the config of a checkpoint say of it.
+class Recognition(NamedTuple):
+    """The identity of a checkpoint, from its names and its config.
 
     Attributes:
         layout: The layout, or None if it is neither or can't be told.
         spelling: "current", "legacy", "current and legacy", a foreign form's name, or "none".
-        refusal: Why it can't be converted, or None.
+        refusal: The reason not to convert it, or None.
     """
 
     layout: Layout | None
@@ -54,58 +57,52 @@ class Recognition:
 
 
 def recognise(names: Collection[str], config: ConfigFile) -> Recognition:
-    """Return what a checkpoint with these tensor names and this config.json is."""
-    foreign = _foreign(names)
-    if foreign is not None:
-        return foreign
-    found = {layout: [known for name in names if (known := lookup(name, layout)) is not None] for layout in Layout}
-    layouts = [layout for layout in Layout if found[layout]]
-    if len(layouts) != 1:
-        return Recognition(None, "none", _no_layout(names, layouts, config.model_type))
-    (layout,) = layouts
-    spellings = {known.spelling.name for known in found[layout] if known.rule in known.spelling.names}
+    """Recognise a checkpoint by all its tensor names and its config.json."""
+    for form in FOREIGN_SPELLINGS:
+        if (name := next(filter(form.pattern.fullmatch, names), None)) is not None:
+            problem = f"a {form.name} checkpoint, which is not converted"
+            refusal = UnsupportedCheckpointError(problem, form=form.name, tensor=name, hint=form.reason)
+            return Recognition(None, form.name, refusal)
+    try:
+        layout = layout_of(names, config.path.parent, config.model_type)
+    except UnsupportedCheckpointError as error:
+        return Recognition(None, "none", _relative(config) or error)
+    known = [found for name in names if (found := lookup(name, layout)) is not None]
+    spellings = {found.spelling.name for found in known if found.rule in found.spelling.names}
     return Recognition(layout, " and ".join(sorted(spellings)) or CURRENT.name, _wrong_model(config))
 
 
-def _foreign(names: Collection[str]) -> Recognition | None:
-    for form in FOREIGN_SPELLINGS:
-        for name in names:
-            if form.pattern.fullmatch(name):
-                refusal = UnsupportedCheckpointError(
-                    f"a {form.name} checkpoint, which is not converted", form=form.name, tensor=name, hint=form.reason
-                )
-                return Recognition(None, form.name, refusal)
-    return None
+def layout_of(names: Collection[str], directory: Path, model_type: str | None = None) -> Layout:
+    """Return the layout of a checkpoint's tensor names. Messages have its directory and, if known, its model type.
 
-
-def _no_layout(names: Collection[str], layouts: list[Layout], model_type: str | None) -> InputError:
+    Raises:
+        UnsupportedCheckpointError: They belong to both layouts, or to none.
+    """
+    layouts = [layout for layout in Layout if any(lookup(name, layout) for name in names)]
+    if len(layouts) == 1:
+        return layouts[0]
     if layouts:
-        return UnsupportedCheckpointError(
-            "names of both layouts in one checkpoint",
-            expected="the names of one layout",
-            found=f"{len(names)} tensors",
-            hint="a directory may hold the files of two checkpoints: separate them",
-        )
-    relative = _RELATIVES.get(str(model_type))
-    if relative is not None:
-        return UnsupportedCheckpointError(
-            relative, found=f"model_type {model_type}", hint="convert a Gemma 4 MoE checkpoint"
-        )
-    return UnsupportedCheckpointError(
-        "no mixture-of-experts layer in this checkpoint",
-        expected=f"tensors such as <prefix>layers.<number>.{GATE_UP.hf}",
-        found=f"{len(names)} tensors of a model of type {model_type}",
-        hint="only Gemma 4 models with experts (26B-A4B) have two layouts; a dense model needs no conversion",
-    )
+        problem, expected = "names of both layouts in one checkpoint", "the names of one layout, hf or nemo"
+        hint = "a directory may hold the files of two checkpoints: separate them"
+    else:
+        problem = "no mixture-of-experts layer in this checkpoint"
+        expected = f"tensors such as <prefix>layers.<number>.{GATE_UP.hf}"
+        hint = "only Gemma 4 models with experts (26B-A4B) have two layouts; a dense model needs no conversion"
+    found = f"{len(names)} tensors{f' of a model of type {model_type}' if model_type else ''}"
+    raise UnsupportedCheckpointError(problem, file=directory, expected=expected, found=found, hint=hint)
+
+
+def _relative(config: ConfigFile) -> InputError | None:
+    reason = _RELATIVES.get(str(config.model_type))
+    if reason is None:
+        return None
+    found = f"model_type {config.model_type}"
+    return UnsupportedCheckpointError(reason, file=config.path, found=found, hint="convert a Gemma 4 MoE checkpoint")
 
 
 def _wrong_model(config: ConfigFile) -> InputError | None:
-    relative = _RELATIVES.get(str(config.model_type))
-    if relative is not None:
-        return UnsupportedCheckpointError(
-            relative, file=config.path, found=f"model_type {config.model_type}", hint="convert a Gemma 4 MoE checkpoint"
-        )
-    if config.model_type not in SUPPORTED_MODELS:
+    relative = _relative(config)
+    if relative is None and config.model_type not in SUPPORTED_MODELS:
         return ConfigError(
             "config.json does not name a Gemma 4 model",
             file=config.path,
@@ -113,35 +110,14 @@ def _wrong_model(config: ConfigFile) -> InputError | None:
             found=repr(config.model_type),
             hint="put the model's own config.json beside its weights",
         )
-    if config.document.get("quantization_config"):
-        return UnsupportedCheckpointError(
-            "config.json says that the weights are quantised",
-            file=config.path,
-            found="quantization_config",
-            hint="start from the unquantised checkpoint",
-        )
-    return None
-
-
-def check_tensors(tensors: Iterable[StoredTensor], layout: Layout, config: ConfigFile) -> dict[str, MoEName | None]:
-    """Return what the name of every tensor of a checkpoint means, after the checks of `wrong_tensors`.
-
-    Raises:
-        UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`.
-        IncompleteExpertsError: A layer lacks a row of the table, or the config counts a layer that is not there.
-        ConfigError: There are layers that the config does not count.
-    """
-    inventory = Inventory(layout, config_sizes(config))
-    for problem in wrong_tensors(tensors, inventory, config):
-        raise problem
-    return inventory.names
+    if relative is None and config.document.get("quantization_config"):
+        problem, hint = "config.json says that the weights are quantised", "start from the unquantised checkpoint"
+        return UnsupportedCheckpointError(problem, file=config.path, found="quantization_config", hint=hint)
+    return relative
 
 
 def wrong_tensors(tensors: Iterable[StoredTensor], inventory: Inventory, config: ConfigFile) -> Iterator[InputError]:
-    """Yield all that is wrong with the tensors of a checkpoint, as they are taken into `inventory`.
-
-    That is every wrong tensor, then the first incomplete layer, then layers that the config does not count.
-    """
+    """Yield every wrong tensor, then the first incomplete layer, then layers that the config does not count."""
     yield from problems(tensors, inventory, CHECKPOINT_RULES[inventory.layout])
     try:
         check_layer_count(inventory, config)
@@ -152,25 +128,19 @@ def wrong_tensors(tensors: Iterable[StoredTensor], inventory: Inventory, config:
 def checkpoint_targets(
     tensors: Iterable[StoredTensor], layout: Layout, config: ConfigFile, cast: DType | None = None
 ) -> dict[str, Target[StoredTensor]]:
-    """Return every tensor that a checkpoint becomes in the other layout. Errors are those of `check_tensors`."""
-    inventory = Inventory(layout, config_sizes(config))
+    """Return every tensor that a checkpoint becomes in the other layout, after the checks of `wrong_tensors`."""
+    inventory = Inventory(layout, config.sizes)
     targets = targets_of(tensors, inventory, CHECKPOINT_RULES[layout], cast)
     check_layer_count(inventory, config)
     return targets
-
-
-def config_sizes(config: ConfigFile) -> dict[str, int]:
-    """Return the sizes of E, H and I that a config.json gives."""
-    given = {"E": config.experts, "H": config.hidden_size, "I": config.expert_size}
-    return {axis: size for axis, size in given.items() if size is not None}
 
 
 def check_layer_count(inventory: Inventory, config: ConfigFile) -> None:
     """Check that the layers with experts are those that the config counts.
 
     Raises:
-        IncompleteExpertsError: One that the config counts is not there.
-        ConfigError: One is there that the config does not count.
+        IncompleteExpertsError: A layer that the config counts is missing.
+        ConfigError: There is a layer that the config does not count.
     """
     if config.layers is None:
         return

@@ -21,10 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gemma4_moe.cli.options import Output
-
-
-#: The options of convert that `plan` has too.
-_PLANNED = ("to", "dtype", "max_shard_size", "max_memory", "revision", "stream", "base")
+    from gemma4_moe.cli.report import Report
 
 
 @click.group(
@@ -49,10 +46,7 @@ def cli() -> None:
     """
 
 
-@cli.command(
-    examples=["gemma4-moe inspect gemma-4-26B-A4B", "gemma4-moe inspect google/gemma-4-26B-A4B --format json"],
-    arguments={"SRC": options.SRC},
-)
+@cli.command(examples=["gemma4-moe inspect gemma-4-26B-A4B", "gemma4-moe inspect google/gemma-4-26B-A4B --format json"])
 @options.source
 @options.revision
 @options.common
@@ -65,13 +59,10 @@ def inspect(output: Output, *, source: str, revision: str | None) -> None:
     from gemma4_moe.cli import report
     from gemma4_moe.converter import inspect
 
-    output.give(inspect.inspect(source, revision=revision), report.inspection_json, report.print_inspection)
+    output.give(report.inspection(inspect.inspect(source, revision=revision)))
 
 
-@cli.command(
-    examples=["gemma4-moe plan gemma-4-26B-A4B", "gemma4-moe plan gemma-4-26B-A4B --mesh ep_shard=2,ep=8"],
-    arguments={"SRC": options.SRC},
-)
+@cli.command(examples=["gemma4-moe plan gemma-4-26B-A4B", "gemma4-moe plan gemma-4-26B-A4B --mesh ep_shard=2,ep=8"])
 @options.source
 @options.to
 @options.dtype
@@ -97,15 +88,16 @@ def plan(output: Output, *, source: str, **arguments: Any) -> None:
         "gemma4-moe convert gemma-4-26B-A4B gemma-4-nemo",
         "gemma4-moe convert gemma-4-26B-A4B gemma-4-nemo --resume",
         "gemma4-moe convert gemma-4-nemo gemma-4-hf --base gemma-4-26B-A4B",
-    ],
-    arguments={
-        "SRC": options.SRC,
-        "DST": "The directory to make. It must not exist yet, or be empty; its parent must exist. After a failure it "
-        "is as it was before.",
-    },
+    ]
 )
 @options.source
-@options.target
+@options.argument(
+    "target",
+    "DST",
+    "The directory to make. It must not exist yet, or be empty; its parent must exist. After a failure it is as it was "
+    "before.",
+    type=options.Directory(),
+)
 @options.to
 @options.dtype
 @options.shard_size
@@ -131,39 +123,33 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
     """
     from gemma4_moe.checkpoint.paths import expanded
     from gemma4_moe.cli import report
-    from gemma4_moe.cli.progress import ProgressLine, telling_what_is_kept
+    from gemma4_moe.cli.progress import shown_progress, telling_what_is_kept
     from gemma4_moe.converter import convert
     from gemma4_moe.distributed.ranks import under_torchrun
     from gemma4_moe.target.preconditions import check_target
 
     if dry_run:
         check_target(target, expanded(source), overwrite=arguments["overwrite"])
-        _preview(output, source, target, {name: arguments[name] for name in _PLANNED})
+        _preview(output, source, target, {p.name: arguments[p.name] for p in plan.params if p.name in arguments})
         return
     with (
         under_torchrun(),
         telling_what_is_kept(output.say, target),
-        ProgressLine(output.talk, "converting") as progress,
+        shown_progress(output.talk, "converting") as progress,
     ):
         done = convert.convert(source, target, read_back=not no_read_back, progress=progress, **arguments)
     output.say(*(f"note: {note}" for note in done.notes))
     if done.left_behind:
         output.say(f"skipped: {', '.join(done.left_behind)}")
-    output.give(done, report.conversion_json, report.print_conversion)
+    output.give(report.conversion(done))
     revision = [] if arguments["revision"] is None else ["--revision", arguments["revision"]]
     compared = [str(target)] if arguments["stream"] else [*revision, source, str(target)]
     output.say(f"next: {command_line('gemma4-moe', 'verify', *compared)}")
 
 
-@cli.command(
-    examples=["gemma4-moe verify gemma-4-26B-A4B gemma-4-nemo", "gemma4-moe verify gemma-4-nemo"],
-    arguments={
-        "SRC": f"The checkpoint that DST was converted from: {options.CHECKPOINT}",
-        "DST": "The checkpoint to judge, likewise.",
-    },
-)
-@click.argument("first", metavar="[SRC]")
-@click.argument("second", metavar="DST", required=False)
+@cli.command(examples=["gemma4-moe verify gemma-4-26B-A4B gemma-4-nemo", "gemma4-moe verify gemma-4-nemo"])
+@options.argument("first", "[SRC]", f"The checkpoint that DST was converted from: {options.CHECKPOINT}")
+@options.argument("second", "DST", "The checkpoint to judge, likewise.", required=False)
 @options.revision
 @options.common
 def verify(output: Output, *, first: str, second: str | None, revision: str | None) -> None:
@@ -173,47 +159,39 @@ def verify(output: Output, *, first: str, second: str | None, revision: str | No
     gemma4_moe.json.
     """
     from gemma4_moe.cli import report
-    from gemma4_moe.cli.progress import ProgressLine
+    from gemma4_moe.cli.progress import shown_progress
     from gemma4_moe.verifier import verify
 
-    with ProgressLine(output.talk, "verifying") as progress:
+    with shown_progress(output.talk, "verifying") as progress:
         if second is None:
             alone = verify.verify(first, revision=revision, progress=progress)
+            shown, wrong = report.recheck(alone), len(alone.wrong)
         else:
-            _compared(output, verify.verify(first, second, revision=revision, progress=progress))
-            return
-    output.give(alone, report.recheck_json, report.print_recheck)
-    _end(different=bool(alone.wrong))
+            found = verify.verify(first, second, revision=revision, progress=progress)
+            shown, wrong = report.verification(found), len(found.different)
+    _judge(output, shown, wrong)
 
 
-@cli.command(
-    examples=["gemma4-moe diff gemma-4-26B-A4B gemma-4-hf"],
-    arguments={
-        "A": f"The checkpoint that says what should be: {options.CHECKPOINT}",
-        "B": "The checkpoint to judge, likewise.",
-    },
-)
-@click.argument("first", metavar="A")
-@click.argument("second", metavar="B")
+@cli.command(examples=["gemma4-moe diff gemma-4-26B-A4B gemma-4-hf"])
+@options.argument("first", "A", f"The checkpoint that says what should be: {options.CHECKPOINT}")
+@options.argument("second", "B", "The checkpoint to judge, likewise.")
 @options.common
 def diff(output: Output, *, first: str, second: str) -> None:
     """Compare two checkpoints of one layout, tensor by tensor.
 
     Spellings of names and the cut into files may differ. Files other than weights are not compared.
     """
-    from gemma4_moe.cli.progress import ProgressLine
+    from gemma4_moe.cli import report
+    from gemma4_moe.cli.progress import shown_progress
     from gemma4_moe.verifier import diff
 
-    with ProgressLine(output.talk, "comparing") as progress:
+    with shown_progress(output.talk, "comparing") as progress:
         found = diff.diff(first, second, progress=progress)
-    _compared(output, found)
+    _judge(output, report.verification(found), len(found.different))
 
 
-@cli.command(
-    examples=["gemma4-moe clean gemma-4-nemo"],
-    arguments={"DST": "The directory that an interrupted convert was to make."},
-)
-@options.target
+@cli.command(examples=["gemma4-moe clean gemma-4-nemo"])
+@options.argument("target", "DST", "The directory that an interrupted convert was to make.", type=options.Directory())
 @options.break_lock
 @options.common
 def clean(output: Output, *, target: Path, break_lock: bool) -> None:
@@ -224,14 +202,17 @@ def clean(output: Output, *, target: Path, break_lock: bool) -> None:
     from gemma4_moe.cli import report
     from gemma4_moe.target import recovery
 
-    output.give(recovery.clean(target, break_lock=break_lock), report.remains_json, report.print_remains)
+    output.give(report.remains(recovery.clean(target, break_lock=break_lock)))
 
 
-@cli.command(
-    examples=["gemma4-moe demo"],
-    arguments={"DIR": "A new or empty directory that keeps the demo's checkpoints. By default a temporary one."},
+@cli.command(examples=["gemma4-moe demo"])
+@options.argument(
+    "directory",
+    "[DIR]",
+    "A new or empty directory that keeps the demo's checkpoints. By default a temporary one.",
+    required=False,
+    type=options.Directory(),
 )
-@click.argument("directory", metavar="[DIR]", required=False, type=options.Directory())
 @options.common
 def demo(output: Output, *, directory: Path | None) -> None:
     """Convert a small random model both ways, and check each step.
@@ -241,7 +222,7 @@ def demo(output: Output, *, directory: Path | None) -> None:
     from gemma4_moe.cli import report
     from gemma4_moe.demo.demo import run_demo
 
-    run_demo(directory, show=lambda checks: output.give(checks, report.checks_json, report.print_checks))
+    run_demo(directory, show=lambda checks: output.give(report.checks(checks)))
 
 
 def _preview(output: Output, source: str, target: Path | None, arguments: dict[str, Any]) -> None:
@@ -249,19 +230,13 @@ def _preview(output: Output, source: str, target: Path | None, arguments: dict[s
     from gemma4_moe.converter import preview
 
     found = preview.plan(source, target, **arguments)
-    output.give(found, report.preview_json, report.print_preview)
+    output.give(report.preview(found))
     output.say(*report.space_notes(found.space))
 
 
-def _compared(output: Output, found: Any) -> None:
-    from gemma4_moe.cli import report
-
-    output.give(found, report.verification_json, report.print_verification)
-    _end(different=bool(found.different))
-
-
-def _end(*, different: bool) -> None:
-    if different:
+def _judge(output: Output, shown: Report, wrong: int) -> None:
+    output.give(shown)
+    if wrong:
         click.get_current_context().exit(DifferenceError.exit_status)
 
 

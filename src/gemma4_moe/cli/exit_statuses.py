@@ -9,18 +9,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from gemma4_moe.errors import (
-    DifferenceError,
-    Gemma4MoEError,
-    InputError,
-    StorageError,
-    TargetBusyError,
-    UsageError,
-)
+from gemma4_moe.errors import DifferenceError, Gemma4MoEError, InputError, StorageError, TargetBusyError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import FrameType
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141
@@ -47,34 +39,33 @@ class TerminatedError(BaseException):
 
 def terminate_by_exception() -> None:
     """Let SIGTERM raise a `TerminatedError`, so that contexts are left in order."""
-    signal.signal(signal.SIGTERM, _terminate)
 
+    def terminate(_signal: int, _frame: object) -> NoReturn:
+        raise TerminatedError
 
-def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise TerminatedError
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def status_of(run: Callable[[], int | None]) -> int:
     """Run a command and return the exit status; its error, if there is one, is printed on stderr."""
     try:
-        status = run()
+        status = run() or 0
         sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except Gemma4MoEError as error:
-        click.echo(f"gemma4-moe: error: {error}", err=True)
-        return error.exit_status
+        message, status = f"error: {error}", error.exit_status
     except (KeyboardInterrupt, click.Abort):
-        click.echo("gemma4-moe: interrupted", err=True)
-        return INTERRUPTED
+        message, status = "interrupted", INTERRUPTED
     except TerminatedError:
-        click.echo("gemma4-moe: terminated", err=True)
-        return TERMINATED
+        message, status = "terminated", TERMINATED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
         return CLOSED_PIPE
     except OSError as error:  # stdout can't be written, or the system refuses to look at a path
-        click.echo(f"gemma4-moe: error: {error}", err=True)
-        return StorageError.exit_status
-    return status or 0
+        message, status = f"error: {error}", StorageError.exit_status
+    else:
+        return status
+    click.echo(f"gemma4-moe: {message}", err=True)
+    return status

@@ -1,4 +1,4 @@
-"""The arguments and options that several commands have, and where a command's data and messages go."""
+"""The arguments and options that several commands have, and the output of a command's data and messages."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gemma4_moe.checkpoint.paths import expanded
-from gemma4_moe.errors import Gemma4MoEError, UsageError
+from gemma4_moe.cli.help import Argument
+from gemma4_moe.errors import Gemma4MoEError, UsageError, printable
 from gemma4_moe.layout.table import Layout
 from gemma4_moe.sizes import parse_size
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
+
+    from gemma4_moe.cli.report import Report
 
 #: Columns of a table that goes into a pipe or a file: wide enough that no name is cut.
 _PIPE_WIDTH = 200
@@ -51,10 +55,14 @@ CHECKPOINT = (
     "a directory of safetensors files with their config.json, or the id of a model on the Hugging Face Hub, such as "
     "google/gemma-4-26B-A4B (needs the extra `hub`)."
 )
-SRC = f"The checkpoint to read: {CHECKPOINT}"
 
-source = click.argument("source", metavar="SRC")
-target = click.argument("target", metavar="DST", type=Directory())
+
+def argument(name: str, metavar: str, explanation: str, **more: Any) -> Callable[[Any], Any]:
+    """Return the decorator that adds an argument."""
+    return click.argument(name, metavar=metavar, cls=Argument, explanation=explanation, **more)
+
+
+source = argument("source", "SRC", f"The checkpoint to read: {CHECKPOINT}")
 revision = click.option("--revision", help="Branch, tag or commit of SRC, if it is a Hub id.")
 to = click.option(
     "--to",
@@ -88,36 +96,33 @@ break_lock = click.option(
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where a command's data and messages go.
-
-    Attributes:
-        data: stdout.
-        talk: stderr, or nowhere with --quiet.
-        as_json: Whether data is JSON.
-    """
+    """The places of a command's data (stdout) and its messages (stderr, or nowhere with --quiet)."""
 
     data: Console
     talk: Console
     as_json: bool
 
-    def give(self, result: Any, as_json: Callable[[Any], dict[str, Any]], as_text: Callable[..., None]) -> None:
+    def give(self, report: Report) -> None:
         """Print a result as data."""
         if self.as_json:
-            click.echo(json.dumps(as_json(result), indent=1, ensure_ascii=True))
+            click.echo(json.dumps(report.data, indent=1, ensure_ascii=True))
         else:
-            as_text(self.data, result)
+            for line in report.lines:
+                self.data.print(line)
 
     def say(self, *lines: str) -> None:
         """Print lines on stderr."""
-        from gemma4_moe.cli.report import sentences
-
         if lines:
-            self.talk.print(sentences(lines), markup=False, highlight=False, soft_wrap=True)
+            self.talk.print("\n".join(map(printable, lines)), markup=False, highlight=False, soft_wrap=True)
 
 
 def common(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that every command has, and pass them to it as one `Output`."""
 
+    @click.option("--format", type=click.Choice(["human", "json"]), default="human", help="Format of stdout.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors on stderr.")
+    @click.option("-v", "--verbose", is_flag=True, help="Also print where in the program an error was raised.")
+    @wraps(command)
     def run(*, format: str, quiet: bool, verbose: bool, **arguments: Any) -> None:  # noqa: A002
         from rich.console import Console
 
@@ -126,20 +131,11 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
                 raise BrokenPipeError  # rich's own would end with status 1
 
         data = Ours() if sys.stdout.isatty() else Ours(width=_PIPE_WIDTH)
-        output = Output(data, Ours(stderr=True, quiet=quiet), format == "json")
         try:
-            command(output, **arguments)
+            command(Output(data, Ours(stderr=True, quiet=quiet), format == "json"), **arguments)
         except Gemma4MoEError:
             if verbose:
                 traceback.print_exc()
             raise
 
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-    for option in (
-        click.option("-v", "--verbose", is_flag=True, help="Also print where in the program an error was raised."),
-        click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors on stderr."),
-        click.option("--format", type=click.Choice(["human", "json"]), default="human", help="Format of stdout."),
-    ):
-        run = option(run)
     return run

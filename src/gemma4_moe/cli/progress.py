@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import click
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich import progress
 
 from gemma4_moe.errors import Gemma4MoEError, TargetBusyError, command_line
 from gemma4_moe.sizes import format_size
@@ -16,54 +16,37 @@ from gemma4_moe.target.recovery import remains
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-    from types import TracebackType
 
     from rich.console import Console
+
+    from gemma4_moe.sizes import Progress
 
 #: Seconds between two lines of progress if there is no terminal.
 _INTERVAL = 5.0
 
 
-class ProgressLine:
-    """A progress callback: a bar on a terminal, or else a line every few seconds.
+@contextmanager
+def shown_progress(console: Console, activity: str) -> Iterator[Progress]:
+    """Give a callback that shows progress: a bar on a terminal, or else a line every few seconds."""
+    if console.is_terminal:
+        columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn())
+        speed = (progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
+        with progress.Progress(*columns, *speed, console=console) as bar:
+            task = bar.add_task(activity, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    started = said = time.monotonic()
 
-    Use it as a context manager.
-    """
-
-    def __init__(self, console: Console, activity: str) -> None:
-        self._console = console
-        self._activity = activity
-        self._started = self._said = time.monotonic()
-        self._bar = None
-        if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-            self._bar = Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console)
-            self._task = self._bar.add_task(activity, total=None)
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` bytes are done."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total)
-            return
+    def show(done: int, total: int) -> None:
+        nonlocal said
         now = time.monotonic()
-        if now - self._said >= _INTERVAL:
-            self._said = now
-            rate = done / (now - self._started)
-            self._console.print(
-                f"{self._activity}: {format_size(done)} of {format_size(total)}, {format_size(int(rate))}/s",
-                highlight=False,
-            )
+        if now - said >= _INTERVAL:
+            said = now
+            rate = format_size(int(done / (now - started)))
+            line = f"{activity}: {format_size(done)} of {format_size(total)}, {rate}/s"
+            console.print(line, highlight=False)
+
+    yield show
 
 
 @contextmanager

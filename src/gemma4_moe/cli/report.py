@@ -1,4 +1,4 @@
-"""Results for people as tables and lines, and for programs as JSON with fixed names.
+"""Results as JSON with fixed names for programs, and as lines and tables for people.
 
 Text from checkpoints goes through `printable` and never through rich's markup.
 """
@@ -6,19 +6,17 @@ Text from checkpoints goes through `printable` and never through rich's markup.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from gemma4_moe.errors import Gemma4MoEError, printable
+from gemma4_moe.errors import printable
 from gemma4_moe.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from rich.console import Console
+    from collections.abc import Sequence
 
     from gemma4_moe.converter.convert import Conversion
     from gemma4_moe.converter.inspect import Inspection
@@ -29,10 +27,20 @@ if TYPE_CHECKING:
     from gemma4_moe.target.recovery import Remains
     from gemma4_moe.verifier.comparison import Verification
 
+#: How many differences are shown to people in full.
+_SHOWN = 20
 
-def inspection_json(found: Inspection) -> dict[str, Any]:
-    """Return the JSON of `inspect`."""
-    return {
+
+class Report(NamedTuple):
+    """A result as JSON, and as lines to print."""
+
+    data: dict[str, Any]
+    lines: Sequence[Text | Table]
+
+
+def inspection(found: Inspection) -> Report:
+    """Return the report of `inspect`."""
+    data = {
         "source": str(found.source),
         "layout": found.layout,
         "spelling": found.spelling,
@@ -42,93 +50,78 @@ def inspection_json(found: Inspection) -> dict[str, Any]:
         "parameters": found.parameters,
         "bytes": found.bytes,
         "groups": found.groups,
-        "folds": [
-            {"name": f.name, "shape": list(f.shape), "dtype": f.dtype, "tensors": f.tensors, "bytes": f.bytes}
-            for f in found.folds
+        "folds": [asdict(row) for row in found.folds],
+        "problems": [
+            {"kind": type(error).__name__, "problem": error.problem, **error.facts, "next": error.hint}
+            for error in found.problems
         ],
-        "problems": [_error_json(problem) for problem in found.problems],
         "skipped": list(found.skipped),
     }
-
-
-def print_inspection(console: Console, found: Inspection) -> None:
-    """Print the result of `inspect`."""
-    sizes = ", ".join(f"{axis} {size}" for axis, size in found.sizes.items())
-    _print_facts(
-        console,
-        ("source", str(found.source)),
-        ("layout", f"{found.layout or 'none'} ({found.spelling})"),
-        ("model", f"{found.model_type or 'unknown'}{', ' + sizes if sizes else ''}"),
-        ("tensors", f"{found.tensors:,} of {found.parameters:,} parameters"),
-        ("bytes", f"{found.bytes:,} ({format_size(found.bytes)})"),
-    )
     table = Table("tensor", "shape", "dtype", "count", "bytes", box=None, pad_edge=False)
     table.columns[0].overflow = "fold"
     for column in table.columns[3:]:
         column.justify = "right"
     for row in found.folds:
-        shape = "[" + ", ".join(map(str, row.shape)) + "]"
-        table.add_row(_text(row.name), shape, row.dtype, str(row.tensors), format_size(row.bytes))
-    console.print(table)
-    for group, size in sorted(found.groups.items(), key=lambda item: -item[1]):
-        console.print(_text(f"  {format_size(size):>12}  {size / max(1, found.bytes):6.1%}  {group}"))
+        table.add_row(_text(row.name), str(list(row.shape)), row.dtype, str(row.tensors), format_size(row.bytes))
+    groups = sorted(found.groups.items(), key=lambda item: -item[1])
+    sizes = [f"{axis} {size}" for axis, size in found.sizes.items()]
+    lines: list[Text | Table] = [
+        *_facts(
+            ("source", str(found.source)),
+            ("layout", f"{found.layout or 'none'} ({found.spelling})"),
+            ("model", ", ".join([found.model_type or "unknown", *sizes])),
+            ("tensors", f"{found.tensors:,} of {found.parameters:,} parameters"),
+            ("bytes", f"{found.bytes:,} ({format_size(found.bytes)})"),
+        ),
+        table,
+        *(_text(f"  {format_size(size):>12}  {size / max(1, found.bytes):6.1%}  {group}") for group, size in groups),
+        *(Text("problem: ", "bold red") + _text(str(problem)) for problem in found.problems),
+    ]
     if not found.problems and found.layout is not None:
-        console.print(f"no problems: can be converted to the {found.layout.other} layout")
-    for problem in found.problems:
-        console.print(Text("problem: ", "bold red") + _text(str(problem)))
+        lines.append(Text(f"no problems: can be converted to the {found.layout.other} layout"))
+    return Report(data, lines)
 
 
-def preview_json(preview: Preview) -> dict[str, Any]:
-    """Return the JSON of `plan`."""
-    plan = preview.plan
-    return {
+def preview(found: Preview) -> Report:
+    """Return the report of `plan`."""
+    plan, space = found.plan, found.space
+    mesh, mesh_facts = (None, []) if found.mesh is None else _mesh(found.mesh)
+    data = {
         "source": {
-            "path": str(preview.source),
+            "path": str(found.source),
             "layout": plan.source_layout,
             "spelling": plan.spelling,
-            "tensors": preview.source_tensors,
-            "bytes": preview.source_bytes,
+            "tensors": found.source_tensors,
+            "bytes": found.source_bytes,
         },
         "target": {
             "layout": plan.target_layout,
             "tensors": len(plan.tensors),
             "files": len(plan.files),
             "bytes": plan.target_bytes,
-            "side_files": list(preview.side_files),
+            "side_files": list(found.side_files),
         },
         "inexact_casts": {f"{old.name} to {new.name}": count for (old, new), count in plan.inexact.items()},
-        "notes": list(preview.notes),
-        "free_bytes": preview.space.free_bytes,
-        "cache_bytes": preview.space.cache_bytes,
-        "missing_bytes": preview.space.missing_bytes,
-        "peak_memory_bytes": preview.memory.peak_bytes,
-        "skipped": list(preview.skipped),
-        "mesh": None if preview.mesh is None else _mesh_json(preview.mesh),
+        "notes": list(found.notes),
+        "free_bytes": space.free_bytes,
+        "cache_bytes": space.cache_bytes,
+        "missing_bytes": space.missing_bytes,
+        "peak_memory_bytes": found.memory.peak_bytes,
+        "skipped": list(found.skipped),
+        "mesh": mesh,
     }
-
-
-def print_preview(console: Console, preview: Preview) -> None:
-    """Print the result of `plan`."""
-    plan = preview.plan
-    space = f"{format_size(preview.space.free_bytes)} free"
-    if preview.space.cache_bytes:
-        space += f", {format_size(preview.space.cache_bytes)} go into the Hub's cache"
-    if preview.space.missing_bytes:
-        space += f": {format_size(preview.space.missing_bytes)} short"
-    _print_facts(
-        console,
-        ("source", f"{preview.source}: {plan.source_layout} ({plan.spelling})"),
-        ("", f"{preview.source_tensors:,} tensors, {preview.source_bytes:,} bytes"),
+    cached = f", {format_size(space.cache_bytes)} go into the Hub's cache" if space.cache_bytes else ""
+    short = f": {format_size(space.missing_bytes)} short" if space.missing_bytes else ""
+    facts = _facts(
+        ("source", f"{found.source}: {plan.source_layout} ({plan.spelling})"),
+        ("", f"{found.source_tensors:,} tensors, {found.source_bytes:,} bytes"),
         ("target", f"{plan.target_layout}: {len(plan.tensors):,} tensors in {_files(len(plan.files))}"),
-        ("", f"{plan.target_bytes:,} bytes with headers; {space}"),
-        ("memory", f"{preview.memory.peak_bytes:,} bytes of buffers"),
-        ("copied", ", ".join(preview.side_files) or "nothing"),
-        ("skipped", ", ".join(preview.skipped) or "nothing"),
+        ("", f"{plan.target_bytes:,} bytes with headers; {format_size(space.free_bytes)} free{cached}{short}"),
+        ("memory", f"{found.memory.peak_bytes:,} bytes of buffers"),
+        ("copied", ", ".join(found.side_files) or "nothing"),
+        ("skipped", ", ".join(found.skipped) or "nothing"),
     )
-    for note in preview.notes:
-        console.print(_text(note))
-    if preview.mesh is not None:
-        _print_mesh(console, preview.mesh)
+    return Report(data, [*facts, *map(_text, found.notes), *mesh_facts])
 
 
 def space_notes(space: Space) -> tuple[str, ...]:
@@ -144,134 +137,98 @@ def space_notes(space: Space) -> tuple[str, ...]:
     return (missing, f"note: with --stream, convert keeps nothing of SRC on this machine, and {rest}")
 
 
-def _mesh_json(found: Prediction) -> dict[str, Any]:
-    return {
+def _mesh(found: Prediction) -> tuple[dict[str, Any], list[Text]]:
+    """Return the mesh part of a preview as JSON and as lines."""
+    columns = {
+        column: [getattr(share, column) for share in found.shares]
+        for column in ("expert_bytes", "experts", "read_bytes")
+    }
+    data = {
         "dimensions": dict(found.mesh),
         "ranks": len(found.shares),
-        "expert_bytes": _extremes(share.expert_bytes for share in found.shares),
-        "experts": _extremes(share.experts for share in found.shares),
-        "read_bytes": _extremes(share.read_bytes for share in found.shares),
+        **{column: {"least": min(values), "most": max(values)} for column, values in columns.items()},
         "other_bytes": found.other_bytes,
         "peak_memory_bytes": found.peak_bytes,
         "balance": found.balance,
     }
-
-
-def _print_mesh(console: Console, found: Prediction) -> None:
-    shares = found.shares
-    _print_facts(
-        console,
-        ("mesh", f"{', '.join(f'{name} {size}' for name, size in found.mesh.items())}: {len(shares)} ranks"),
-        ("experts", f"{_span(share.experts for share in shares)} of each layer on a rank"),
-        ("", f"{_span(share.expert_bytes for share in shares)} bytes; fullest over mean {found.balance:.3f}"),
+    spans = {column: " to ".join(f"{n:,}" for n in sorted({min(v), max(v)})) for column, v in columns.items()}
+    facts = _facts(
+        ("mesh", f"{', '.join(f'{name} {size}' for name, size in found.mesh.items())}: {len(found.shares)} ranks"),
+        ("experts", f"{spans['experts']} of each layer on a rank"),
+        ("", f"{spans['expert_bytes']} bytes; fullest over mean {found.balance:.3f}"),
         ("others", f"{found.other_bytes:,} bytes on every rank that does not shard them"),
-        ("read", f"{_span(share.read_bytes for share in shares)} bytes of experts a rank"),
+        ("read", f"{spans['read_bytes']} bytes of experts a rank"),
         ("load", f"{found.peak_bytes:,} bytes at the peak of a load ({format_size(found.peak_bytes)})"),
     )
+    return data, facts
 
 
-def _span(values: Iterable[int]) -> str:
-    least, most = _extremes(values).values()
-    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
-
-
-def _extremes(values: Iterable[int]) -> dict[str, int]:
-    values = list(values)
-    return {"least": min(values), "most": max(values)}
-
-
-def conversion_json(conversion: Conversion) -> dict[str, Any]:
-    """Return the JSON of `convert`."""
-    plan = conversion.plan
-    return {
-        "target": str(conversion.target),
+def conversion(done: Conversion) -> Report:
+    """Return the report of `convert`."""
+    plan = done.plan
+    data = {
+        "target": str(done.target),
         "layout": plan.target_layout,
         "tensors": len(plan.tensors),
         "files": len(plan.files),
         "bytes": plan.target_bytes,
-        "peak_memory_bytes": conversion.memory.peak_bytes,
-        "notes": list(conversion.notes),
-        "skipped": list(conversion.left_behind),
+        "peak_memory_bytes": done.memory.peak_bytes,
+        "notes": list(done.notes),
+        "skipped": list(done.left_behind),
     }
+    written = f"{len(plan.tensors):,} tensors in {_files(len(plan.files))}, {plan.target_bytes:,} bytes"
+    return Report(data, _facts(("target", f"{done.target}: {plan.target_layout}"), ("", written)))
 
 
-def print_conversion(console: Console, conversion: Conversion) -> None:
-    """Print the result of `convert`."""
-    plan = conversion.plan
-    _print_facts(
-        console,
-        ("target", f"{conversion.target}: {plan.target_layout}"),
-        ("", f"{len(plan.tensors):,} tensors in {_files(len(plan.files))}, {plan.target_bytes:,} bytes"),
-    )
-
-
-def verification_json(found: Verification) -> dict[str, Any]:
-    """Return the JSON of `verify` and of `diff`."""
-    return {
+def verification(found: Verification) -> Report:
+    """Return the report of `verify` and of `diff`."""
+    different = len(found.different)
+    data = {
         "tensors": found.tensors,
         "equal": found.equal,
-        "different": len(found.different),
-        "differences": [difference.as_dict() for difference in found.different],
+        "different": different,
+        "differences": [asdict(difference) for difference in found.different],
     }
+    lines = [f"{found.tensors:,} tensors: {found.equal:,} equal, {different:,} different"]
+    lines += map(str, found.different[:_SHOWN])
+    if different > _SHOWN:
+        lines.append(f"and {different - _SHOWN:,} more")
+    return Report(data, [_text(line) for line in lines])
 
 
-def print_verification(console: Console, found: Verification, shown: int = 20) -> None:
-    """Print the result of `verify` or `diff`, with the first `shown` differences in full."""
-    console.print(f"{found.tensors:,} tensors: {found.equal:,} equal, {len(found.different):,} different")
-    for difference in found.different[:shown]:
-        console.print(_text(str(difference)))
-    if len(found.different) > shown:
-        console.print(f"and {len(found.different) - shown:,} more")
-
-
-def recheck_json(found: Recheck) -> dict[str, Any]:
-    """Return the JSON of `verify` with a target alone."""
-    return {"files": found.files, "bytes": found.nbytes, "wrong": list(found.wrong)}
-
-
-def print_recheck(console: Console, found: Recheck) -> None:
-    """Print the result of `verify` with a target alone."""
+def recheck(found: Recheck) -> Report:
+    """Return the report of `verify` with a target alone."""
+    data = {"files": found.files, "bytes": found.nbytes, "wrong": list(found.wrong)}
     state = "as the manifest says" if not found.wrong else f"{len(found.wrong)} not as the manifest says"
-    console.print(f"{_files(found.files)}, {found.nbytes:,} bytes: {state}")
-    for sentence in found.wrong:
-        console.print(_text(sentence))
+    return Report(data, [_text(f"{_files(found.files)}, {found.nbytes:,} bytes: {state}"), *map(_text, found.wrong)])
 
 
-def remains_json(found: Remains | None) -> dict[str, Any]:
-    """Return the JSON of `clean`."""
-    return {"removed": None if found is None else str(found.path), "bytes": 0 if found is None else found.nbytes}
+def remains(found: Remains | None) -> Report:
+    """Return the report of `clean`."""
+    if found is None:
+        return Report({"removed": None, "bytes": 0}, [Text("nothing to remove")])
+    data = {"removed": str(found.path), "bytes": found.nbytes}
+    return Report(data, [_text(f"removed {found.path}, {found.nbytes:,} bytes")])
 
 
-def print_remains(console: Console, found: Remains | None) -> None:
-    """Print the result of `clean`."""
-    said = "nothing to remove" if found is None else f"removed {found.path}, {found.nbytes:,} bytes"
-    console.print(_text(said))
-
-
-def checks_json(checks: tuple[Check, ...]) -> dict[str, Any]:
-    """Return the JSON of `demo`."""
-    return {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]}
-
-
-def print_checks(console: Console, checks: tuple[Check, ...]) -> None:
-    """Print the result of `demo`."""
-    lines = Table(title="Gemma 4 MoE: hf → nemo → hf", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    lines.add_column("step", no_wrap=True)
+def checks(found: tuple[Check, ...]) -> Report:
+    """Return the report of `demo`."""
+    table = Table(title="Gemma 4 MoE: hf → nemo → hf", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("step", no_wrap=True)
     for heading in ("files", "tensors", "bytes"):
-        lines.add_column(heading, justify="right", no_wrap=True)
-    lines.add_column("", no_wrap=True)
-    lines.add_column("finding")
-    for check in checks:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("finding")
+    for check in found:
         numbers = ("" if number is None else f"{number:,}" for number in (check.files, check.tensors, check.bytes))
         mark = Text("✓", "green") if check.passed else Text("✗", "red")
-        lines.add_row(check.step, *numbers, mark, _text(check.finding))
-    console.print(lines)
+        table.add_row(check.step, *numbers, mark, _text(check.finding))
+    return Report({"passed": all(check.passed for check in found), "checks": [asdict(c) for c in found]}, [table])
 
 
-def _print_facts(console: Console, *facts: tuple[str, str]) -> None:
+def _facts(*facts: tuple[str, str]) -> list[Text]:
     width = max(len(label) for label, _ in facts)
-    for label, fact in facts:
-        console.print(Text(f"{label:<{width}}  ", "bold") + Text(printable(fact)))
+    return [Text(f"{label:<{width}}  ", "bold") + Text(printable(fact)) for label, fact in facts]
 
 
 def _files(count: int) -> str:
@@ -281,12 +238,3 @@ def _files(count: int) -> str:
 def _text(text: str) -> Text:
     """Return text from outside for printing: no markup, no control characters but line breaks."""
     return Text("\n".join(printable(line) for line in text.split("\n")))
-
-
-def _error_json(error: Gemma4MoEError) -> dict[str, Any]:
-    return {"kind": type(error).__name__, "problem": error.problem, **error.facts, "next": error.hint}
-
-
-def sentences(lines: Iterable[str]) -> str:
-    """Return lines from outside made printable, one below the other."""
-    return "\n".join(printable(line) for line in lines)

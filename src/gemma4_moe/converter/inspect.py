@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.config import ConfigFile
 from gemma4_moe.checkpoint.paths import expanded
-from gemma4_moe.checkpoint.recognition import config_sizes, recognise, wrong_tensors
+from gemma4_moe.checkpoint.recognition import recognise, wrong_tensors
 from gemma4_moe.errors import ConfigError, InputError, UnsupportedCheckpointError
 from gemma4_moe.hub.source import is_hub_id, open_source
 from gemma4_moe.layout.inventory import Inventory
@@ -93,7 +93,7 @@ def _inspect(source: Path, checkpoint: Checkpoint) -> Inspection:
     if recognition.refusal is not None and not (problems and isinstance(recognition.refusal, ConfigError)):
         problems.append(recognition.refusal)  # an unreadable config is a problem once, not twice
     if recognition.layout is not None:
-        inventory = Inventory(recognition.layout, config_sizes(config))
+        inventory = Inventory(recognition.layout, config.sizes)
         problems += wrong_tensors(checkpoint.tensors.values(), inventory, config)
     tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: natural_key(tensor.name))
     groups: dict[str, int] = {}
@@ -106,7 +106,7 @@ def _inspect(source: Path, checkpoint: Checkpoint) -> Inspection:
         layout=recognition.layout,
         spelling=recognition.spelling,
         model_type=config.model_type,
-        sizes=config_sizes(config) | layers,
+        sizes=config.sizes | layers,
         tensors=len(tensors),
         parameters=sum(tensor.nbytes * 8 // tensor.dtype.bits for tensor in tensors),
         bytes=checkpoint.total_bytes,
@@ -122,7 +122,7 @@ def _config(checkpoint: Checkpoint, problems: list[InputError]) -> ConfigFile:
         return checkpoint.read_config()
     except ConfigError as error:
         problems.append(error)
-        return ConfigFile(checkpoint.path / "config.json", {}, None, None, None, None, None)
+        return ConfigFile(checkpoint.path / "config.json", {}, None, {}, None)
 
 
 def _group(name: str, layout: Layout | None) -> str:

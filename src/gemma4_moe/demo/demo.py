@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,6 @@ from gemma4_moe.layout.table import SCALE, Layout
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import torch
     from transformers import PreTrainedModel
 
 #: Largest difference of two fp32 logits that rounding in the fold explains, with logits of about one.
@@ -34,12 +35,11 @@ class Check:
     """The check of one step of the demo.
 
     Attributes:
-        step: The step.
-        finding: The result of the check, in words.
+        finding: The result in words.
         passed: Whether it is the expected one.
-        tensors: Number of tensors that were checked, or None.
-        files: Number of safetensors files that the step wrote, or None.
-        bytes: Their size together, or None.
+        tensors: Number of tensors that were checked.
+        files: Number of safetensors files that the step wrote.
+        bytes: Their size together.
     """
 
     step: str
@@ -72,13 +72,10 @@ def run_demo(directory: Path | None, *, show: Callable[[tuple[Check, ...]], obje
         directory.mkdir(parents=True, exist_ok=True)
         filled = any(directory.iterdir())
     if filled:
-        raise UsageError(
-            "the demo's directory is not empty",
-            file=directory,
-            hint="name a new directory, or none for a temporary one",
-        )
+        hint = "name a new directory, or none for a temporary one"
+        raise UsageError("the demo's directory is not empty", file=directory, hint=hint)
     with _quiet_transformers():
-        checks = round_trip(directory)
+        checks = tuple(_round_trip(directory))
     show(checks)
     failed = [check.step for check in checks if not check.passed]
     if failed:
@@ -90,46 +87,43 @@ def run_demo(directory: Path | None, *, show: Callable[[tuple[Check, ...]], obje
         )
 
 
-def round_trip(directory: Path) -> tuple[Check, ...]:
-    """Build, convert there and back, verify and compare in `directory`, which exists and is empty; print nothing."""
-    from gemma4_moe.converter.convert import convert
-    from gemma4_moe.demo.small_models import build_model, logits
-
-    hf, nemo, again = (directory / name for name in ("hf", "nemo", "hf-again"))
-    source: Any = build_model("multimodal")
-    _save(source, hf)
-    convert(hf, nemo, to=Layout.NEMO, max_shard_size=_MAX_SHARD_SIZE)
-    convert(nemo, again, to=Layout.HF, max_shard_size=_MAX_SHARD_SIZE)
-    result, loading = type(source).from_pretrained(again, output_loading_info=True)
-    expected, found = logits(source), logits(result)
-    return (
-        _built(source, hf),
-        _verified("hf → nemo", hf, nemo),
-        _verified("nemo → hf", nemo, again),
-        _loaded(source, loading),
-        _same_logits(expected, found),
-        _told_apart(source, expected),
-    )
-
-
-def _save(source: Any, directory: Path) -> None:
+def _round_trip(directory: Path) -> Iterator[Check]:
+    """Build, convert there and back, verify and compare in `directory`, which exists and is empty; yield each check."""
     from safetensors import SafetensorError
 
-    from gemma4_moe.demo.small_models import save_model
+    from gemma4_moe.converter.convert import convert
+    from gemma4_moe.demo import small_models
 
+    hf, nemo, again = (directory / name for name in ("hf", "nemo", "hf-again"))
+    source: Any = small_models.build_model("multimodal")
     try:
-        with refusals("write the model", directory):
-            save_model(source, directory, max_shard_size=_MAX_SHARD_SIZE)
-    except SafetensorError as error:  # what safetensors raises if the disk refuses
-        raise StorageError(f"can't write the model: {error}", file=directory) from error
+        with refusals("write the model", hf):
+            small_models.save_model(source, hf, max_shard_size=_MAX_SHARD_SIZE)
+    except SafetensorError as error:  # the library's own error if the disk refuses
+        raise StorageError(f"can't write the model: {error}", file=hf) from error
+    yield _built(source, hf)
+    convert(hf, nemo, to=Layout.NEMO, max_shard_size=_MAX_SHARD_SIZE)
+    yield _verified("hf → nemo", hf, nemo)
+    convert(nemo, again, to=Layout.HF, max_shard_size=_MAX_SHARD_SIZE)
+    yield _verified("nemo → hf", nemo, again)
+    result, loading = type(source).from_pretrained(again, output_loading_info=True)
+    yield _loaded(source, loading)
+    expected = small_models.logits(source)
+    difference = (small_models.logits(result) - expected).abs().max().item()
+    finding = f"max |Δ logit| = {difference:.1e} from the source; {TOLERANCE:.0e} is rounding"
+    yield Check("logits", finding, difference <= TOLERANCE)
+    for name, parameter in source.named_parameters():
+        if name.endswith(SCALE.hf):
+            parameter.data.fill_(1.0)
+    difference = (small_models.logits(source) - expected).abs().max().item()
+    finding = f"max |Δ logit| = {difference:.1e} with the scales lost on purpose"
+    yield Check("control", finding, difference > 1000 * TOLERANCE)
 
 
 def _built(source: PreTrainedModel, directory: Path) -> Check:
-    import transformers
-
     config = source.config.get_text_config()
     finding = (
-        f"random fp32 model of transformers {transformers.__version__}: {config.num_hidden_layers} layers, "
+        f"random fp32 model of transformers {version('transformers')}: {config.num_hidden_layers} layers, "
         f"E {config.num_experts}, H {config.hidden_size}, I {config.moe_intermediate_size}"
     )
     written = len(source.state_dict()) - 1  # lm_head is the embedding, which is written once
@@ -159,36 +153,14 @@ def _loaded(source: PreTrainedModel, loading: dict[str, object]) -> Check:
     return Check("from_pretrained", finding, not complaints, len(source.state_dict()) - 1)
 
 
-def _same_logits(expected: torch.Tensor, found: torch.Tensor) -> Check:
-    difference = (found - expected).abs().max().item()
-    finding = f"max |Δ logit| = {difference:.1e} from the source; {TOLERANCE:.0e} is rounding"
-    return Check("logits", finding, difference <= TOLERANCE)
-
-
-def _told_apart(source: PreTrainedModel, expected: torch.Tensor) -> Check:
-    """Lose the scales of `source`, in place, and check that the logits differ."""
-    from gemma4_moe.demo.small_models import logits
-
-    for name, parameter in source.named_parameters():
-        if name.endswith(SCALE.hf):
-            parameter.data.fill_(1.0)
-    difference = (logits(source) - expected).abs().max().item()
-    finding = f"max |Δ logit| = {difference:.1e} with the scales lost on purpose"
-    return Check("control", finding, difference > 1000 * TOLERANCE)
-
-
 def _require_libraries() -> None:
     try:
-        import torch
-        import transformers
+        for library in ("torch", "transformers"):
+            import_module(library)
     except ImportError as error:
-        raise UsageError(
-            "the demo needs torch, and transformers to build and load a model",
-            found=str(error),
-            expected="the extra `demo`",
-            hint="pip install 'gemma4-moe[demo]'",
-        ) from error
-    del torch, transformers
+        problem = "the demo needs torch, and transformers to build and load a model"
+        hint = "pip install 'gemma4-moe[demo]'"
+        raise UsageError(problem, found=str(error), expected="the extra `demo`", hint=hint) from error
 
 
 @contextmanager

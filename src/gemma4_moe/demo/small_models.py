@@ -88,9 +88,8 @@ def build_model(
     if kind == "text":
         model = Gemma4ForCausalLM(Gemma4TextConfig(**text))
     else:
-        model = Gemma4ForConditionalGeneration(
-            Gemma4Config(text_config=text, vision_config=_VISION, audio_config=None, **_SPECIAL_TOKENS)
-        )
+        config = Gemma4Config(text_config=text, vision_config=_VISION, audio_config=None, **_SPECIAL_TOKENS)
+        model = Gemma4ForConditionalGeneration(config)
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":  # tied: the same storage as the embedding

@@ -18,7 +18,7 @@ from gemma4_moe.integrations import nemo_contract
 from gemma4_moe.integrations.nemo_contract import ADAPTER, READ
 from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.names import lookup
-from gemma4_moe.layout.table import DOWN, GATE_UP, SCALE, Layout, folds_in_place_exactly
+from gemma4_moe.layout.table import DOWN, GATE_UP, SCALE, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -130,7 +130,7 @@ def refuse_two_roundings(
         if found is None or found.rule not in (DOWN, SCALE) or name not in file_dtypes:
             continue
         file, model = dtypes.named(str(file_dtypes[name])), dtypes.named(str(destination.dtype))
-        if not folds_in_place_exactly(file, model):
+        if not dtypes.is_exact(file, model):
             raise UsageError(
                 f"an in-place load would round twice: the checkpoint has {file.name}, its destination {model.name}",
                 tensor=name,

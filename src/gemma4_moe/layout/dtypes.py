@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma4_moe.errors import InputError, TensorShapeError, UsageError
 
@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-@dataclass(frozen=True, slots=True)
-class FloatFormat:
+class FloatFormat(NamedTuple):
     """The values of a binary floating-point format.
 
     Attributes:
@@ -65,15 +64,13 @@ class DType:
 
 
 BFLOAT16 = DType("bfloat16", "BF16", 16, FloatFormat(8, 127, -126))
-
 FLOAT16 = DType("float16", "F16", 16, FloatFormat(11, 15, -14))
-
 FLOAT32 = DType("float32", "F32", 32, FloatFormat(24, 127, -126))
-
 FLOAT8_E4M3 = DType("float8_e4m3fn", "F8_E4M3", 8, FloatFormat(4, 8, -6))
 
 #: The dtypes that an expert tensor of a checkpoint or a model may have.
 EXPERT_DTYPES = (BFLOAT16, FLOAT16, FLOAT32)
+_EXPERT_NAMES = tuple(dtype.name for dtype in EXPERT_DTYPES)
 
 #: Every dtype that the safetensors format names (safetensors 0.8, `Dtype`).
 ALL = (
@@ -100,7 +97,6 @@ ALL = (
 )
 
 BY_TAG = {dtype.tag: dtype for dtype in ALL}
-
 BY_NAME = {dtype.name: dtype for dtype in ALL}
 
 
@@ -113,12 +109,8 @@ def named(name: str) -> DType:
     """
     found = BY_NAME.get(name.removeprefix("torch."))
     if found is None:
-        raise InputError(
-            "unknown dtype",
-            expected=f"one of {', '.join(BY_NAME)}",
-            found=name,
-            hint="give the tensor one of these dtypes: safetensors has no others",
-        )
+        hint = "give the tensor one of these dtypes: safetensors has no others"
+        raise InputError("unknown dtype", expected=f"one of {', '.join(BY_NAME)}", found=name, hint=hint)
     return found
 
 
@@ -131,15 +123,22 @@ def require_expert_dtype(
         TensorShapeError: It has another.
     """
     name = dtype.removeprefix("torch.")
-    allowed = [known.name for known in EXPERT_DTYPES]
-    if name not in allowed:
-        raise TensorShapeError(
-            "an expert tensor of a dtype that is not converted",
-            tensor=tensor,
-            expected=f"one of {', '.join(allowed)}",
-            found=name,
-            hint=hint,
-        )
+    if name not in _EXPERT_NAMES:
+        expected = f"one of {', '.join(_EXPERT_NAMES)}"
+        problem = "an expert tensor of a dtype that is not converted"
+        raise TensorShapeError(problem, tensor=tensor, expected=expected, found=name, hint=hint)
+
+
+def target_dtype(name: str) -> DType:
+    """Return the dtype that `--dtype` names.
+
+    Raises:
+        UsageError: Expert tensors may not have it.
+    """
+    if name not in _EXPERT_NAMES:
+        expected = f"keep, {', '.join(_EXPERT_NAMES)}"
+        raise UsageError("no dtype to convert to", expected=expected, found=repr(name))
+    return BY_NAME[name]
 
 
 def cast_to(own: DType, wanted: DType | None) -> DType:
@@ -150,23 +149,9 @@ def cast_to(own: DType, wanted: DType | None) -> DType:
 def is_exact(source: DType, target: DType) -> bool:
     """Return whether a cast from `source` to `target` keeps every finite value.
 
-    Between two dtypes of which one has no `FloatFormat`, only the identity is called exact.
+    A load in place rounds once only if this holds for the file's dtype and the model's: the load itself rounds before
+    the scale multiplies. Between two dtypes of which one has no `FloatFormat`, only the identity is called exact.
     """
-    if source == target:
-        return True
     if source.float_format is None or target.float_format is None:
-        return False
+        return source == target
     return target.float_format.holds(source.float_format)
-
-
-def target_dtype(name: str) -> DType:
-    """Return the dtype that `--dtype` names.
-
-    Raises:
-        UsageError: Expert tensors may not have it.
-    """
-    for dtype in EXPERT_DTYPES:
-        if dtype.name == name:
-            return dtype
-    known = ", ".join(dtype.name for dtype in EXPERT_DTYPES)
-    raise UsageError("no dtype to convert to", expected=f"keep, {known}", found=repr(name))

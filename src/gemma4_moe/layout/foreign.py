@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class ForeignSpelling:
+class ForeignSpelling(NamedTuple):
     """A published form of Gemma 4 MoE, or a relative of it, that this package names and does not convert.
 
     Attributes:
-        name: What it is called.
-        reason: Why it is refused, and what to do instead.
+        reason: Why it is refused, and the next step.
         pattern: Matches a tensor name that only this form has.
     """
 

@@ -1,4 +1,4 @@
-"""What a set of tensors holds: each name explained, each shape and dtype checked, each layer complete.
+"""The contents of a set of tensors: each name explained, each shape and dtype checked, each layer complete.
 
 Everything that takes tensors in does so through an `Inventory`, so that all refuse the same things in the same words.
 An inventory sees names, shapes and dtypes alone, never values.
@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING
 
 from gemma4_moe.errors import DuplicateTensorError, IncompleteExpertsError, TensorShapeError
 from gemma4_moe.layout.dtypes import require_expert_dtype
-from gemma4_moe.layout.names import LayerKey, MoEName, lookup, parse
+from gemma4_moe.layout.names import LayerKey, MoEName, parse
 from gemma4_moe.layout.spellings import WHOLE, Part
-from gemma4_moe.layout.table import Layout, Operation, Rule, shape_of
+from gemma4_moe.layout.table import Layout, Operation, Rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-#: The tensors of one role of a layer, by what each holds of it: full name and dtype.
+#: The tensors of one role of a layer, by the share of it that each holds: full name and dtype.
 Parts = dict[Part, tuple[str, str | None]]
+
+_COMPLETE = "give all of a layer's tensors together; a shard file of the checkpoint may be missing"
 
 
 class Inventory:
@@ -29,7 +31,7 @@ class Inventory:
 
     Attributes:
         layout: The layout in which names are explained.
-        names: What each name means, in the order in which they were added; None if both layouts have the name.
+        names: The meaning of each name, in the order in which they were added; None if both layouts have the name.
         layers: For each layer, the row of every tensor seen and the tensors that make it up.
     """
 
@@ -42,7 +44,7 @@ class Inventory:
         self._seen: set[str] = set()
 
     def add(self, name: str, shape: Sequence[int] | None, dtype: str | None = None) -> MoEName | None:
-        """Take in one tensor and return what its name means, or None if the name is the same in both layouts.
+        """Take in one tensor and return the meaning of its name, or None if the name is the same in both layouts.
 
         Args:
             name: Its name.
@@ -72,7 +74,7 @@ class Inventory:
         return parsed
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Return what is known of E, H and I under `prefix`."""
+        """Return the sizes of E, H and I under `prefix`, as far as they are known."""
         learned = {axis: size for axis, (size, _) in self._learned.get(prefix, {}).items()}
         return learned | self._given
 
@@ -93,7 +95,7 @@ class Inventory:
                     tensor=path + missing[0].name(self.layout),
                     expected=", ".join(rule.name(self.layout) for rule in wanted),
                     found=", ".join(name.removeprefix(path) for name in _few(names)),
-                    hint="give all of a layer's tensors together; a shard file of the checkpoint may be missing",
+                    hint=_COMPLETE,
                 )
             for rule, parts in seen.items():
                 if rule in wanted and WHOLE not in parts:
@@ -101,8 +103,7 @@ class Inventory:
 
     def _check_parts(self, key: LayerKey, rule: Rule, parts: Parts) -> None:
         """Check that a role that is stored in several tensors has all of them."""
-        first, _ = next(iter(parts.values()))
-        parsed = lookup(first, self.layout)
+        parsed = self.names[next(iter(parts.values()))[0]]
         assert parsed is not None, "a tensor of a layer"
         experts = self.sizes(parsed.prefix).get("E", 1 + max(part.expert or 0 for part in parts))
         wanted = {part: parsed.layer_path + rest for rest, part in parsed.spelling.parts(rule, experts)}
@@ -113,11 +114,11 @@ class Inventory:
                 tensor=missing[0],
                 expected=f"{len(wanted)} tensors",
                 found=f"{len(parts)} tensors, without {', '.join(_few(missing))}",
-                hint="give all of a layer's tensors together; a shard file of the checkpoint may be missing",
+                hint=_COMPLETE,
             )
 
     def _check_shape(self, name: str, parsed: MoEName, shape: tuple[int, ...]) -> None:
-        axes = parsed.axes(self.layout)
+        axes = parsed.part.axes(parsed.rule.axes(self.layout))
         learned = self._learned.setdefault(parsed.prefix, {})
         if len(shape) == len(axes):
             for axis, size in zip(axes, shape, strict=True):
@@ -125,14 +126,12 @@ class Inventory:
                 if letter not in self._given and value > 0:
                     learned.setdefault(letter, (value, name))
         known = self.sizes(parsed.prefix)
-        unbound = any(axis.removeprefix("2") not in known for axis in axes)
+        doubled = known | ({"2I": 2 * known["I"]} if "I" in known else {})
+        expected = [doubled.get(axis, axis) for axis in axes]
         beyond = parsed.part.expert is not None and parsed.part.expert >= known.get("E", parsed.part.expert + 1)
-        if unbound or beyond or shape != _shape(parsed, self.layout, known):
-            sources = ", ".join(
-                f"{letter} = {size} from {learned[letter][1] if letter in learned else 'the config'}"
-                for letter, size in sorted(known.items())
-            )
-            expected = [known.get(a, a) if a != "2I" else (2 * known["I"] if "I" in known else a) for a in axes]
+        if beyond or list(shape) != expected:
+            origins = {axis: learned[axis][1] if axis in learned else "the config" for axis in known}
+            sources = ", ".join(f"{axis} = {size} from {origins[axis]}" for axis, size in sorted(known.items()))
             raise TensorShapeError(
                 "an expert that the model does not have" if beyond else "a tensor of the wrong shape",
                 tensor=name,
@@ -144,33 +143,21 @@ class Inventory:
 
 
 def _check_single(name: str, part: Part, parts: Parts) -> None:
-    """Check that no tensor of the role that is there holds any of what `part` holds."""
+    """Check that no other tensor of the role holds any value that `part` holds."""
     first = next(iter(parts), part)
     alike = first.slots == part.slots and (first.expert is None) == (part.expert is None)
     known = parts.get(part) if alike else parts[first]
     if known is not None:
-        raise DuplicateTensorError(
-            "two spellings of one tensor", tensor=name, found=f"also {known[0]}", hint="keep one of them"
-        )
-
-
-def _shape(parsed: MoEName, layout: Layout, sizes: dict[str, int]) -> tuple[int, ...]:
-    if parsed.part == WHOLE:
-        return shape_of(parsed.rule, layout, sizes)
-    return parsed.part.shape(shape_of(parsed.rule, layout, {"E": 1} | sizes))
+        found = f"also {known[0]}"
+        raise DuplicateTensorError("two spellings of one tensor", tensor=name, found=found, hint="keep one of them")
 
 
 def _check_same_dtype(name: str, dtype: str, parts: Parts) -> None:
     """Check that a tensor has the dtype of the first one of its role."""
     first, known = next(iter(parts.values()))
     if known is not None and known != dtype:
-        raise TensorShapeError(
-            "tensors of one role with different dtypes",
-            tensor=name,
-            expected=f"{known}, as {first} has",
-            found=dtype,
-            hint="give all tensors of a role in one dtype",
-        )
+        problem, hint = "tensors of one role with different dtypes", "give all tensors of a role in one dtype"
+        raise TensorShapeError(problem, tensor=name, expected=f"{known}, as {first} has", found=dtype, hint=hint)
 
 
 def _few(names: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from gemma4_moe.errors import UnknownTensorError
@@ -30,10 +31,8 @@ class MoEName:
 
     Attributes:
         prefix: Everything before `layers.`, its dot included.
-        layer: The layer's number L.
-        rule: The row.
         spelling: The published form that has this name.
-        part: What the tensor holds of the row's.
+        part: The share of the row's tensor that it holds.
     """
 
     prefix: str
@@ -55,20 +54,16 @@ class MoEName:
     @property
     def hf(self) -> str:
         """The whole name in the hf layout, current spelling."""
-        return self.layer_path + self.rule.hf
+        return self.name(Layout.HF)
 
     @property
     def nemo(self) -> str:
         """The whole name in the nemo layout; for the scale, that of the tensor that takes it in."""
-        return self.layer_path + self.rule.nemo
+        return self.name(Layout.NEMO)
 
     def name(self, layout: Layout) -> str:
         """Return the whole name in `layout`, current spelling."""
         return self.layer_path + self.rule.name(layout)
-
-    def axes(self, layout: Layout) -> tuple[str, ...]:
-        """Return the axes of the tensor of this name."""
-        return self.part.axes(self.rule.axes(layout))
 
     def sibling(self, rule: Rule) -> MoEName:
         """Return the name of another row in the same layer, current spelling."""
@@ -84,8 +79,7 @@ def lookup(name: str, layout: Layout) -> MoEName | None:
     if layout is Layout.NEMO:
         rule = _NEMO_ROWS.get(rest)
         return None if rule is None else MoEName(prefix, layer, rule)
-    found = spellings.find(rest)
-    if found is None:
+    if (found := spellings.find(rest)) is None:
         return None
     spelling, rule, part = found
     return MoEName(prefix, layer, rule, spelling, part)
@@ -117,17 +111,14 @@ def parse(name: str, layout: Layout) -> MoEName | None:
         return found
     match = _IN_LAYER.fullmatch(name)
     rest = match["rest"] if match else name
-    if match is not None and rest.split(".")[0] in MOE_MODULES:
+    if match and rest.split(".")[0] in MOE_MODULES:
         raise _unknown(name, rest, layout)
     for known in _known(layout):
-        if rest == known or rest.endswith("." + known):
-            raise UnknownTensorError(
-                f"a name of the {layout} layout outside a layer",
-                tensor=name,
-                expected=f"<prefix>layers.<number>.{known}",
-                found=name,
-                hint="give the tensor its full name, with the layer's number",
-            )
+        if f".{rest}".endswith(f".{known}"):
+            problem = f"a name of the {layout} layout outside a layer"
+            hint = "give the tensor its full name, with the layer's number"
+            expected = f"<prefix>layers.<number>.{known}"
+            raise UnknownTensorError(problem, tensor=name, expected=expected, found=name, hint=hint)
     return None
 
 
@@ -138,22 +129,16 @@ _HINTS = {
 
 
 def _unknown(name: str, rest: str, layout: Layout) -> UnknownTensorError:
+    """Return the error for a name in a module of the experts or the router that `layout` does not have."""
+    problem = f"a tensor in the experts or the router that the {layout} layout does not have"
+    hint = _HINTS[layout]
     if lookup(name, layout.other) is not None:
-        return UnknownTensorError(
-            f"a name of the {layout.other} layout where the {layout} layout is read",
-            tensor=name,
-            expected=f"one of {', '.join(_known(layout))}",
-            found=rest,
-            hint=f"convert in the other direction, or give a state dict in the {layout} layout",
-        )
-    foreign = foreign_spelling(name)
-    return UnknownTensorError(
-        f"a tensor in the experts or the router that the {layout} layout does not have",
-        tensor=name,
-        expected=f"one of {', '.join(_known(layout))}",
-        found=f"{rest} ({foreign.name})" if foreign else rest,
-        hint=foreign.reason if foreign else _HINTS[layout],
-    )
+        problem = f"a name of the {layout.other} layout where the {layout} layout is read"
+        hint = f"convert in the other direction, or give a state dict in the {layout} layout"
+    elif (foreign := foreign_spelling(name)) is not None:
+        rest, hint = f"{rest} ({foreign.name})", foreign.reason
+    expected = f"one of {', '.join(_known(layout))}"
+    return UnknownTensorError(problem, tensor=name, expected=expected, found=rest, hint=hint)
 
 
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
@@ -163,32 +148,26 @@ def fold_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return names folded over their numbers, in the order of their first, each with the names that it stands for."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(_pattern(name), []).append(name)
-    return {_name(pattern, members): tuple(members) for pattern, members in groups.items()}
+        groups.setdefault(_NUMBER.sub("{}", name), []).append(name)
+    return {_name(members): tuple(members) for members in groups.values()}
 
 
-def _pattern(name: str) -> str:
-    return _NUMBER.sub("{}", name)
-
-
-def _name(pattern: str, members: list[str]) -> str:
-    numbers = [[int(number) for number in _NUMBER.findall(member)] for member in members]
-    parts = pattern.split("{}")
-    sets = [_numbers(sorted(set(column))) for column in zip(*numbers, strict=True)]
-    return parts[0] + "".join(shown + part for shown, part in zip(sets, parts[1:], strict=True))
+def _name(members: list[str]) -> str:
+    """Return one name for names that differ in their numbers alone."""
+    columns = zip(*(map(int, _NUMBER.findall(member)) for member in members), strict=True)
+    shown = (_numbers(sorted(set(column))) for column in columns)
+    return _NUMBER.sub(lambda _: next(shown), members[0])
 
 
 def _numbers(values: list[int]) -> str:
     """Return "5" for one value, "{0...29}" for a run, "{0...4,6...10}" for several."""
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
     if len(values) == 1:
         return str(values[0])
-    return "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}...{run[-1]}" for run in runs) + "}"
+    runs = []
+    for _, numbered in groupby(enumerate(values), key=lambda pair: pair[1] - pair[0]):
+        run = [value for _, value in numbered]
+        runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}...{run[-1]}")
+    return "{" + ",".join(runs) + "}"
 
 
 def natural_key(name: str) -> tuple[str | int, ...]:

@@ -14,8 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from gemma4_moe.layout.dtypes import DType, is_exact
-
 
 class Layout(StrEnum):
     """The two layouts, by the names that they have everywhere in this package."""
@@ -48,7 +46,7 @@ class Rule:
         nemo: REST in the nemo layout. For a tensor that is folded away, that of the tensor that takes it in.
         hf_axes: Axes in the hf layout.
         nemo_axes: Axes in the nemo layout; empty for a tensor that is folded away.
-        operation: What happens from hf to nemo.
+        operation: The operation from hf to nemo.
     """
 
     role: str
@@ -81,9 +79,9 @@ class Rule:
 
         A tensor that took in another on the way to nemo gives it back on the way to hf.
         """
-        if target is Layout.NEMO:
-            return (self,) if self.in_nemo else ()
-        return tuple(rule for rule in RULES if rule.nemo == self.nemo)
+        if target is Layout.HF:
+            return tuple(rule for rule in RULES if rule.nemo == self.nemo)
+        return (self,) if self.in_nemo else ()
 
     @property
     def factor(self) -> Rule | None:
@@ -94,14 +92,11 @@ class Rule:
 
 # fmt: off
 GATE_UP       = Rule("gate_up",       "experts.gate_up_proj",    "moe.experts.gate_and_up_projs", ("E", "2I", "H"), ("E", "H", "2I"), Operation.TRANSPOSE)
-
 DOWN          = Rule("down",          "experts.down_proj",       "moe.experts.down_projs",        ("E", "H", "I"),  ("E", "I", "H"),  Operation.TRANSPOSE_SCALE)
-
 SCALE         = Rule("scale",         "router.per_expert_scale", "moe.experts.down_projs",        ("E",),           (),               Operation.FOLD)
-
 ROUTER_WEIGHT = Rule("router weight", "router.proj.weight",      "moe.gate.proj.weight",          ("E", "H"),       ("E", "H"),       Operation.KEEP)
-
 ROUTER_SCALE  = Rule("router scale",  "router.scale",            "moe.gate.scale",                ("H",),           ("H",),           Operation.KEEP)
+# fmt: on
 
 RULES = (GATE_UP, DOWN, SCALE, ROUTER_WEIGHT, ROUTER_SCALE)
 
@@ -114,13 +109,17 @@ CHECKPOINT_RULES = {layout: tuple(rule for rule in RULES if rule.axes(layout)) f
 #: Modules of a layer that hold nothing but rows of the table, whichever layout's name they carry.
 MOE_MODULES = frozenset(rest.split(".")[0] for rule in RULES for rest in (rule.hf, rule.nemo))
 
-#: The operations that exchange the last two axes; each is its own inverse as far as shapes go.
-_TRANSPOSING = frozenset({Operation.TRANSPOSE, Operation.TRANSPOSE_SCALE})
+#: The fields with the size of each axis: of a text config, and of NeMo's MoE config.
+SIZE_FIELDS = {
+    "E": ("num_experts", "n_routed_experts"),
+    "H": ("hidden_size", "dim"),
+    "I": ("moe_intermediate_size", "moe_inter_dim"),
+}
 
 
 def transposes(operation: Operation) -> bool:
-    """Return whether `operation` exchanges the last two axes."""
-    return operation in _TRANSPOSING
+    """Return whether `operation` exchanges the last two axes; it is then its own inverse as far as shapes go."""
+    return operation in (Operation.TRANSPOSE, Operation.TRANSPOSE_SCALE)
 
 
 def converted_shape(operation: Operation, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -144,12 +143,3 @@ def converted_axis(operation: Operation, axis: int, ndim: int) -> int:
 def shape_of(rule: Rule, layout: Layout, sizes: dict[str, int]) -> tuple[int, ...]:
     """Return the shape of `rule`'s tensor in `layout` for given sizes of the axes E, H and I."""
     return tuple(sizes["I"] * 2 if axis == "2I" else sizes[axis] for axis in rule.axes(layout))
-
-
-def folds_in_place_exactly(file: DType, model: DType) -> bool:
-    """Return whether loading `file` values into `model` storage and scaling there rounds only once.
-
-    The load itself rounds each value to the model's dtype before the scale multiplies. That is harmless only if
-    every value of the file's dtype is a value of the model's.
-    """
-    return is_exact(file, model)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Described(Protocol):
-    """A tensor as planning sees it."""
+    """A tensor without its values."""
 
     @property
     def name(self) -> str:
@@ -48,10 +48,9 @@ class Read(Generic[T]):
     """A range of one stored tensor, and the place of its values in the role's tensor [E, R, C].
 
     Attributes:
-        stored: The tensor.
         start: The first byte, counted from the tensor's own start.
         end: The byte after the last.
-        experts: The experts (start, end) that it holds.
+        experts: The experts (start, end) that it holds; elements if no axes are exchanged.
         rows: The rows (start, end) of each.
     """
 
@@ -63,48 +62,32 @@ class Read(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
-class StoredPart(Generic[T]):
-    """One stored tensor of a source, and the share of the source that it holds.
-
-    Attributes:
-        stored: The tensor.
-        experts: The experts (start, end) that it holds; elements if no axes are exchanged.
-        rows: The rows (start, end) of each.
-    """
-
-    stored: T
-    experts: tuple[int, int]
-    rows: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
 class Source(Generic[T]):
     """The values that a target is made from: one stored tensor, or several if a spelling stores a role so.
 
     Attributes:
         dtype: The dtype of all its tensors.
         shape: The shape of the whole.
-        parts: Its tensors, in the order of experts, then of rows.
+        parts: The whole of each tensor, in the order of experts, then of rows.
     """
 
     dtype: DType
     shape: tuple[int, ...]
-    parts: tuple[StoredPart[T], ...]
+    parts: tuple[Read[T], ...]
 
     @property
     def nbytes(self) -> int:
         """Its size in bytes."""
-        return prod(self.shape) * self.dtype.bits // 8
+        return _nbytes(self)
 
     def reads(self, first: int, last: int) -> Iterator[Read[T]]:
-        """Yield the reads that give the experts (or elements) first to last, in the order of the parts."""
-        count, height = self.parts[-1].experts[1], self.parts[-1].rows[1]
+        """Yield the reads of the experts, or elements, (first, last), in the order of the parts."""
         begin = bisect_right(self.parts, first, key=lambda part: part.experts[1])
         for part in self.parts[begin:]:
             start, end = max(first, part.experts[0]), min(last, part.experts[1])
             if start >= end:
                 break
-            size = self.nbytes // count * (part.rows[1] - part.rows[0]) // height
+            size = part.end // (part.experts[1] - part.experts[0])
             before = start - part.experts[0]
             yield Read(part.stored, before * size, (before + end - start) * size, (start, end), part.rows)
 
@@ -114,14 +97,11 @@ class Target(Generic[T]):
     """One tensor of the other layout.
 
     Attributes:
-        name: Its name.
-        dtype: Its dtype.
-        shape: Its shape.
         operation: The operation that makes it from `source`.
         role: The name of its role's whole tensor, current spelling; its own name if both layouts have it.
-        source: What it is made from; None for a scale of ones.
+        source: The values that it is made from; None for a scale of ones.
         scale: The tensor [E] whose values multiply its experts, or None.
-        part: What it holds of its role's tensor.
+        part: Its share of its role's tensor.
         beside: For a scale of ones, the tensor of its experts.
     """
 
@@ -143,15 +123,14 @@ class Target(Generic[T]):
 
     @property
     def origin(self) -> T:
-        """The first stored tensor that it is made from; for a scale of ones, that its experts are made from."""
-        if self.source is not None:
-            return self.source.parts[0].stored
-        assert self.beside is not None, "a scale of ones belongs to experts"
-        return self.beside
+        """The first stored tensor that it is made from, or that the experts of a scale of ones are made from."""
+        origin = self.beside if self.source is None else self.source.parts[0].stored
+        assert origin is not None, "a scale of ones belongs to experts"
+        return origin
 
 
 def problems(tensors: Iterable[Described], inventory: Inventory, required: Sequence[Rule]) -> Iterator[InputError]:
-    """Take tensors into an inventory, and yield all that is wrong: each tensor, then the first incomplete layer."""
+    """Take tensors into an inventory, and yield the error of each, then that of the first incomplete layer."""
     for tensor in tensors:
         try:
             inventory.add(tensor.name, tensor.shape, tensor.dtype.name)
@@ -173,7 +152,7 @@ def targets_of(
     """Return every tensor that these become in the other layout, by name, in the natural order of their roles.
 
     Args:
-        tensors: All tensors of one layout, with whatever else the caller knows of them.
+        tensors: All tensors of one layout. A target refers to these objects, whatever their type.
         inventory: An empty one of their layout, which then holds them.
         required: The rows that each layer must have.
         cast: The dtype of every floating-point tensor; None to keep each one's own.
@@ -183,17 +162,14 @@ def targets_of(
         UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`.
         IncompleteExpertsError: See `Inventory.require_complete`.
     """
-    by_name = {}
-    given = []
-    for tensor in tensors:
-        by_name[tensor.name] = tensor
-        given.append(tensor)
+    given = list(tensors)
     for problem in problems(given, inventory, required):
         raise problem
+    by_name = {tensor.name: tensor for tensor in given}
     made: list[Target[T]] = []
     for name, parsed in inventory.names.items():
         if parsed is None:
-            whole = _whole(by_name[name])
+            whole = _elements(by_name[name])
             made.append(Target(name, cast_to(whole.dtype, cast), whole.shape, Operation.KEEP, name, whole))
     for key, rows in inventory.layers.items():
         for rule, parts in rows.items():
@@ -233,33 +209,29 @@ def _made(
 
 def _source(rule: Rule, stored: dict[Part, T], inventory: Inventory, key: LayerKey) -> Source[T]:
     """Return the stored tensors of one role of a layer as one source."""
-    if WHOLE in stored:
-        return _whole(stored[WHOLE], matrices=transposes(rule.operation))
+    if not transposes(rule.operation):
+        return _elements(stored[WHOLE])
     shape = shape_of(rule, inventory.layout, inventory.sizes(key[0]))
     ordered = sorted(stored.items(), key=lambda item: (item[0].expert or 0, item[0].slot))
-    parts = tuple(StoredPart(tensor, part.experts(shape[0]), part.rows(shape[1])) for part, tensor in ordered)
-    return Source(ordered[0][1].dtype, shape, parts)
+    reads = (Read(t, 0, _nbytes(t), part.experts(shape[0]), part.rows(shape[1])) for part, t in ordered)
+    return Source(ordered[0][1].dtype, shape, tuple(reads))
 
 
-def _whole(tensor: T, *, matrices: bool = False) -> Source[T]:
-    """Return one tensor as a source: of matrices an expert, or of elements."""
-    if matrices:
-        part = StoredPart(tensor, (0, tensor.shape[0]), (0, tensor.shape[1]))
-    else:
-        part = StoredPart(
-            tensor, (0, prod(tensor.shape) * tensor.dtype.bits // 8 // max(1, tensor.dtype.itemsize)), (0, 1)
-        )
-    return Source(tensor.dtype, tensor.shape, (part,))
+def _elements(tensor: T) -> Source[T]:
+    """Return one tensor as a source of elements; those of a packed dtype are its bytes."""
+    nbytes = _nbytes(tensor)
+    elements = nbytes // max(1, tensor.dtype.itemsize)
+    return Source(tensor.dtype, tensor.shape, (Read(tensor, 0, nbytes, (0, elements), (0, 1)),))
+
+
+def _nbytes(tensor: Described | Source[T]) -> int:
+    return prod(tensor.shape) * tensor.dtype.bits // 8
 
 
 def _check_used_once(tensors: Iterable[str], made: Iterable[Target[T]]) -> None:
     """Check the planner's own work: no tensor is dropped, none is used twice, no name is made twice."""
-    used = Counter(
-        tensor.name
-        for target in made
-        if (target.part.expert or 0, target.part.slot) == (0, 0)
-        for tensor in target.stored
-    )
+    first = (target for target in made if (target.part.expert or 0, target.part.slot) == (0, 0))
+    used = Counter(tensor.name for target in first for tensor in target.stored)
     names = Counter(target.name for target in made)
     wrong = {name: used[name] for name in {*tensors, *used} if used[name] != 1}
     twice = [name for name, count in names.items() if count != 1]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe.checkpoint.config import read_config
-from gemma4_moe.checkpoint.recognition import check_layer_count, config_sizes
+from gemma4_moe.checkpoint.recognition import check_layer_count
 from gemma4_moe.errors import ParallelError, UnknownTensorError
 from gemma4_moe.layout.dtypes import DType, named, target_dtype
 from gemma4_moe.layout.inventory import Inventory
@@ -111,7 +111,7 @@ def make_targets(tensors: Mapping[str, Native], config_from: Path, dtype: str | 
         ConfigError, IncompleteExpertsError: The layers are not those that the config counts.
     """
     config = read_config(config_from)
-    inventory = Inventory(Layout.NEMO, config_sizes(config))
+    inventory = Inventory(Layout.NEMO, config.sizes)
     cast = None if dtype is None else target_dtype(dtype)
     targets = targets_of(tensors.values(), inventory, CHECKPOINT_RULES[Layout.NEMO], cast)
     if not inventory.layers:

@@ -1,4 +1,4 @@
-"""What a stream sends, in order, and what each tensor is made from, by names, shapes and dtypes alone."""
+"""The tensors of a stream in their order, and the sources of each, from names, shapes and dtypes alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def form_of(experts: str) -> Spelling:
     """Return the form of the hf layout that the argument `experts` of a stream names.
 
     Raises:
-        UsageError: There is none of this name that can be written.
+        UsageError: No form that can be written has this name.
     """
     forms = {"fused": CURRENT} | {form.name: form for form in spellings.SPELLINGS if form.writable and form != CURRENT}
     if experts not in forms:
@@ -44,9 +44,7 @@ class Planned(NamedTuple):
 
     Attributes:
         name: Its hf name.
-        shape: Its shape.
         dtype: torch's name of its dtype, such as "bfloat16".
-        nbytes: Its size in bytes.
     """
 
     name: str
@@ -57,16 +55,14 @@ class Planned(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One tensor of a stream and what makes it.
+    """One tensor of a stream, and the native tensor that it is made from.
 
     Attributes:
         name: Its hf name.
-        shape: Its shape.
-        dtype: Its dtype.
-        native: Name of the native tensor that it is made from, or, for ones, whose device it shares.
+        native: Name of the native tensor. Ones are made on its device.
         operation: The operation between the two.
-        part: What it holds of its role's hf tensor.
-        mapping: Number of the mapping, of those that make up the state, that has the native tensor.
+        part: Its share of its role's hf tensor.
+        mapping: Number of the state's mapping that has the native tensor.
     """
 
     name: str
@@ -110,8 +106,7 @@ class TensorFacts(NamedTuple):
         return cls(tuple(tensor.shape), str(tensor.dtype), mesh, placements)
 
 
-@dataclass(frozen=True, slots=True)
-class Native:
+class Native(NamedTuple):
     """A native tensor and the number of the mapping that has it."""
 
     name: str
@@ -127,14 +122,14 @@ def items_of(
     form: Spelling,
     excluded: Callable[[str, str], bool],
 ) -> list[Item]:
-    """Return what the native tensors of a state become, in the order in which a stream sends them.
+    """Return the hf tensors of a state, in the order in which a stream sends them.
 
     Args:
-        mappings: The tensors of each mapping by name.
-        inventory: Takes the tensors in.
+        mappings: The native tensors of each mapping by name.
+        inventory: An empty one, which then holds the tensors.
         dtype: The dtype of every floating-point tensor, or None to keep each one's own.
         form: The form in which experts are sent.
-        excluded: Returns whether the tensor of an hf and a nemo name is left out.
+        excluded: Returns whether a tensor is skipped, from its hf name and its nemo name.
 
     Raises:
         InputError: See `targets_of`; or there is no layer with experts.
@@ -147,16 +142,11 @@ def items_of(
     targets = targets_of(natives, inventory, EXPERT_RULES[Layout.NEMO], dtype, form)
     if not inventory.layers:
         raise InputError("a state without mixture-of-experts layers", hint="give the state of a model in nemo layout")
-    items = []
-    for target in sorted(targets.values(), key=lambda target: target.origin.mapping):
-        native = target.origin
-        if not excluded(target.role, native.name):
-            items.append(
-                Item(
-                    target.name, target.shape, target.dtype, native.name, target.operation, target.part, native.mapping
-                )
-            )
-    return items
+    return [
+        Item(t.name, t.shape, t.dtype, t.origin.name, t.operation, t.part, t.origin.mapping)
+        for t in sorted(targets.values(), key=lambda target: target.origin.mapping)
+        if not excluded(t.role, t.origin.name)
+    ]
 
 
 def only_layers(items: list[Item], layers: Collection[int], inventory: Inventory) -> list[Item]:
@@ -166,13 +156,11 @@ def only_layers(items: list[Item], layers: Collection[int], inventory: Inventory
         UsageError: There is no such layer.
     """
     prefixes = {prefix for prefix, _ in inventory.layers}
-    there = {place[1] for item in items if (place := layer_of(item.native)) is not None and place[0] in prefixes}
-    if set(layers) - there:
-        raise UsageError(
-            "no such layer",
-            expected=f"some of {sorted(there)}",
-            found=sorted(set(layers) - there),
-            hint="give the numbers of decoder layers that the state has",
-        )
+    keys = [layer_of(item.native) for item in items]
+    there = {key[1] for key in keys if key is not None and key[0] in prefixes}
+    absent = sorted(set(layers) - there)
+    if absent:
+        hint = "give the numbers of decoder layers that the state has"
+        raise UsageError("no such layer", expected=f"some of {sorted(there)}", found=absent, hint=hint)
     wanted = {(prefix, layer) for prefix in prefixes for layer in layers}
-    return [item for item in items if layer_of(item.native) in wanted]
+    return [item for item, key in zip(items, keys, strict=True) if key in wanted]

@@ -1,4 +1,4 @@
-"""What a stream would leave out, or has too much: the check that engines don't make before they load."""
+"""The check that engines don't make before they load: a stream has every tensor of the engine, and no other."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def check_against(plan: Iterable[Planned], aliases: Mapping[str, str], reference
     """Compare a plan with a reference. Arguments and errors are those of `WeightStream.preflight`.
 
     Args:
-        plan: What the stream sends.
+        plan: The tensors that the stream sends.
         aliases: For each other name of a tied tensor, the name that it is sent under.
-        reference: What the engine has.
+        reference: The engine's tensors.
     """
     sent: Shapes = {planned.name: planned.shape for planned in plan}
     wanted = _shapes(reference)
@@ -40,15 +40,12 @@ def check_against(plan: Iterable[Planned], aliases: Mapping[str, str], reference
         if shape is not None and name in sent and sent[name] != shape
     ]
     if lacks or extra or other:
-        lines = [
-            *(f"left out: {name}" for name in lacks),
-            *(f"not known to the engine: {name}" for name in extra),
-            *(f"of another shape: {text}" for text in other),
-        ]
+        kinds = {"left out": lacks, "not known to the engine": extra, "of another shape": other}
+        lines = [f"{kind}: {text}" for kind, texts in kinds.items() for text in texts]
         raise DifferenceError(
             "the stream is not what the engine has: " + "; ".join(lines),
             expected=f"{len(wanted)} tensors",
-            found=f"{len(lacks)} left out, {len(extra)} not known to the engine, {len(other)} of another shape",
+            found=", ".join(f"{len(texts)} {kind}" for kind, texts in kinds.items()),
             hint="an engine goes on with old or random weights where a tensor is left out: give the stream the whole "
             "state, buffers included, without layers or exclude_key_regex",
         )
@@ -56,20 +53,19 @@ def check_against(plan: Iterable[Planned], aliases: Mapping[str, str], reference
 
 def _shapes(reference: str | Path | Iterable[Any]) -> Shapes:
     """Return names, in current spelling, and shapes of a reference."""
-    found: Shapes = {}
     if isinstance(reference, str | Path):
         with open_checkpoint(Path(reference)) as checkpoint:
-            found = {name: stored.shape for name, stored in checkpoint.tensors.items()}
-    else:
-        for entry in reference:
-            name, shape = (entry, None) if isinstance(entry, str) else (entry[0], tuple(entry[1]))
-            found[name] = shape
-    parsed = {name: lookup(name, Layout.HF) for name in found}
-    return {known.hf if (known := parsed[name]) is not None else name: shape for name, shape in found.items()}
+            reference = [(name, stored.shape) for name, stored in checkpoint.tensors.items()]
+    found: Shapes = {}
+    for entry in reference:
+        name, shape = (entry, None) if isinstance(entry, str) else (entry[0], tuple(entry[1]))
+        parsed = lookup(name, Layout.HF)
+        found[name if parsed is None else parsed.hf] = shape
+    return found
 
 
 def _by_expert(shapes: Shapes) -> Shapes:
-    """Return the same with every fused tensor, whose shape must be known, as its experts' tensors."""
+    """Return the same shapes, with the tensors of single experts in the place of each fused tensor of known shape."""
     found: Shapes = {}
     for name, shape in shapes.items():
         parsed = lookup(name, Layout.HF)
@@ -82,7 +78,7 @@ def _by_expert(shapes: Shapes) -> Shapes:
 
 
 def _is_single(name: str) -> bool:
-    """Return whether a name is one expert's."""
-    place = layer_of(name)
-    found = PER_EXPERT.find(name.removeprefix(MoEName(*place, DOWN).layer_path)) if place is not None else None
+    """Return whether a name is that of one expert's tensor."""
+    key = layer_of(name)
+    found = None if key is None else PER_EXPERT.find(name.removeprefix(MoEName(*key, DOWN).layer_path))
     return found is not None and found[1].expert is not None

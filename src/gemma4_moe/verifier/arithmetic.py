@@ -43,17 +43,11 @@ def widen(bits: Bits, dtype: DType) -> Floats:
 
 
 def reference(bits: Bits, source: DType, target: DType, scale: float = 1.0) -> Bits:
-    """Return elements of dtype `source` times `scale`, in dtype `target`.
+    """Return elements of dtype `source`, of any shape, times `scale`, a number that fp32 holds, in dtype `target`.
 
     The product is rounded to fp32, then to the target, each to nearest even. If the dtype stays and the scale is
     exactly one, the elements keep their own bits. In all other cases a NaN becomes the target's quiet NaN with the sign
-    bit of its element.
-
-    Args:
-        bits: The elements, any shape.
-        source: Their dtype.
-        target: bfloat16, float16 or float32.
-        scale: A number that fp32 holds.
+    bit of its element. The target is bfloat16, float16 or float32.
     """
     if source == target and scale == 1:
         return bits
@@ -72,8 +66,7 @@ def _round(fp32: Bits, target: DType) -> Bits:
     if target == FLOAT32:
         return fp32
     if target == BFLOAT16:
-        bfloat16: Bits = _drop(fp32, 16).astype(np.uint16)
-        return bfloat16
+        return _drop(fp32, 16).astype(np.uint16)
     magnitude = fp32 & 0x7FFFFFFF
     # fp16's exponents begin 112 steps above fp32's. A magnitude above its largest becomes its infinity.
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):

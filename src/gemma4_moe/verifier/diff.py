@@ -5,21 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
+from gemma4_moe.checkpoint.recognition import layout_of
 from gemma4_moe.errors import UnsupportedCheckpointError, command_line
 from gemma4_moe.hub.source import locate
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.publishing import check_published
-from gemma4_moe.verifier.comparison import (
-    DEFAULT_MEMORY,
-    by_current_name,
-    compare_all,
-    compare_form,
-    elementwise,
-    form_text,
-    layout_of,
-    present_in_one,
-    summary,
-)
+from gemma4_moe.verifier.comparison import DEFAULT_MEMORY, by_current_name, compare
+from gemma4_moe.verifier.expected import Expectation
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,27 +42,15 @@ def diff(
     check_published(a)
     check_published(b)
     with open_checkpoint(a) as one, open_checkpoint(b) as other:
-        layouts = [layout_of(one), layout_of(other)]
-        if layouts[0] is not layouts[1]:
+        layout, its_layout = (layout_of(checkpoint.tensors, checkpoint.path) for checkpoint in (one, other))
+        if layout is not its_layout:
             raise UnsupportedCheckpointError(
                 "two checkpoints of different layouts",
                 file=b,
-                expected=f"the {layouts[0]} layout, as in {a}",
-                found=f"the {layouts[1]} layout",
+                expected=f"the {layout} layout, as in {a}",
+                found=f"the {its_layout} layout",
                 hint=command_line("gemma4-moe", "verify", a, b),
             )
-        expected, found = (by_current_name(checkpoint, layouts[0]) for checkpoint in (one, other))
-        differences = list(present_in_one({n: form_text(t.dtype.tag, t.shape) for n, t in expected.items()}, found))
-        comparisons = []
-        for name, old in expected.items():
-            new = found.get(name)
-            if new is None:
-                continue
-            wrong = compare_form(new.name, (old.dtype, old.shape), (new.dtype, new.shape))
-            differences += wrong
-            if not wrong:
-                comparisons.append(elementwise(old, new))
-        differences += compare_all(comparisons, memory, progress)
-        one.check_unchanged()
-        other.check_unchanged()
-    return summary(a, b, len(expected.keys() | found.keys()), differences)
+        expected = {name: Expectation(tensor, tensor.shape) for name, tensor in by_current_name(one, layout).items()}
+        found = by_current_name(other, layout)
+        return compare(one, other, expected, found, may_cast=False, max_memory=memory, progress=progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -41,35 +41,24 @@ class Difference:
     ulps: int | None = None
     max_ulps: int | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON can hold them."""
-        return asdict(self)
-
     def __str__(self) -> str:
         if self.index is None:
             sides = {"expected": self.expected, "found": self.found}
             return f"{self.name}: {self.kind}: " + ", ".join(f"{side} {text}" for side, text in sides.items() if text)
         folded = ", folded with its scale" if self.kind == "fold" else ""
-        first = f"  first at {list(self.index)}: expected {self.expected}, found {self.found}"
-        lines = [
-            f"{self.name}{folded}: elements that differ: {self.count:,}",
-            first if self.ulps is None else f"{first}, distance in ulps: {self.ulps:,}",
-        ]
+        text = f"{self.name}{folded}: elements that differ: {self.count:,}\n"
+        text += f"  first at {list(self.index)}: expected {self.expected}, found {self.found}"
+        if self.ulps is not None:
+            text += f", distance in ulps: {self.ulps:,}"
         if self.max_ulps is not None:
-            lines.append(f"  largest distance in ulps: {self.max_ulps:,}")
-        return "\n".join(lines)
+            text += f"\n  largest distance in ulps: {self.max_ulps:,}"
+        return text
 
 
 class Mismatches:
-    """The elements of one tensor that differ, collected piece by piece."""
+    """The elements of one tensor that differ, collected piece by piece; both sides have one shape and dtype."""
 
     def __init__(self, shape: tuple[int, ...], dtype: DType) -> None:
-        """Start with none.
-
-        Args:
-            shape: The target's shape.
-            dtype: The dtype of both sides.
-        """
         self.count = 0
         self._shape = shape
         self._dtype = dtype
@@ -77,13 +66,9 @@ class Mismatches:
         self._max_ulps: int | None = None
 
     def compare(self, expected: Bits, found: Bits, first: int, stride: int = 0) -> None:
-        """Compare one piece [rows, columns] of the target, of any strides.
+        """Compare one piece [rows, columns] of the target.
 
-        Args:
-            expected: Its expected elements.
-            found: Its elements.
-            first: Position in the flat target of the piece's first element.
-            stride: The distance between the first elements of two rows in the flat target.
+        In the flat target its first element is at `first`, and two rows begin `stride` elements apart.
         """
         wrong = expected != found
         if not wrong.any():
@@ -114,18 +99,10 @@ class Mismatches:
         expected, found = (np.array([value], element_bits(self._dtype)) for value in values)
         ulps = _ulps(expected, found, self._dtype)
         element = position * expected.itemsize * 8 // self._dtype.bits  # a byte of a packed dtype holds several
-        return [
-            Difference(
-                name=name,
-                kind=kind,
-                expected=_text(expected, self._dtype),
-                found=_text(found, self._dtype),
-                count=self.count,
-                index=tuple(int(axis) for axis in np.unravel_index(element, self._shape)),
-                ulps=int(ulps[0]) if ulps.size else None,
-                max_ulps=self._max_ulps,
-            )
-        ]
+        index = tuple(int(axis) for axis in np.unravel_index(element, self._shape))
+        first = int(ulps[0]) if ulps.size else None
+        texts = _text(expected, self._dtype), _text(found, self._dtype)
+        return [Difference(name, kind, *texts, self.count, index, first, self._max_ulps)]
 
 
 def _ulps(expected: Bits, found: Bits, dtype: DType) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -138,8 +115,7 @@ def _ulps(expected: Bits, found: Bits, dtype: DType) -> np.ndarray[Any, np.dtype
         return np.empty(0, np.int64)
     numbers = ~(np.isnan(widen(expected, dtype)) | np.isnan(widen(found, dtype)))
     one, other = _places(expected[numbers], dtype), _places(found[numbers], dtype)
-    distances: np.ndarray[Any, np.dtype[np.int64]] = np.abs(one - other)
-    return distances
+    return np.abs(one - other)
 
 
 def _places(bits: Bits, dtype: DType) -> np.ndarray[Any, np.dtype[np.int64]]:

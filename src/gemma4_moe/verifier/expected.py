@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES, DType
 from gemma4_moe.layout.table import DOWN, SCALE, Layout
-from gemma4_moe.verifier.comparison import compare_form
 from gemma4_moe.verifier.differences import Difference
 
 if TYPE_CHECKING:
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.layout.names import MoEName
 
-#: The dtypes of a stored `per_expert_scale`.
-_FLOATS = ", ".join(dtype.tag for dtype in EXPERT_DTYPES)
-
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
@@ -29,7 +25,6 @@ class Expectation:
 
     Attributes:
         source: The source tensor that it comes from; None for a `per_expert_scale` of ones.
-        shape: Its shape.
         transposed: Whether its last two axes are those of `source`, exchanged.
         scale: The source tensor whose values multiply its experts, or None.
         scale_name: The target's tensor that multiplies its experts and should be ones, or None.
@@ -41,16 +36,12 @@ class Expectation:
     scale: StoredTensor | None = None
     scale_name: str | None = None
 
-    def dtype(self, cast: DType | None) -> DType | None:
-        """Return its dtype if floats are cast to `cast`; None for a scale of ones, which may have any of `_FLOATS`."""
+    def dtypes(self, cast: DType | None) -> tuple[DType, ...]:
+        """Return the dtypes that it may have if floats are cast to `cast`; a scale of ones may have several."""
         if self.source is None:
-            return None
-        return self.source.dtype if cast is None or self.source.dtype.float_format is None else cast
-
-    def dtype_text(self, cast: DType | None) -> str:
-        """Return that dtype as text."""
-        dtype = self.dtype(cast)
-        return _FLOATS if dtype is None else dtype.tag
+            return EXPERT_DTYPES
+        own = self.source.dtype
+        return (own if cast is None or own.float_format is None else cast,)
 
 
 def expectations(
@@ -58,20 +49,15 @@ def expectations(
 ) -> dict[str, Expectation]:
     """Return the expected tensors of a target in layout `to`, by name in current spelling.
 
-    Args:
-        source: The checkpoint that was converted.
-        names: The meaning of each of its names.
-        layout: Its layout.
-        to: The target's layout. If it is the source's, every tensor stays as it is.
+    `names` has the meaning of each name of the source. If the source's layout is the target's, every tensor stays as it
+    is.
     """
     scales = {name.layer_key: source.tensors[own] for own, name in names.items() if name and name.rule is SCALE}
     expected = {}
     for own, name in names.items():
         stored = source.tensors[own]
-        if name is None:
-            expected[own] = Expectation(stored, stored.shape)
-        elif layout is to or name.rule.hf_axes == name.rule.nemo_axes:
-            expected[name.name(to)] = Expectation(stored, stored.shape)
+        if name is None or layout is to or name.rule.hf_axes == name.rule.nemo_axes:
+            expected[own if name is None else name.name(to)] = Expectation(stored, stored.shape)
         elif name.rule.in_nemo:
             experts, rows, columns = stored.shape
             shape = (experts, columns, rows)
@@ -89,33 +75,33 @@ def expectations(
 def common_dtype(expected: Mapping[str, Expectation], found: Mapping[str, StoredTensor]) -> DType | None:
     """Return the dtype, or None for no cast, that explains the dtypes of most of the target's tensors."""
     pairs = [(tensor, found[name].dtype) for name, tensor in expected.items() if name in found]
-
-    def explained(cast: DType | None) -> int:
-        return sum(tensor.dtype(cast) == dtype for tensor, dtype in pairs)
-
-    return max((None, *EXPERT_DTYPES), key=explained)
+    return max((None, *EXPERT_DTYPES), key=lambda cast: sum(dtype in tensor.dtypes(cast) for tensor, dtype in pairs))
 
 
 def compare_headers(
     expected: Mapping[str, Expectation], found: Mapping[str, StoredTensor], cast: DType | None
 ) -> tuple[list[Difference], dict[str, StoredTensor]]:
-    """Compare dtypes and shapes.
+    """Compare names, dtypes and shapes.
 
     Returns:
         The differences, and the tensors of the target whose values can be compared, by name in current spelling.
     """
-    differences: list[Difference] = []
-    comparable = {}
+    missing, wrong, comparable = [], [], {}
     for name, tensor in expected.items():
-        stored = found.get(name)
+        dtypes = tensor.dtypes(cast)
+        tags, stored = ", ".join(dtype.tag for dtype in dtypes), found.get(name)
         if stored is None:
+            missing.append(Difference(name, "missing", f"{tags} {list(tensor.shape)}", None))
             continue
-        dtype = tensor.dtype(cast)
-        if dtype is None and stored.dtype not in EXPERT_DTYPES:
-            wrong = [Difference(stored.name, "dtype", _FLOATS, stored.dtype.tag)]
-        else:
-            wrong = compare_form(stored.name, (dtype or stored.dtype, tensor.shape), (stored.dtype, stored.shape))
-        differences += wrong
-        if not wrong:
+        if stored.dtype in dtypes and stored.shape == tensor.shape:
             comparable[name] = stored
-    return differences, comparable
+        if stored.dtype not in dtypes:
+            wrong.append(Difference(stored.name, "dtype", tags, stored.dtype.tag))
+        if stored.shape != tensor.shape:
+            wrong.append(Difference(stored.name, "shape", str(list(tensor.shape)), str(list(stored.shape))))
+    extra = [
+        Difference(tensor.name, "extra", None, f"{tensor.dtype.tag} {list(tensor.shape)}")
+        for name, tensor in found.items()
+        if name not in expected
+    ]
+    return [*missing, *extra, *wrong], comparable

@@ -17,19 +17,12 @@ SPELLINGS = (CURRENT, LEGACY, PER_EXPERT)
 
 
 def find(rest: str) -> tuple[Spelling, Rule, Part] | None:
-    """Return the readable form that has a tensor REST, its role and its contents; None if there is none."""
-    for spelling in SPELLINGS:
-        if spelling.readable and (found := spelling.find(rest)) is not None:
-            return spelling, *found
-    return None
+    """Return the readable form that has a tensor REST, its role and its share; None if there is none."""
+    found = ((form, *known) for form in SPELLINGS if form.readable and (known := form.find(rest)))
+    return next(found, None)
 
 
 def known_names() -> dict[str, None]:
     """Return REST of every tensor of the readable forms in their order; "{}" stands for an expert's number."""
-    return {
-        template: None
-        for spelling in SPELLINGS
-        if spelling.readable
-        for rule in RULES
-        for template in spelling.templates(rule)
-    }
+    readable = (form for form in SPELLINGS if form.readable)
+    return dict.fromkeys(template for form in readable for rule in RULES for template in form.templates(rule))

@@ -1,4 +1,4 @@
-"""What a spelling is: which stored tensors make up a tensor of the hf layout, and what each of them holds of it."""
+"""The type of a spelling: the stored tensors that make up a tensor of the hf layout, and the share that each holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one stored tensor holds of a role's hf tensor [E, R, C]: experts, and a run of their rows.
+    """The share of a role's hf tensor [E, R, C] that one stored tensor holds: experts, and a run of their rows.
 
     Attributes:
         expert: The one expert that it holds, without the axis E; None if it holds all experts.
@@ -28,8 +28,8 @@ class Part:
 
     def axes(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         """Return the axes of the stored tensor, from the axes of the whole one."""
-        halved = tuple("I" if axis == "2I" and self.slots == 2 else axis for axis in axes)
-        return halved if self.expert is None else halved[1:]
+        own = axes if self.expert is None else axes[1:]
+        return tuple("I" if axis == "2I" and self.slots == 2 else axis for axis in own)
 
     def experts(self, count: int) -> tuple[int, int]:
         """Return the range of experts (start, end) that it holds, of `count`."""
@@ -37,15 +37,14 @@ class Part:
 
     def rows(self, count: int) -> tuple[int, int]:
         """Return the range of rows (start, end) that it holds, of `count`."""
-        size = count // self.slots
-        return self.slot * size, (self.slot + 1) * size
+        return self.slot * count // self.slots, (self.slot + 1) * count // self.slots
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the stored tensor, from the shape of the whole one."""
         if self == WHOLE:
             return whole
         experts, rows, columns = whole
-        shape = (experts, rows // self.slots, columns)
+        shape = experts, rows // self.slots, columns
         return shape if self.expert is None else shape[1:]
 
 
@@ -58,7 +57,7 @@ class Spelling:
     """One published form of the hf layout: the names of the tensors that make up each role.
 
     Attributes:
-        name: What it is called.
+        name: Its name in messages and results.
         names: For each role that it spells in its own way, REST of each run of rows, in their order. A "{}" stands for
             the number of an expert whose tensor has no axis E. All other roles have the names of the table.
         readable: Whether checkpoints in this form are read.
@@ -93,13 +92,11 @@ class Spelling:
         return self.names.get(rule, (rule.hf,))
 
     def find(self, rest: str) -> tuple[Rule, Part] | None:
-        """Return the role that the tensor REST belongs to, and what it holds of it; None if it has no such tensor."""
-        if (found := self._fixed.get(rest)) is not None:
-            return found
+        """Return the role that the tensor REST belongs to, and its share; None if the form has no such tensor."""
         for pattern, rule, slot, slots in self._numbered:
             if (match := pattern.fullmatch(rest)) is not None:
                 return rule, Part(int(match[1]), slot, slots)
-        return None
+        return self._fixed.get(rest)
 
     def parts(self, rule: Rule, experts: int) -> Iterator[tuple[str, Part]]:
         """Yield REST and contents of every tensor of a role with this number of experts, by experts and rows."""
