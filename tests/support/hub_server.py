@@ -24,53 +24,29 @@ FILE_PATH = "/{repo_id}/resolve/{revision}/{filename}"
 
 @dataclass
 class Hub:
-    """One model on the server.
-
-    Attributes:
-        repository: Its id.
-        directory: Its files.
-        requests: Each request for the bytes of a file: its name and its Range header.
-        listings: How many requests were not for a file.
-        served: How many bytes of each file were sent.
-        tokens: Each Authorization header that came, by "hub" and "cdn".
-        revisions: What names the commit.
-        answers: Status and headers with which the next requests to the Hub are refused.
-        last: How many requests for files are answered before the server gives up.
-        gated: The model may be listed, but its files are refused.
-        sizes: Whether the listing has the files' sizes.
-        cut: Answers to ranges lose their last byte.
-        longer: How many bytes more than the range they have.
-        broken: How many answers break off in the middle first.
-        stalled: How many requests get no answer for a while first.
-        whole: Ranges are ignored.
-        shift: By how many bytes the answer to a range begins late.
-        encodes: Files are compressed for a client that accepts that, and ranges are of the compressed file.
-        redirect: Files are redirected once, to a CDN on another port.
-        url: Where the server is.
-        cdn: Where the CDN is.
-    """
+    """One model on the server, and how it misbehaves."""
 
     repository: str
     directory: Path
-    requests: list[tuple[str, str | None]] = field(default_factory=list)
-    listings: int = 0
-    served: Counter[str] = field(default_factory=Counter)
+    requests: list[tuple[str, str | None]] = field(default_factory=list)  # for a file's bytes: its name, the Range
+    listings: int = 0  # requests that were not for a file
+    served: Counter[str] = field(default_factory=Counter)  # the bytes of each file that were sent
+    #: Each Authorization header that came.
     tokens: dict[str, set[str | None]] = field(default_factory=lambda: {"hub": set(), "cdn": set()})
-    revisions: set[str] = field(default_factory=lambda: {"main", COMMIT, "refs/pr/1"})
-    answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
-    last: int | None = None
-    gated: bool = False
-    sizes: bool = True
-    cut: bool = False
-    longer: int = 0
-    broken: int = 0
-    stalled: int = 0
-    whole: bool = False
-    shift: int = 0
-    encodes: bool = False
-    redirect: bool = True
+    revisions: set[str] = field(default_factory=lambda: {"main", COMMIT, "refs/pr/1"})  # the commit's names
+    answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # refusals of the next requests to the Hub
+    last: int | None = None  # so many requests for files are answered before the server gives up
+    gated: bool = False  # the model may be listed, but its files are refused
+    sizes: bool = True  # the listing has the files' sizes
+    cut: bool = False  # answers to ranges lose their last byte
+    longer: int = 0  # bytes that answers have beyond the range
+    broken: int = 0  # so many answers break off in the middle first
+    stalled: int = 0  # so many requests get no answer for a while first
+    whole: bool = False  # ranges are ignored
+    shift: int = 0  # bytes by which the answer to a range begins late
+    encodes: bool = False  # files are compressed for a client that accepts that, and ranges are of the compressed file
     url: str = ""
-    cdn: str = ""
+    cdn: str = ""  # on another port: every file is redirected there once
 
     @property
     def weight_requests(self) -> list[str | None]:
@@ -101,42 +77,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return False
         return True
-
-    def file(self, name: str) -> None:
-        path, asked, encoding = self.hub.directory / name, self.headers["Range"], {}
-        if self.hub.encodes and "gzip" in self.headers["Accept-Encoding"]:
-            path, encoding = path.with_name(f"{name}.gz"), {"Content_Encoding": "gzip"}
-            path.write_bytes(gzip.compress((self.hub.directory / name).read_bytes()))
-        size = path.stat().st_size
-        if self.command == "HEAD":
-            self.answer(200, length=size, ETag=f'"{name}"', X_Repo_Commit=COMMIT)
-            return
-        self.hub.requests.append((name, asked))
-        if self.hub.stalled:
-            self.hub.stalled -= 1
-            threading.Event().wait(2)
-            self.close_connection = True
-            return
-        first, last = (0, size - 1) if asked is None else map(int, asked.removeprefix("bytes=").split("-"))
-        if self.hub.whole:
-            first, last, asked = 0, size - 1, None
-        first, last = first + self.hub.shift, min(last + self.hub.shift, size - 1)
-        with path.open("rb") as file:
-            file.seek(first)
-            part = file.read(last + 1 - first) + bytes(self.hub.longer)
-        length = len(part)
-        if self.hub.broken:
-            self.hub.broken -= 1
-            part = part[: length // 2]
-            self.close_connection = True
-        elif self.hub.cut and asked is not None:
-            part = part[:-1]
-            length -= 1
-        if asked is None:
-            taken = self.answer(200, part, length, **encoding)
-        else:
-            taken = self.answer(206, part, length, Content_Range=f"bytes {first}-{last}/{size}", **encoding)
-        self.hub.served[name] += len(part) * taken
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -188,12 +128,10 @@ class _HubHandler(_Handler):
             self.answer(403, X_Error_Code="GatedRepo")
         elif commit != COMMIT or not (self.hub.directory / name).is_file():
             self.answer(404, X_Error_Code="EntryNotFound")
-        elif self.hub.redirect:
+        else:
             size = str((self.hub.directory / name).stat().st_size)
             linked = {"X_Linked_Size": size, "X_Linked_ETag": f'"{name}"', "X_Repo_Commit": COMMIT}
             self.answer(302, Location=f"{self.hub.cdn}/{name}", **linked)
-        else:
-            self.file(name)
 
 
 class _CdnHandler(_Handler):
@@ -202,6 +140,39 @@ class _CdnHandler(_Handler):
         self.file(unquote(urlsplit(self.path).path).lstrip("/"))
 
     do_HEAD = do_GET  # noqa: N815 - the server's name for it
+
+    def file(self, name: str) -> None:
+        path, asked, encoding = self.hub.directory / name, self.headers["Range"], {}
+        if self.hub.encodes and "gzip" in self.headers["Accept-Encoding"]:
+            path, encoding = path.with_name(f"{name}.gz"), {"Content_Encoding": "gzip"}
+            path.write_bytes(gzip.compress((self.hub.directory / name).read_bytes()))
+        size = path.stat().st_size
+        if self.command == "HEAD":
+            self.answer(200, length=size, ETag=f'"{name}"', X_Repo_Commit=COMMIT)
+            return
+        self.hub.requests.append((name, asked))
+        if self.hub.stalled:
+            self.hub.stalled -= 1
+            threading.Event().wait(2)
+            self.close_connection = True
+            return
+        first, last = (0, size - 1) if asked is None else map(int, asked.removeprefix("bytes=").split("-"))
+        if self.hub.whole:
+            first, last, asked = 0, size - 1, None
+        first, last = first + self.hub.shift, min(last + self.hub.shift, size - 1)
+        with path.open("rb") as file:
+            file.seek(first)
+            part = file.read(last + 1 - first) + bytes(self.hub.longer)
+        length = len(part)
+        if self.hub.broken:
+            self.hub.broken -= 1
+            part = part[: length // 2]
+            self.close_connection = True
+        elif self.hub.cut and asked is not None:
+            part = part[:-1]
+            length -= 1
+        ranged = {} if asked is None else {"Content_Range": f"bytes {first}-{last}/{size}"}
+        self.hub.served[name] += len(part) * self.answer(206 if ranged else 200, part, length, **ranged, **encoding)
 
 
 @contextmanager
