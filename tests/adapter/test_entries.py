@@ -1,9 +1,10 @@
-"""How the adapter takes in a state dict: in any order, one by one, lazily, and not before it has to."""
+"""How the adapter takes in a state dict: in any form, not before it has to, and without entries that are excluded."""
 
 from __future__ import annotations
 
 import gc
 import io
+import re
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gemma4_moe import Gemma4MoEStateDictAdapter
-from gemma4_moe.errors import TensorShapeError
+from gemma4_moe.errors import TensorShapeError, UnknownTensorError, UsageError
 from support.formulas import assert_same_tensors, hf_from_nemo, nemo_from_hf
-from support.models import DOWN, LAYER, NATIVE_DOWN, SCALE, Lazy
+from support.models import DOWN, LAYER, NATIVE_DOWN, SCALE, Lazy, random_hf_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 State = dict[str, torch.Tensor]
 ADAPTER = Gemma4MoEStateDictAdapter(None, None, None, dtype=torch.bfloat16)
+NEMO = nemo_from_hf(random_hf_state_dict())
 
 
 def alive_at_each_step(convert: Callable[[Any], State], state: State) -> tuple[list[set[str]], State]:
@@ -96,16 +98,13 @@ def test_a_lazy_value_is_read_once_and_only_after_the_whole_mapping_is_checked(h
     assert reads(lazy) == dict.fromkeys(hf, 0)
 
 
-def test_a_lazy_native_value_is_read_once(nemo: State) -> None:
+def test_a_lazy_native_value_is_read_once_and_an_excluded_one_not_at_all(nemo: State) -> None:
     lazy = lazy_values(nemo)
     assert_same_tensors(ADAPTER.to_hf(lazy), hf_from_nemo(nemo))
     assert reads(lazy) == dict.fromkeys(nemo, 1)
     for name, value in lazy.items():
         ADAPTER.convert_single_tensor_to_hf(name, value)
     assert reads(lazy) == dict.fromkeys(nemo, 2)
-
-
-def test_an_excluded_lazy_value_is_not_read(nemo: State) -> None:
     lazy = lazy_values(nemo)
     ADAPTER.to_hf(lazy, exclude_key_regex=r".*moe\.experts.*|.*embed")
     assert reads(lazy) == {name: int("experts" not in name and "embed" not in name) for name in nemo}
@@ -123,16 +122,12 @@ def test_numbers_that_are_no_weights_are_refused(hf: State, nemo: State, dtype: 
     ]
     if dtype == "int8":
         calls.append((DOWN, lambda: ADAPTER.from_hf(hf | {DOWN: Lazy(value)})))
+        calls.append((SCALE, lambda: ADAPTER.from_hf(hf | {SCALE: torch.arange(2, 8, dtype=torch.int8)})))
     for tensor, call in calls:
         with pytest.raises(TensorShapeError, match="not converted") as raised:
             call()
         expected = {"tensor": tensor, "found": dtype, "expected": "one of bfloat16, float16, float32"}
         assert {fact: raised.value.facts[fact] for fact in expected} == expected
-
-
-def test_a_scale_of_integers_is_refused(hf: State) -> None:
-    with pytest.raises(TensorShapeError, match="not converted"):
-        ADAPTER.from_hf(hf | {SCALE: torch.tensor([2, 3, 4, 5, 6, 7])})
 
 
 @pytest.mark.parametrize("value", [None, 1.5, [1, 2], b"bytes", "text"])
@@ -154,3 +149,72 @@ def test_other_names_may_hold_anything(hf: State, nemo: State, value: object) ->
 def test_an_empty_state_dict_is_an_empty_state_dict() -> None:
     assert ADAPTER.from_hf({}) == ADAPTER.from_hf(iter(())) == ADAPTER.to_hf({}) == {}
     assert ADAPTER.get_hf_state_dict_keys({}) == []
+
+
+#: The regular expression, and the endings of the hf names that it leaves out.
+MEANINGS = [
+    (r".*moe\.gate.*", ("router.proj.weight", "router.scale")),
+    (r".*router.*", ("router.proj.weight", "router.scale", "router.per_expert_scale")),
+    (r".*down_projs", ("experts.down_proj", "router.per_expert_scale")),
+    (r".*experts\.down_proj$", ("experts.down_proj",)),
+    (r".*per_expert_scale", ("router.per_expert_scale",)),
+    (r".*gate_and_up_projs$", ("experts.gate_up_proj",)),
+    (r".*experts\.gate_up_proj", ("experts.gate_up_proj",)),
+    (r".*moe\.experts", ("experts.gate_up_proj", "experts.down_proj", "router.per_expert_scale")),
+    (r".*layer_scalar", ("layer_scalar",)),
+    (r".*", ("",)),
+    (r"", ("",)),
+    (r"moe\.gate|per_expert_scale|experts", ()),
+    (r".*_extra_state.*", ()),
+]
+
+
+def remaining(endings: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """By formula: the hf state dict without the names of these endings."""
+    return {name: tensor for name, tensor in hf_from_nemo(NEMO).items() if not name.endswith(endings)}
+
+
+@pytest.mark.parametrize(("regex", "endings"), MEANINGS, ids=[regex for regex, _ in MEANINGS])
+def test_every_method_leaves_out_the_same(regex: str, endings: tuple[str, ...]) -> None:
+    expected = remaining(endings)
+    assert_same_tensors(ADAPTER.to_hf(NEMO, exclude_key_regex=regex), expected)
+    assert_same_tensors(ADAPTER.to_hf(iter(NEMO.items()), regex), expected)
+    singly = [
+        pair
+        for name, tensor in NEMO.items()
+        for pair in ADAPTER.convert_single_tensor_to_hf(name, tensor, exclude_key_regex=regex)
+    ]
+    assert_same_tensors(dict(singly), expected)
+    views = ADAPTER.to_hf(NEMO, exclude_key_regex=regex, for_checkpoint_load=True)
+    assert sorted(views) == sorted(expected)
+
+
+def test_the_match_is_anchored_at_the_start_of_the_whole_name() -> None:
+    assert list(ADAPTER.to_hf(NEMO, exclude_key_regex=r"layers\.0")) == list(ADAPTER.to_hf(NEMO))
+    kept = ADAPTER.to_hf(NEMO, exclude_key_regex=re.escape(LAYER))
+    assert kept
+    assert not any(name.startswith(LAYER) for name in kept)
+
+
+@pytest.mark.parametrize("regex", ["(", "*", "[z-a]", r"(?P<a>x)(?P<a>y)"])
+def test_a_text_that_is_no_regular_expression_is_refused(regex: str) -> None:
+    for call in (
+        lambda: ADAPTER.to_hf(NEMO, exclude_key_regex=regex),
+        lambda: ADAPTER.convert_single_tensor_to_hf("x", torch.ones(1), exclude_key_regex=regex),
+    ):
+        with pytest.raises(UsageError, match="not a regular expression") as raised:
+            call()
+        assert raised.value.facts["found"] == regex
+        assert raised.value.hint
+
+
+def test_a_tensor_that_no_row_explains_can_be_left_out_as_the_refusal_says() -> None:
+    name = f"{LAYER}moe.experts.down_projs_bias"
+    state = {**NEMO, name: torch.ones(6, 10)}
+    with pytest.raises(UnknownTensorError) as raised:
+        ADAPTER.to_hf(state)
+    assert "exclude it" in str(raised.value.hint)
+    assert_same_tensors(ADAPTER.to_hf(state, exclude_key_regex=r".*_bias$"), hf_from_nemo(NEMO))
+    assert ADAPTER.convert_single_tensor_to_hf(name, state[name], exclude_key_regex=r".*_bias$") == []
+    with pytest.raises(UnknownTensorError):
+        ADAPTER.convert_single_tensor_to_hf(name, state[name], exclude_key_regex=r".*_scale$")

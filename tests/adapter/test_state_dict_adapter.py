@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from gemma4_moe import Gemma4MoEStateDictAdapter
 from gemma4_moe.adapter import MoEConfig, StateDictAdapter
 from gemma4_moe.errors import IncompleteExpertsError, TensorShapeError, UsageError
 from support.formulas import assert_same_tensors, folded, hf_from_nemo, nemo_from_hf
 from support.models import DOWN, GATE_UP, LAYER, NATIVE_DOWN, SCALE, random_hf_state_dict
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch.distributed.device_mesh import DeviceMesh
 
 State = dict[str, torch.Tensor]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -137,18 +130,6 @@ def test_arguments_that_a_framework_passes_to_every_adapter_change_nothing(hf: S
     assert [name for name, _ in single] == [DOWN, SCALE]
 
 
-@pytest.fixture
-def mesh_of_one() -> Iterator[DeviceMesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("ep_shard", "ep"))
-    dist.destroy_process_group()
-
-
-def test_a_mesh_of_one_rank_is_no_mesh(hf: State, nemo: State, mesh_of_one: DeviceMesh) -> None:
-    assert_same_tensors(adapter().from_hf(hf, device_mesh=mesh_of_one), nemo_from_hf(hf))
-    assert_same_tensors(adapter().to_hf(nemo, device_mesh=mesh_of_one), hf_from_nemo(nemo))
-
-
 @pytest.mark.parametrize("rest", ["gate_and_up_projs", "down_projs"])
 def test_one_tensor_needs_no_other_and_is_checked_as_far_as_it_shows(rest: str) -> None:
     name = f"model.layers.3.moe.experts.{rest}"
@@ -177,23 +158,18 @@ def test_the_list_of_keys_is_that_of_to_hf_in_its_order(nemo: State) -> None:
     assert adapter().get_hf_state_dict_keys(reverse) == list(adapter().to_hf(reverse)) != expected
 
 
-def test_two_adapters_and_two_calls_do_not_influence_each_other(hf: State) -> None:
+def test_two_adapters_and_two_calls_do_not_influence_each_other_and_keep_nothing(hf: State, nemo: State) -> None:
     wide, narrow = adapter(torch.float32), adapter(torch.bfloat16)
+    before = dict(vars(wide)), dict(vars(narrow))
     with pytest.raises(IncompleteExpertsError):
         narrow.from_hf({name: tensor for name, tensor in hf.items() if name != SCALE})
     other = random_hf_state_dict(E=3, H=4, I=5, seed=9)
     for one in (wide, narrow, wide, narrow):
         for state in (hf, other, hf):
             assert_same_tensors(one.from_hf(state), nemo_from_hf(state, one.dtype))
-
-
-def test_an_adapter_holds_nothing_but_its_arguments(hf: State, nemo: State) -> None:
-    one = adapter()
-    before = dict(vars(one))
-    one.from_hf(hf)
-    one.to_hf(nemo)
-    one.to_hf(copies(nemo), for_checkpoint_load=True)
-    assert vars(one) == before
+        one.to_hf(nemo)
+        one.to_hf(copies(nemo), for_checkpoint_load=True)
+    assert (vars(wide), vars(narrow)) == before
 
 
 @pytest.mark.parametrize("strided", [False, True])

@@ -93,14 +93,21 @@ def check_all(world: int) -> None:
         for sizes in SIZES:
             check_placement(mesh, placements, sizes, torch.bfloat16, torch.bfloat16)
         check_placement(mesh, placements, SIZES[1], torch.bfloat16, torch.float32)
+    if world == 1:
+        check_mesh_of_one()
+
+
+def check_mesh_of_one() -> None:
+    """A mesh of one rank is no mesh."""
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("ep_shard", "ep"))
+    adapter = Gemma4MoEStateDictAdapter(None, None, None, dtype=torch.bfloat16)
+    hf = random_hf_state_dict()
+    same(adapter.from_hf(hf, device_mesh=mesh), nemo_from_hf(hf))
+    same(adapter.to_hf(nemo_from_hf(hf), device_mesh=mesh), hf_from_nemo(nemo_from_hf(hf)))
 
 
 def check_placement(
-    mesh: DeviceMesh,
-    placements: tuple[Placement, ...],
-    sizes: tuple[int, int, int],
-    file: torch.dtype,
-    model: torch.dtype,
+    mesh: DeviceMesh, placements: tuple[Placement, ...], sizes: tuple[int, ...], file: torch.dtype, model: torch.dtype
 ) -> None:
     experts, hidden, inner = sizes
     adapter = Gemma4MoEStateDictAdapter(None, MoEConfig(experts, hidden, inner), None, dtype=model)
@@ -113,10 +120,9 @@ def check_placement(
     same(adapter.from_hf(sharded_hf), sharded_nemo)
     if mesh.mesh_dim_names is not None and mesh.size() > 1:
         same(adapter.from_hf(hf, mesh), sharded_nemo)
-        parts = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in sharded_hf.items()}
-        same(adapter.from_hf(parts, mesh), sharded_nemo)
+        same(adapter.from_hf(local_parts(sharded_hf), mesh), sharded_nemo)
         check_lazy(adapter, hf, sharded_nemo, mesh)
-        native_parts = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in sharded_nemo.items()}
+        native_parts = local_parts(sharded_nemo)
         same({k: whole(v) for k, v in adapter.to_hf(native_parts, device_mesh=mesh).items()}, back)
         same(adapter.to_hf(native_parts, device_mesh=mesh, gather=True), back)
         for name, part in native_parts.items():
@@ -142,6 +148,10 @@ def check_placement(
             assert torch.equal(adapter._gather_expert_tensor(tensor, None, experts), nemo[name]), name
     check_destinations(adapter, hf, sharded_nemo, mesh, placements)
     same(hf, untouched)
+
+
+def local_parts(state: dict[str, Any]) -> State:
+    return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
 
 
 def whole(tensor: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,32 +21,8 @@ from support import ranks
 from support.formulas import nemo_from_hf
 from support.models import NATIVE_DOWN, random_hf_state_dict
 
-
-def test_ranks_that_disagree_fail_together() -> None:
-    ranks.run(4, disagree, 4)
-    ranks.run(2, disagree_on_arguments, 2)
-    ranks.run(3, disagree_without_a_mesh)
-
-
-def test_a_single_process_agrees_with_itself() -> None:
-    collectives.agree("save", None, {"dtype": "bfloat16"})
-
-
-def test_a_rank_that_stays_away_is_not_waited_for_forever() -> None:
-    ranks.run(2, stay_away, 2, meet_at_end=False)
-
-
-def test_a_killed_rank_ends_the_others() -> None:
-    ranks.run(3, die, 3, meet_at_end=False, seconds=90)
-
-
-def test_placements_and_meshes_that_are_not_known_are_refused() -> None:
-    ranks.run(2, refuse_partial, 2)
-    ranks.run(2, refuse_unknown_mesh, 2)
-
-
-def test_an_outer_pipeline_dimension_is_cut_away() -> None:
-    ranks.run(4, cut_pipeline_away, 4)
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def model(world: int) -> dict[str, torch.Tensor]:
@@ -56,7 +33,7 @@ def adapter() -> Gemma4MoEStateDictAdapter:
     return Gemma4MoEStateDictAdapter(None, MoEConfig(6), None, dtype=torch.bfloat16)
 
 
-def disagree(world: int) -> None:
+def fail_together_if_they_disagree(world: int) -> None:
     """One rank leaves a layer out: every rank raises, not only those that see the difference first."""
     state = model(world)
     mesh = init_device_mesh("cpu", (2, world // 2))
@@ -75,7 +52,7 @@ def disagree(world: int) -> None:
         adapter().convert_single_tensor_to_hf(NATIVE_DOWN, wrong)
 
 
-def disagree_on_arguments(world: int) -> None:
+def fail_together_if_they_disagree_on_arguments(world: int) -> None:
     """Excluded names and the size of the staging decide which collectives run, so ranks must agree on them too."""
     state, mine = model(world), str(dist.get_rank())
     with pytest.raises(ParallelError, match="ranks disagree"):
@@ -84,7 +61,7 @@ def disagree_on_arguments(world: int) -> None:
         adapter().to_hf(state, gather=True, staging_bytes=1000 + dist.get_rank())
 
 
-def disagree_without_a_mesh() -> None:
+def fail_together_without_a_mesh(world: int) -> None:
     """All ranks of the default group agree, or all raise."""
     collectives.agree("save", None, {"dtype": "bfloat16"})
     with pytest.raises(ParallelError, match="ranks disagree on what to save") as caught:
@@ -92,7 +69,7 @@ def disagree_without_a_mesh() -> None:
     assert ("bfloat16" in caught.value.facts["found"]) == (dist.get_rank() == 1)
 
 
-def stay_away(world: int) -> None:
+def do_not_wait_for_one_that_stays_away(world: int) -> None:
     """The last rank never calls: the others say so once the time limit is over."""
     state = model(world)
     collectives.AGREEMENT_SECONDS = 2.0
@@ -106,7 +83,7 @@ def stay_away(world: int) -> None:
     assert "logs of the other ranks" in str(caught.value)
 
 
-def die(world: int) -> None:
+def end_when_one_is_killed(world: int) -> None:
     """The last rank is gone in the middle of a gather."""
     state = model(world)
     if dist.get_rank() == world - 1:
@@ -136,7 +113,7 @@ def refuse_partial(world: int) -> None:
         assert NATIVE_DOWN in str(caught.value)
 
 
-def refuse_unknown_mesh(world: int) -> None:
+def refuse_an_unknown_mesh(world: int) -> None:
     hf = random_hf_state_dict()
     for names in (None, ("tp",)):
         with pytest.raises(ParallelError, match="does not say how experts are sharded"):
@@ -149,7 +126,7 @@ def refuse_unknown_mesh(world: int) -> None:
         adapter().from_hf({name: t[:2] if t.shape[:1] == (6,) else t for name, t in hf.items()}, mesh)
 
 
-def cut_pipeline_away(world: int) -> None:
+def cut_an_outer_pipeline_dimension_away(world: int) -> None:
     """An outer pp dimension says nothing of experts: the stage's own ranks share them."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("pp", "ep"))
     hf = random_hf_state_dict()
@@ -157,3 +134,24 @@ def cut_pipeline_away(world: int) -> None:
     expected = shard(nemo_from_hf(hf), mesh["ep"], (Shard(0),))
     same(found, expected)
     assert {t.device_mesh.mesh_dim_names for t in found.values() if isinstance(t, DTensor)} == {("ep",)}
+
+
+@pytest.mark.parametrize(
+    ("check", "world", "options"),
+    [
+        (fail_together_if_they_disagree, 4, {}),
+        (fail_together_if_they_disagree_on_arguments, 2, {}),
+        (fail_together_without_a_mesh, 3, {}),
+        (do_not_wait_for_one_that_stays_away, 2, {"meet_at_end": False}),
+        (end_when_one_is_killed, 3, {"meet_at_end": False, "seconds": 90}),
+        (refuse_partial, 2, {}),
+        (refuse_an_unknown_mesh, 2, {}),
+        (cut_an_outer_pipeline_dimension_away, 4, {}),
+    ],
+)
+def test_ranks(check: Callable[[int], None], world: int, options: dict[str, Any]) -> None:
+    ranks.run(world, check, world, **options)
+
+
+def test_a_single_process_agrees_with_itself() -> None:
+    collectives.agree("save", None, {"dtype": "bfloat16"})

@@ -36,26 +36,15 @@ def test_it_equals_convert_to_hf(tmp_path: Path, dtype: torch.dtype, cast: str |
     assert_same_stream(stream, [(planned.name, expected[planned.name]) for planned in stream.plan()])
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-@pytest.mark.parametrize("cast", [None, torch.float16])
-def test_per_expert_equals_the_formula(dtype: torch.dtype, cast: torch.dtype | None) -> None:
-    nemo = nemo_state(dtype=dtype)
-    stream = WeightStream(ADAPTER, nemo, dtype=cast, experts="per-expert")
-    assert_same_stream(stream, expected_stream(nemo, experts="per-expert", dtype=cast))
-
-
 @pytest.mark.parametrize("experts", ["fused", "per-expert"])
-def test_the_plan_equals_the_stream_and_is_json(experts: Any) -> None:
-    stream = WeightStream(ADAPTER, nemo_state(), experts=experts, dtype=FP32)
+def test_the_plan_equals_the_stream_and_is_json_and_needs_no_values(experts: Any) -> None:
+    nemo = nemo_state()
+    stream = WeightStream(ADAPTER, nemo, experts=experts, dtype=FP32)
     found = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.nbytes) for name, t in stream]
     assert stream.plan() == found
     assert json.loads(json.dumps(stream.plan())) == [[n, list(s), d, b] for n, s, d, b in found]
-
-
-def test_the_plan_needs_no_values() -> None:
-    nemo = nemo_state()
     meta = {name: tensor.to("meta") for name, tensor in nemo.items()}
-    assert WeightStream(ADAPTER, meta).plan() == WeightStream(ADAPTER, nemo).plan()
+    assert WeightStream(ADAPTER, meta, experts=experts, dtype=FP32).plan() == stream.plan()
 
 
 def test_every_pass_is_fresh_and_reads_the_values_anew() -> None:
@@ -91,11 +80,14 @@ class ByLayer:
 
 
 @pytest.mark.parametrize("experts", ["fused", "per-expert"])
-def test_one_mapping_a_layer_gives_the_same(experts: Any) -> None:
-    nemo = nemo_state()
-    stream = WeightStream(ADAPTER, ByLayer(nemo), experts=experts)
-    for _ in range(2):
-        assert_same_stream(stream, WeightStream(ADAPTER, nemo, experts=experts))
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("cast", [None, torch.float16])
+def test_one_mapping_or_one_a_layer_gives_the_formula(experts: Any, dtype: torch.dtype, cast: torch.dtype) -> None:
+    nemo = nemo_state(dtype=dtype)
+    for state in (nemo, ByLayer(nemo)):
+        stream = WeightStream(ADAPTER, state, dtype=cast, experts=experts)
+        for _ in range(2):
+            assert_same_stream(stream, expected_stream(nemo, experts=experts, dtype=cast))
 
 
 class WithExtraState(torch.nn.Module):
@@ -141,25 +133,18 @@ def test_other_dtypes_pass_as_they_are() -> None:
     assert (found["a.scalar"].dtype, float(found["a.scalar"]), found["a.scalar"].shape) == (FP32, 1.5, ())
 
 
-def test_half_a_layer_is_refused() -> None:
+def test_a_state_that_is_no_native_model_or_half_of_one_is_refused() -> None:
     nemo = nemo_state()
-    del nemo["model.language_model.layers.1.moe.experts.down_projs"]
-    with pytest.raises(IncompleteExpertsError, match="layer 1: down missing"):
-        WeightStream(ADAPTER, nemo)
-
-
-def test_a_state_that_is_no_native_model_is_refused() -> None:
-    with pytest.raises(InputError, match="without mixture-of-experts layers"):
-        WeightStream(ADAPTER, {"a": torch.ones(2)})
-    with pytest.raises(UnknownTensorError):
-        WeightStream(ADAPTER, random_hf_state_dict())
-    with pytest.raises(InputError, match="a dtype that is not converted"):
-        WeightStream(ADAPTER, {name: tensor.double() for name, tensor in nemo_state().items()})
-
-
-def test_a_state_that_can_be_read_once_is_refused() -> None:
-    with pytest.raises(UsageError, match="read only once"):
-        WeightStream(ADAPTER, iter([nemo_state()]))
+    half = {name: tensor for name, tensor in nemo.items() if not name.endswith("layers.1.moe.experts.down_projs")}
+    for state, error, words in (
+        (half, IncompleteExpertsError, "layer 1: down missing"),
+        ({"a": torch.ones(2)}, InputError, "without mixture-of-experts layers"),
+        (random_hf_state_dict(), UnknownTensorError, "name of the hf layout"),
+        ({name: tensor.double() for name, tensor in nemo.items()}, InputError, "a dtype that is not converted"),
+        (iter([nemo]), UsageError, "read only once"),
+    ):
+        with pytest.raises(error, match=words):
+            WeightStream(ADAPTER, state)
 
 
 def test_a_state_that_changed_is_refused() -> None:

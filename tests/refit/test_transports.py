@@ -1,8 +1,11 @@
-"""Transports: what arrives in another process, or on other ranks, is the stream, bit for bit."""
+"""Transports and engines: what arrives in another process, on other ranks or in an engine is the stream, bit by bit."""
 
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 from distributed.placement_checks import shard
+from gemma4_moe import Gemma4MoEStateDictAdapter
+from gemma4_moe.demo.small_models import build_model, logits
 from gemma4_moe.errors import UsageError
 from gemma4_moe.refit import WeightStream, broadcasting, ipc
 from gemma4_moe.refit.vllm_source import vllm_source
@@ -20,6 +25,9 @@ from support.streams import ADAPTER, LARGEST, assert_same_stream, expected_strea
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "refit" / "trainer_and_engine.py"
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def described(pairs: Any) -> list[tuple[str, str, tuple[int, ...], list[int]]]:
@@ -87,3 +95,40 @@ def test_a_stream_is_what_sglang_loads() -> None:
     for _ in range(2):
         engine.load_weights(stream)
         assert_same_stream(engine.weights.items(), expected_stream(nemo))
+
+
+@pytest.mark.parametrize(
+    "options", [["broadcast"], ["ipc"], pytest.param(["ipc", "--device", "cuda"], marks=NO_GPU)], ids=" ".join
+)
+def test_the_example_ends_with_equal_bits(options: list[str]) -> None:
+    command = [sys.executable, EXAMPLE, "--transport", *options]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("bits equal") == 2
+
+
+def native(model: Any) -> tuple[Gemma4MoEStateDictAdapter, dict[str, Any]]:
+    adapter = Gemma4MoEStateDictAdapter(model.config, None, None)
+    return adapter, adapter.from_hf({name: t for name, t in model.state_dict().items() if name != "lm_head.weight"})
+
+
+@pytest.mark.parametrize("kind", ["multimodal", "text"])
+def test_transformers_loads_a_stream_strictly(kind: Any) -> None:
+    trained, engine = build_model(kind, seed=1), build_model(kind, seed=2)
+    sent = dict(WeightStream(*native(trained)))
+    tied = next(name for name in sent if name.endswith("embed_tokens.weight"))
+    engine.load_state_dict(sent | {"lm_head.weight": sent[tied]}, strict=True)
+    torch.testing.assert_close(logits(engine), logits(trained), rtol=0, atol=1e-4)
+
+
+def test_the_loop_of_nemo_rl_sends_the_same() -> None:
+    adapter, state = native(build_model())
+    sent = []
+    for fqn, tensor in state.items():
+        pairs = adapter.convert_single_tensor_to_hf(
+            fqn, tensor, exclude_key_regex=r".*_extra_state.*", quantization=False
+        )
+        sent += [(name, converted.to(torch.bfloat16).contiguous()) for name, converted in pairs]
+    stream = WeightStream(adapter, state, dtype=torch.bfloat16)
+    order = {planned.name: place for place, planned in enumerate(stream.plan())}
+    assert_same_stream(stream, sorted(sent, key=lambda pair: order[pair[0]]))

@@ -1,7 +1,4 @@
-"""Both layouts in plain torch, by explicit names: expected values that owe nothing to the code under test.
-
-E experts, H hidden size, I inner size of an expert.
-"""
+"""Both layouts in plain torch, by explicit names: expected values that owe nothing to the code under test."""
 
 from __future__ import annotations
 

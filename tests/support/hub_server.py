@@ -50,12 +50,10 @@ class Hub:
 
     @property
     def weight_requests(self) -> list[str | None]:
-        """The Range header of each request for weights."""
         return [asked for name, asked in self.requests if name.endswith(".safetensors")]
 
     @property
     def weight_bytes(self) -> int:
-        """How many bytes of weights were sent."""
         return sum(count for name, count in self.served.items() if name.endswith(".safetensors"))
 
 
@@ -63,6 +61,9 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else the second packet of an answer waits 40 ms
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def answer(self, status: int, body: bytes = b"", length: int | None = None, **headers: str) -> bool:
         """Answer, and return whether the client took it all."""
@@ -100,8 +101,6 @@ class _HubHandler(_Handler):
             commit, _, name = path.removeprefix(files).partition("/")
             self.resolve(commit, name)
 
-    do_HEAD = do_GET  # noqa: N815 - the server's name for it
-
     def listing(self, rest: str) -> None:
         quoted = rest.removeprefix("/revision/").removeprefix("/tree/") or "main"
         revision = "" if "/" in quoted else unquote(quoted)  # its slashes are no slashes of the path
@@ -138,8 +137,6 @@ class _CdnHandler(_Handler):
     def do_GET(self) -> None:
         self.hub.tokens["cdn"].add(self.headers["Authorization"])
         self.file(unquote(urlsplit(self.path).path).lstrip("/"))
-
-    do_HEAD = do_GET  # noqa: N815 - the server's name for it
 
     def file(self, name: str) -> None:
         path, asked, encoding = self.hub.directory / name, self.headers["Range"], {}

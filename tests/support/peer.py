@@ -1,7 +1,4 @@
-"""NeMo AutoModel's Gemma 4 MoE adapter and model, as black boxes to compare with.
-
-Its import takes about ten seconds and warns, so it happens once, on first use.
-"""
+"""NeMo AutoModel's Gemma 4 MoE adapter and model, as black boxes; the import takes ten seconds, so on first use."""
 
 from __future__ import annotations
 
