@@ -8,12 +8,25 @@ from typing import TYPE_CHECKING
 import pytest
 
 from support.checkpoints import write_checkpoint
+from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture
+def hf() -> dict[str, torch.Tensor]:
+    return random_hf_state_dict()
+
+
+@pytest.fixture
+def nemo(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return nemo_from_hf(hf)
 
 
 @pytest.fixture

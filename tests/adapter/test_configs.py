@@ -13,6 +13,7 @@ from gemma4_moe.adapter.configs import axis_sizes, conversion_of
 from gemma4_moe.errors import ConfigError, UsageError
 
 TEXT = SimpleNamespace(num_experts=6, hidden_size=10, moe_intermediate_size=7)
+GEMMA = vars(TEXT) | {"enable_moe_block": True}
 PEER = SimpleNamespace(n_routed_experts=6, dim=10, moe_inter_dim=7, inter_dim=99, n_shared_experts=0)
 
 
@@ -31,16 +32,12 @@ PEER = SimpleNamespace(n_routed_experts=6, dim=10, moe_inter_dim=7, inter_dim=99
         (SimpleNamespace(text_config=TEXT, hidden_size=99), None, {"E": 6, "H": 10, "I": 7}),
         (SimpleNamespace(text_config=None, hidden_size=10), None, {"H": 10}),
         (SimpleNamespace(hidden_size=10, num_experts=None), MoEConfig(6), {"E": 6, "H": 10}),
+        (transformers.Gemma4TextConfig(**GEMMA), None, {"E": 6, "H": 10, "I": 7}),
+        (transformers.Gemma4Config(text_config=GEMMA), None, {"E": 6, "H": 10, "I": 7}),
     ],
 )
 def test_sizes_are_read_wherever_they_stand(config: Any, moe_config: Any, sizes: dict[str, int]) -> None:
     assert axis_sizes(config, moe_config) == sizes
-
-
-def test_the_configs_of_transformers_serve() -> None:
-    text = {"num_experts": 6, "hidden_size": 10, "moe_intermediate_size": 7, "enable_moe_block": True}
-    assert axis_sizes(transformers.Gemma4TextConfig(**text), None) == {"E": 6, "H": 10, "I": 7}
-    assert axis_sizes(transformers.Gemma4Config(text_config=text), None) == {"E": 6, "H": 10, "I": 7}
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
-"""How the adapter takes in a state dict: in any order, one by one, lazily, and not before it has to."""
+"""How the adapter takes in a state dict: in any form, not before it has to, and without entries that are excluded."""
 
 from __future__ import annotations
 
 import gc
 import io
-import random
+import re
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -14,95 +14,60 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gemma4_moe import Gemma4MoEStateDictAdapter
-from gemma4_moe.errors import TensorShapeError
+from gemma4_moe.errors import TensorShapeError, UnknownTensorError, UsageError
 from support.formulas import assert_same_tensors, hf_from_nemo, nemo_from_hf
-from support.models import random_hf_state_dict
+from support.models import DOWN, LAYER, NATIVE_DOWN, SCALE, Lazy, random_hf_state_dict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-LAYER = "model.language_model.layers.0."
+State = dict[str, torch.Tensor]
 ADAPTER = Gemma4MoEStateDictAdapter(None, None, None, dtype=torch.bfloat16)
+NEMO = nemo_from_hf(random_hf_state_dict())
 
 
-@pytest.fixture
-def hf() -> dict[str, torch.Tensor]:
-    return random_hf_state_dict()
+def alive_at_each_step(convert: Callable[[Any], State], state: State) -> tuple[list[set[str]], State]:
+    """The names of the tensors of an iterator that are alive whenever the next is asked for, and the result."""
+    alive: list[set[str]] = []
+    made: dict[str, weakref.ref[torch.Tensor]] = {}
 
+    def entries() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in state:
+            alive.append({name for name, reference in made.items() if reference() is not None})
+            yield name, fresh(name)
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_order_of_entries_changes_only_the_order_of_results(hf: dict[str, torch.Tensor], seed: int) -> None:
-    names = list(hf)
-    random.Random(seed).shuffle(names)
-    assert_same_tensors(ADAPTER.from_hf((name, hf[name]) for name in names), nemo_from_hf(hf))
-    assert_same_tensors(ADAPTER.from_hf({name: hf[name] for name in names}), nemo_from_hf(hf))
+    def fresh(name: str) -> torch.Tensor:
+        tensor = state[name].clone()
+        made[name] = weakref.ref(tensor)
+        return tensor
 
-
-@pytest.mark.parametrize("scale_first", [False, True])
-def test_scale_and_down_proj_find_each_other_across_interleaved_layers(
-    hf: dict[str, torch.Tensor], scale_first: bool
-) -> None:
-    def place(name: str) -> tuple[bool, str]:
-        return name.endswith("per_expert_scale") is not scale_first, name[::-1]
-
-    names = sorted(hf, key=place)
-    assert names[0].endswith("per_expert_scale") is scale_first
-    assert_same_tensors(ADAPTER.from_hf((name, hf[name]) for name in names), nemo_from_hf(hf))
-
-
-class Nursery:
-    """Makes fresh copies of a state dict's tensors, and knows which of them are still alive."""
-
-    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
-        self._state = state
-        self._made: dict[str, weakref.ref[torch.Tensor]] = {}
-        self.alive: list[set[str]] = []
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._state.items():
-            self.alive.append({made for made, reference in self._made.items() if reference() is not None})
-            yield name, self._make(name, tensor)
-
-    def _make(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        made = tensor.clone()
-        self._made[name] = weakref.ref(made)
-        return made
-
-
-def test_expert_tensors_of_an_iterator_are_released_before_the_next_is_asked_for(hf: dict[str, torch.Tensor]) -> None:
     gc.disable()
     try:
-        experts = {name: tensor for name, tensor in hf.items() if "expert" in name}
-        assert len(experts) == 6
-        names = sorted(experts, key=lambda name: (name.split("layers.")[1][0], "scale" in name, "gate" in name))
-        nursery = Nursery({name: experts[name] for name in names})
-        ADAPTER.from_hf(iter(nursery))
+        return alive, convert(entries())
     finally:
         gc.enable()
+
+
+def test_tensors_of_an_iterator_are_released_before_the_next_is_asked_for(hf: State, nemo: State) -> None:
+    names = [name for name in hf if "expert" in name]
+    assert len(names) == 6
+    names.sort(key=lambda name: (name.split("layers.")[1][0], "scale" in name, "gate" in name))
+    alive, found = alive_at_each_step(ADAPTER.from_hf, {name: hf[name] for name in names})
     down = [f"model.language_model.layers.{layer}.experts.down_proj" for layer in range(2)]
-    assert nursery.alive == [set(), {down[0]}, {down[0]}, set(), {down[1]}, {down[1]}]
-
-
-def test_native_tensors_of_an_iterator_are_released_before_the_next_is_asked_for(hf: dict[str, torch.Tensor]) -> None:
-    gc.disable()
-    try:
-        nursery = Nursery({name: tensor for name, tensor in nemo_from_hf(hf).items() if "moe.experts" in name})
-        found = ADAPTER.to_hf(iter(nursery))
-    finally:
-        gc.enable()
-    assert nursery.alive == [set()] * 4
-    expected = hf_from_nemo(nemo_from_hf(hf))
-    assert_same_tensors(found, {name: tensor for name, tensor in expected.items() if "expert" in name})
+    assert alive == [set(), {down[0]}, {down[0]}, set(), {down[1]}, {down[1]}]
+    experts = {name: tensor for name, tensor in nemo.items() if "moe.experts" in name}
+    assert_same_tensors(found, experts)
+    alive, found = alive_at_each_step(ADAPTER.to_hf, experts)
+    assert alive == [set()] * 4
+    assert_same_tensors(found, hf_from_nemo(experts))
 
 
 @pytest.mark.parametrize("direction", ["from_hf", "to_hf"])
-def test_lazy_slices_of_a_file_give_what_tensors_give(
-    hf: dict[str, torch.Tensor], tmp_path: Path, direction: str
-) -> None:
+def test_lazy_slices_of_a_file_give_what_tensors_give(hf: State, tmp_path: Path, direction: str) -> None:
     hf["model.step"] = torch.tensor(7, dtype=torch.int64)
-    state, expected = (hf, nemo_from_hf(hf)) if direction == "from_hf" else (nemo_from_hf(hf), None)
-    expected = expected or hf_from_nemo(state)
+    nemo = nemo_from_hf(hf)
+    state, expected = (hf, nemo) if direction == "from_hf" else (nemo, hf_from_nemo(nemo))
     save_file(state, tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -115,103 +80,65 @@ def test_lazy_slices_of_a_file_give_what_tensors_give(
             assert_same_tensors(dict(singly), expected)
 
 
-class Recorded:
-    """A lazy value that says what was done to it, in the protocol of safetensors' slices."""
-
-    def __init__(self, name: str, tensor: torch.Tensor, log: list[str]) -> None:
-        self._name, self._tensor, self._log = name, tensor, log
-
-    def get_shape(self) -> list[int]:
-        return list(self._tensor.shape)
-
-    def get_dtype(self) -> str:
-        return {torch.bfloat16: "BF16", torch.int8: "I8", torch.float32: "F32"}[self._tensor.dtype]
-
-    def __getitem__(self, key: Any) -> torch.Tensor:
-        self._log.append(self._name)
-        return self._tensor[key]
+def lazy_values(state: State) -> dict[str, Lazy]:
+    return {name: Lazy(tensor) for name, tensor in state.items()}
 
 
-def test_a_lazy_value_is_read_once_and_only_after_the_whole_mapping_is_checked(hf: dict[str, torch.Tensor]) -> None:
-    log: list[str] = []
-    lazy = {name: Recorded(name, tensor, log) for name, tensor in hf.items()}
+def reads(lazy: dict[str, Lazy]) -> dict[str, int]:
+    return {name: len(value.read) for name, value in lazy.items()}
+
+
+def test_a_lazy_value_is_read_once_and_only_after_the_whole_mapping_is_checked(hf: State) -> None:
+    lazy = lazy_values(hf)
     assert_same_tensors(ADAPTER.from_hf(lazy), nemo_from_hf(hf))
-    assert sorted(log) == sorted(hf)
-    log.clear()
-    last = list(lazy)[-1]
+    assert reads(lazy) == dict.fromkeys(hf, 1)
+    lazy = lazy_values(hf | {list(hf)[-1]: list(hf.values())[-1][:-1]})
     with pytest.raises(TensorShapeError):
-        ADAPTER.from_hf(lazy | {last: Recorded(last, hf[last][:-1], log)})
-    assert log == []
+        ADAPTER.from_hf(lazy)
+    assert reads(lazy) == dict.fromkeys(hf, 0)
 
 
-def test_a_lazy_native_value_is_read_once(hf: dict[str, torch.Tensor]) -> None:
-    log: list[str] = []
-    nemo = nemo_from_hf(hf)
-    lazy = {name: Recorded(name, tensor, log) for name, tensor in nemo.items()}
+def test_a_lazy_native_value_is_read_once_and_an_excluded_one_not_at_all(nemo: State) -> None:
+    lazy = lazy_values(nemo)
     assert_same_tensors(ADAPTER.to_hf(lazy), hf_from_nemo(nemo))
-    assert sorted(log) == sorted(nemo)
-    log.clear()
+    assert reads(lazy) == dict.fromkeys(nemo, 1)
     for name, value in lazy.items():
         ADAPTER.convert_single_tensor_to_hf(name, value)
-    assert sorted(log) == sorted(nemo)
-
-
-def test_an_excluded_lazy_value_is_not_read(hf: dict[str, torch.Tensor]) -> None:
-    log: list[str] = []
-    lazy = {name: Recorded(name, tensor, log) for name, tensor in nemo_from_hf(hf).items()}
+    assert reads(lazy) == dict.fromkeys(nemo, 2)
+    lazy = lazy_values(nemo)
     ADAPTER.to_hf(lazy, exclude_key_regex=r".*moe\.experts.*|.*embed")
-    assert [name for name in log if "experts" in name or "embed" in name] == []
-    assert len(log) == len(lazy) - 5
+    assert reads(lazy) == {name: int("experts" not in name and "embed" not in name) for name in nemo}
 
 
-def wrong_dtypes(hf: dict[str, torch.Tensor]) -> dict[str, Any]:
-    down = hf[f"{LAYER}experts.down_proj"]
-    return {
-        "float8_e4m3fn": down.to(torch.float8_e4m3fn),
-        "int8": down.to(torch.int8),
-        "uint8": down.to(torch.uint8),
-        "float64": down.double(),
-        "complex64": down.to(torch.complex64),
-        "lazy int8": Recorded("down", down.to(torch.int8), []),
-    }
-
-
-@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8", "uint8", "float64", "complex64", "lazy int8"])
-def test_numbers_that_are_no_weights_are_refused(hf: dict[str, torch.Tensor], kind: str) -> None:
-    name, native = f"{LAYER}experts.down_proj", f"{LAYER}moe.experts.down_projs"
-    value = wrong_dtypes(hf)[kind]
-    calls: list[tuple[str, Callable[[], Any]]] = [(name, lambda: ADAPTER.from_hf(hf | {name: value}))]
-    if isinstance(value, torch.Tensor):
-        nemo = nemo_from_hf(hf)
-        calls += [
-            (native, lambda: ADAPTER.to_hf(nemo | {native: value.mT})),
-            (native, lambda: ADAPTER.to_hf(nemo | {native: value.mT}, for_checkpoint_load=True)),
-            (native, lambda: ADAPTER.convert_single_tensor_to_hf(native, value.mT)),
-        ]
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "uint8", "float64", "complex64"])
+def test_numbers_that_are_no_weights_are_refused(hf: State, nemo: State, dtype: str) -> None:
+    value = hf[DOWN].to(getattr(torch, dtype))
+    bad = nemo | {NATIVE_DOWN: value.mT}
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        (DOWN, lambda: ADAPTER.from_hf(hf | {DOWN: value})),
+        (NATIVE_DOWN, lambda: ADAPTER.to_hf(bad)),
+        (NATIVE_DOWN, lambda: ADAPTER.to_hf(bad, for_checkpoint_load=True)),
+        (NATIVE_DOWN, lambda: ADAPTER.convert_single_tensor_to_hf(NATIVE_DOWN, value.mT)),
+    ]
+    if dtype == "int8":
+        calls.append((DOWN, lambda: ADAPTER.from_hf(hf | {DOWN: Lazy(value)})))
+        calls.append((SCALE, lambda: ADAPTER.from_hf(hf | {SCALE: torch.arange(2, 8, dtype=torch.int8)})))
     for tensor, call in calls:
         with pytest.raises(TensorShapeError, match="not converted") as raised:
             call()
-        assert raised.value.facts["tensor"] == tensor
-        assert raised.value.facts["found"] == kind.split()[-1]
-        assert raised.value.facts["expected"] == "one of bfloat16, float16, float32"
-
-
-def test_a_scale_of_integers_is_refused(hf: dict[str, torch.Tensor]) -> None:
-    name = f"{LAYER}router.per_expert_scale"
-    with pytest.raises(TensorShapeError, match="not converted"):
-        ADAPTER.from_hf(hf | {name: torch.tensor([2, 3, 4, 5, 6, 7])})
+        expected = {"tensor": tensor, "found": dtype, "expected": "one of bfloat16, float16, float32"}
+        assert {fact: raised.value.facts[fact] for fact in expected} == expected
 
 
 @pytest.mark.parametrize("value", [None, 1.5, [1, 2], b"bytes", "text"])
-def test_a_value_that_is_no_tensor_can_be_no_expert(hf: dict[str, torch.Tensor], value: object) -> None:
+def test_a_value_that_is_no_tensor_can_be_no_expert(hf: State, value: object) -> None:
     with pytest.raises(TensorShapeError, match="no tensor"):
-        ADAPTER.from_hf(hf | {f"{LAYER}experts.down_proj": value})
+        ADAPTER.from_hf(hf | {DOWN: value})
 
 
 @pytest.mark.parametrize("value", [None, io.BytesIO(b"state"), {"step": 3}, torch.tensor(3)])
-def test_other_names_may_hold_anything(hf: dict[str, torch.Tensor], value: object) -> None:
+def test_other_names_may_hold_anything(hf: State, nemo: State, value: object) -> None:
     name = f"{LAYER}self_attn.core_attention._extra_state"
-    nemo = nemo_from_hf(hf)
     assert ADAPTER.from_hf(hf | {name: value})[name] is value
     assert ADAPTER.to_hf(nemo | {name: value})[name] is value
     assert ADAPTER.convert_single_tensor_to_hf(name, value) == [(name, value)]
@@ -222,3 +149,72 @@ def test_other_names_may_hold_anything(hf: dict[str, torch.Tensor], value: objec
 def test_an_empty_state_dict_is_an_empty_state_dict() -> None:
     assert ADAPTER.from_hf({}) == ADAPTER.from_hf(iter(())) == ADAPTER.to_hf({}) == {}
     assert ADAPTER.get_hf_state_dict_keys({}) == []
+
+
+#: The regular expression, and the endings of the hf names that it leaves out.
+MEANINGS = [
+    (r".*moe\.gate.*", ("router.proj.weight", "router.scale")),
+    (r".*router.*", ("router.proj.weight", "router.scale", "router.per_expert_scale")),
+    (r".*down_projs", ("experts.down_proj", "router.per_expert_scale")),
+    (r".*experts\.down_proj$", ("experts.down_proj",)),
+    (r".*per_expert_scale", ("router.per_expert_scale",)),
+    (r".*gate_and_up_projs$", ("experts.gate_up_proj",)),
+    (r".*experts\.gate_up_proj", ("experts.gate_up_proj",)),
+    (r".*moe\.experts", ("experts.gate_up_proj", "experts.down_proj", "router.per_expert_scale")),
+    (r".*layer_scalar", ("layer_scalar",)),
+    (r".*", ("",)),
+    (r"", ("",)),
+    (r"moe\.gate|per_expert_scale|experts", ()),
+    (r".*_extra_state.*", ()),
+]
+
+
+def remaining(endings: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """By formula: the hf state dict without the names of these endings."""
+    return {name: tensor for name, tensor in hf_from_nemo(NEMO).items() if not name.endswith(endings)}
+
+
+@pytest.mark.parametrize(("regex", "endings"), MEANINGS, ids=[regex for regex, _ in MEANINGS])
+def test_every_method_leaves_out_the_same(regex: str, endings: tuple[str, ...]) -> None:
+    expected = remaining(endings)
+    assert_same_tensors(ADAPTER.to_hf(NEMO, exclude_key_regex=regex), expected)
+    assert_same_tensors(ADAPTER.to_hf(iter(NEMO.items()), regex), expected)
+    singly = [
+        pair
+        for name, tensor in NEMO.items()
+        for pair in ADAPTER.convert_single_tensor_to_hf(name, tensor, exclude_key_regex=regex)
+    ]
+    assert_same_tensors(dict(singly), expected)
+    views = ADAPTER.to_hf(NEMO, exclude_key_regex=regex, for_checkpoint_load=True)
+    assert sorted(views) == sorted(expected)
+
+
+def test_the_match_is_anchored_at_the_start_of_the_whole_name() -> None:
+    assert list(ADAPTER.to_hf(NEMO, exclude_key_regex=r"layers\.0")) == list(ADAPTER.to_hf(NEMO))
+    kept = ADAPTER.to_hf(NEMO, exclude_key_regex=re.escape(LAYER))
+    assert kept
+    assert not any(name.startswith(LAYER) for name in kept)
+
+
+@pytest.mark.parametrize("regex", ["(", "*", "[z-a]", r"(?P<a>x)(?P<a>y)"])
+def test_a_text_that_is_no_regular_expression_is_refused(regex: str) -> None:
+    for call in (
+        lambda: ADAPTER.to_hf(NEMO, exclude_key_regex=regex),
+        lambda: ADAPTER.convert_single_tensor_to_hf("x", torch.ones(1), exclude_key_regex=regex),
+    ):
+        with pytest.raises(UsageError, match="not a regular expression") as raised:
+            call()
+        assert raised.value.facts["found"] == regex
+        assert raised.value.hint
+
+
+def test_a_tensor_that_no_row_explains_can_be_left_out_as_the_refusal_says() -> None:
+    name = f"{LAYER}moe.experts.down_projs_bias"
+    state = {**NEMO, name: torch.ones(6, 10)}
+    with pytest.raises(UnknownTensorError) as raised:
+        ADAPTER.to_hf(state)
+    assert "exclude it" in str(raised.value.hint)
+    assert_same_tensors(ADAPTER.to_hf(state, exclude_key_regex=r".*_bias$"), hf_from_nemo(NEMO))
+    assert ADAPTER.convert_single_tensor_to_hf(name, state[name], exclude_key_regex=r".*_bias$") == []
+    with pytest.raises(UnknownTensorError):
+        ADAPTER.convert_single_tensor_to_hf(name, state[name], exclude_key_regex=r".*_scale$")

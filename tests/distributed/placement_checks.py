@@ -11,10 +11,9 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from gemma4_moe import Gemma4MoEStateDictAdapter
 from gemma4_moe.adapter import MoEConfig
-from support.formulas import hf_from_nemo, nemo_from_hf
-from support.models import random_hf_state_dict
+from support.formulas import NEMO_ENDINGS, hf_from_nemo, nemo_from_hf, renamed
+from support.models import Lazy, random_hf_state_dict
 
-E, H, I = 6, 10, 7  # noqa: E741
 State = dict[str, torch.Tensor]
 #: A mesh's shape, the placements of a native expert tensor on it, and names for its dimensions if NeMo has them.
 Case = tuple[tuple[int, ...], tuple[Placement, ...], tuple[str, ...] | None]
@@ -40,25 +39,6 @@ CASES: dict[int, list[Case]] = {
 }
 #: Experts, hidden size, inner size: even, uneven, and fewer experts than ranks.
 SIZES = [(8, 12, 16), (6, 10, 7), (5, 9, 11), (3, 4, 5)]
-
-
-class Lazy:
-    """A value in the protocol of safetensors' slices, which counts the elements that were read."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-        self.read = 0
-
-    def get_shape(self) -> list[int]:
-        return list(self.tensor.shape)
-
-    def get_dtype(self) -> str:
-        return {torch.bfloat16: "BF16", torch.float32: "F32"}[self.tensor.dtype]
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        part = self.tensor[index].clone()
-        self.read += part.numel()
-        return part
 
 
 def is_expert(name: str) -> bool:
@@ -107,18 +87,27 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert torch.equal(found[name], tensor), name
 
 
-def check_placements(world: int, sizes: tuple[int, int, int], file: torch.dtype, model: torch.dtype) -> None:
+def check_all(world: int) -> None:
     for shape, placements, names in CASES[world]:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        check_placement(mesh, placements, sizes, file, model)
+        for sizes in SIZES:
+            check_placement(mesh, placements, sizes, torch.bfloat16, torch.bfloat16)
+        check_placement(mesh, placements, SIZES[1], torch.bfloat16, torch.float32)
+    if world == 1:
+        check_mesh_of_one()
+
+
+def check_mesh_of_one() -> None:
+    """A mesh of one rank is no mesh."""
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("ep_shard", "ep"))
+    adapter = Gemma4MoEStateDictAdapter(None, None, None, dtype=torch.bfloat16)
+    hf = random_hf_state_dict()
+    same(adapter.from_hf(hf, device_mesh=mesh), nemo_from_hf(hf))
+    same(adapter.to_hf(nemo_from_hf(hf), device_mesh=mesh), hf_from_nemo(nemo_from_hf(hf)))
 
 
 def check_placement(
-    mesh: DeviceMesh,
-    placements: tuple[Placement, ...],
-    sizes: tuple[int, int, int],
-    file: torch.dtype,
-    model: torch.dtype,
+    mesh: DeviceMesh, placements: tuple[Placement, ...], sizes: tuple[int, ...], file: torch.dtype, model: torch.dtype
 ) -> None:
     experts, hidden, inner = sizes
     adapter = Gemma4MoEStateDictAdapter(None, MoEConfig(experts, hidden, inner), None, dtype=model)
@@ -131,10 +120,9 @@ def check_placement(
     same(adapter.from_hf(sharded_hf), sharded_nemo)
     if mesh.mesh_dim_names is not None and mesh.size() > 1:
         same(adapter.from_hf(hf, mesh), sharded_nemo)
-        parts = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in sharded_hf.items()}
-        same(adapter.from_hf(parts, mesh), sharded_nemo)
+        same(adapter.from_hf(local_parts(sharded_hf), mesh), sharded_nemo)
         check_lazy(adapter, hf, sharded_nemo, mesh)
-        native_parts = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in sharded_nemo.items()}
+        native_parts = local_parts(sharded_nemo)
         same({k: whole(v) for k, v in adapter.to_hf(native_parts, device_mesh=mesh).items()}, back)
         same(adapter.to_hf(native_parts, device_mesh=mesh, gather=True), back)
         for name, part in native_parts.items():
@@ -147,11 +135,7 @@ def check_placement(
     same(shared, shard(back, mesh, hf_placements(placements)))
     for name, tensor in shared.items():
         if isinstance(tensor, DTensor) and tensor.ndim == 3:
-            native = {
-                "experts.gate_up_proj": "moe.experts.gate_and_up_projs",
-                "experts.down_proj": "moe.experts.down_projs",
-            }
-            source = next(sharded_nemo[name.replace(a, b)] for a, b in native.items() if name.endswith(a))
+            source = sharded_nemo[renamed(name, NEMO_ENDINGS)]
             assert tensor.to_local().untyped_storage().data_ptr() == source.to_local().untyped_storage().data_ptr()
     same({name: whole(tensor) for name, tensor in shared.items()}, back)
     same(adapter.from_hf(shared), sharded_nemo)
@@ -166,6 +150,10 @@ def check_placement(
     same(hf, untouched)
 
 
+def local_parts(state: dict[str, Any]) -> State:
+    return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
+
+
 def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -175,7 +163,7 @@ def check_lazy(adapter: Any, hf: State, expected: dict[str, Any], mesh: DeviceMe
     lazy = {name: Lazy(tensor) for name, tensor in hf.items()}
     same(adapter.from_hf(iter(lazy.items()), mesh), expected)
     held = sum(t.to_local().numel() for t in expected.values() if isinstance(t, DTensor))
-    assert sum(value.read for name, value in lazy.items() if is_expert(name) and value.tensor.ndim == 3) == held
+    assert sum(sum(value.read) for name, value in lazy.items() if is_expert(name) and value.tensor.ndim == 3) == held
 
 
 def check_out(adapter: Any, hf: State, expected: dict[str, Any]) -> None:

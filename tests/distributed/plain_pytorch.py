@@ -12,27 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from gemma4_moe import load_hf, plan, save_hf
+from support.models import module_of
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-def module_of(source: Path) -> nn.Module:
-    """A tree of modules whose parameters and buffers are the nemo tensors of a checkpoint, not yet filled."""
-    root = nn.Module()
-    for name, planned in plan(source, to="nemo").plan.tensors.items():
-        *path, last = name.split(".")
-        owner = root
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner._modules[part]
-        tensor = torch.full(planned.shape, 3.0, dtype=torch.float32)
-        if last in ("layer_scalar", "std_bias", "std_scale"):
-            owner.register_buffer(last, tensor)
-        else:
-            owner.register_parameter(last, nn.Parameter(tensor))
-    return root
 
 
 def shard(module: nn.Module, ep: int, dp: int) -> None:
@@ -51,7 +34,8 @@ def shard(module: nn.Module, ep: int, dp: int) -> None:
 
 def run(source: Path, target: Path, ep: int, dp: int) -> None:
     """Load, and save what was loaded."""
-    module = module_of(source)
+    tensors = plan(source, to="nemo").plan.tensors
+    module = module_of({name: torch.full(planned.shape, 3.0) for name, planned in tensors.items()})
     if dist.get_world_size() > 1:
         shard(module, ep, dp)
         experts = next(p for name, p in module.named_parameters() if name.endswith("down_projs"))

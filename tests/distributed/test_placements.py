@@ -1,14 +1,26 @@
-"""Every placement on 1, 2, 3, 4 and 8 gloo ranks, even and uneven: bits equal the one-process result."""
+"""Every placement, even and uneven: bits equal the one-process result, through the adapter and through torch's DCP."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from distributed import placement_checks
+from distributed.placement_checks import CASES, check_all, same, shard
+from gemma4_moe import Gemma4MoEStateDictAdapter, convert
+from gemma4_moe.adapter import MoEConfig
 from support import ranks
+from support.checkpoints import write_checkpoint
+from support.formulas import nemo_from_hf
+from support.models import random_hf_state_dict
 
-BF16, FP32 = torch.bfloat16, torch.float32
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
@@ -16,7 +28,29 @@ def test_placements(world: int) -> None:
     ranks.run(world, check_all, world)
 
 
-def check_all(world: int) -> None:
-    for sizes in placement_checks.SIZES:
-        placement_checks.check_placements(world, sizes, BF16, BF16)
-    placement_checks.check_placements(world, placement_checks.SIZES[1], BF16, FP32)
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_dcp_fills_models_from_both_layouts(world: int, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
+    convert(source, tmp_path / "nemo")
+    ranks.run(world, check_dcp, world, source, tmp_path / "nemo")
+
+
+def check_dcp(world: int, hf_directory: Path, nemo_directory: Path) -> None:
+    hf = random_hf_state_dict()
+    adapter = Gemma4MoEStateDictAdapter(None, MoEConfig(6), None)
+    for shape, placements, _ in CASES[world]:
+        if any(isinstance(placement, _StridedShard) for placement in placements):
+            continue  # torch's own planner reads a strided shard as one box
+        mesh = init_device_mesh("cpu", shape)
+        for dtype in (torch.bfloat16, torch.float32):  # a bf16 file into a bf16 and into an fp32 model
+            expected = shard(nemo_from_hf(hf, dtype), mesh, placements)
+            model = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
+            if dtype == torch.bfloat16:
+                dcp.load(model, storage_reader=HuggingFaceStorageReader(str(nemo_directory)))
+                same(model, expected)
+                for tensor in model.values():
+                    tensor.fill_(3.0)
+            destinations = adapter.to_hf(model, for_checkpoint_load=True)
+            dcp.load(destinations, storage_reader=HuggingFaceStorageReader(str(hf_directory)))
+            same(adapter.from_hf(destinations), expected)
+            same(model, expected)

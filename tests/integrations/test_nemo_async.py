@@ -33,7 +33,6 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_rank")
 def test_asynchronous_save(tmp_path: Path) -> None:
-    from nemo_automodel.components.checkpoint.config import CheckpointingConfig
     from transformers import AutoConfig
 
     base = tmp_path / "base"
@@ -49,7 +48,7 @@ def test_asynchronous_save(tmp_path: Path) -> None:
         native = {n: t.cpu().clone() for n, t in model.state_dict().items() if n != "lm_head.weight"}
 
         options = {"model_repo_id": str(base), "save_consolidated": True, "is_async": True, "wait_for_staging": True}
-        checkpointer = CheckpointingConfig(checkpoint_dir=tmp_path / "saved", **options).build(0, 0, 0)
+        checkpointer = peer.checkpointer(tmp_path / "saved", **options)
         checkpointer.save_model(model, str(tmp_path / "saved"))
         checkpointer.maybe_wait_for_staging()
         for tensor in model.state_dict().values():  # the next step of training, while the files are being written

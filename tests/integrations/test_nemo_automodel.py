@@ -21,11 +21,10 @@ from support import peer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-NAMES = [
-    ("models.gemma4_moe.model", None, "Gemma4MoEStateDictAdapter"),
-    ("models.gemma4_moe.state_dict_adapter", None, "Gemma4MoEStateDictAdapter"),
-    ("checkpoint.checkpointing", "Checkpointer", "_do_load"),
-]
+MODULES = ["models.gemma4_moe.model", "models.gemma4_moe.state_dict_adapter", "checkpoint.checkpointing"]
+ADAPTER = "Gemma4MoEStateDictAdapter"
+#: The names that may be replaced, and where they are.
+NAMES = [(MODULES[0], ADAPTER), (MODULES[1], ADAPTER), ("Checkpointer", "_do_load")]
 
 
 @pytest.fixture(autouse=True)
@@ -37,42 +36,31 @@ def nothing_installed() -> Iterator[None]:
     nemo_automodel.uninstall()
 
 
-def objects_under_the_names() -> list[Any]:
-    """The objects that NeMo finds under the names that may be replaced."""
-    found = []
-    for module, owner, name in NAMES:
-        holder: Any = importlib.import_module(f"nemo_automodel.components.{module}")
-        found.append(vars(holder if owner is None else getattr(holder, owner))[name])
-    return found
-
-
 def all_names() -> dict[str, dict[str, Any]]:
     """Everything in the modules, and in the Checkpointer's class, that `install` touches."""
-    modules = {module: importlib.import_module(f"nemo_automodel.components.{module}") for module, _, _ in NAMES}
+    modules = {module: importlib.import_module(f"nemo_automodel.components.{module}") for module in MODULES}
     checkpointer = modules["checkpoint.checkpointing"].Checkpointer
     return {name: dict(vars(module)) for name, module in modules.items()} | {"Checkpointer": dict(vars(checkpointer))}
 
 
-def test_it_replaces_three_names_and_puts_back_exactly_what_was_there() -> None:
+def objects_under_the_names() -> list[Any]:
+    everything = all_names()
+    return [everything[place][name] for place, name in NAMES]
+
+
+def test_it_replaces_three_names_and_puts_back_exactly_what_was_there_however_often_it_is_called() -> None:
     before, everything = objects_under_the_names(), all_names()
-    nemo_automodel.install()
-    assert all(now is not then for now, then in zip(objects_under_the_names(), before, strict=True))
-    assert objects_under_the_names()[0] is objects_under_the_names()[1] is nemo_automodel.adapter_class()
-    nemo_automodel.uninstall()
-    assert all(now is then for now, then in zip(objects_under_the_names(), before, strict=True))
-    assert all_names() == everything
-
-
-def test_a_second_install_and_a_second_uninstall_change_nothing() -> None:
-    before = objects_under_the_names()
     nemo_automodel.uninstall()
     nemo_automodel.install()
     once = objects_under_the_names()
+    assert all(now is not then for now, then in zip(once, before, strict=True))
+    assert once[0] is once[1] is nemo_automodel.adapter_class()
     nemo_automodel.install()
     assert objects_under_the_names() == once
-    nemo_automodel.uninstall()
-    nemo_automodel.uninstall()
-    assert objects_under_the_names() == before
+    for _ in range(2):
+        nemo_automodel.uninstall()
+        assert all(now is then for now, then in zip(objects_under_the_names(), before, strict=True))
+        assert all_names() == everything
 
 
 def test_with_blocks_nest_and_end_when_the_outermost_does_even_by_an_error() -> None:
@@ -88,13 +76,10 @@ def test_with_blocks_nest_and_end_when_the_outermost_does_even_by_an_error() -> 
     with pytest.raises(ZeroDivisionError):
         fail_inside()
     assert objects_under_the_names() == before
-
-
-def test_a_with_block_leaves_what_was_installed_before_it() -> None:
     nemo_automodel.install()
     with nemo_automodel.installed():
         pass
-    assert objects_under_the_names()[0] is nemo_automodel.adapter_class()
+    assert objects_under_the_names()[0] is nemo_automodel.adapter_class(), "it was installed before the block"
 
 
 def test_the_class_is_theirs_by_every_isinstance_and_ours_in_every_method() -> None:
@@ -115,37 +100,26 @@ def test_nemo_rl_finds_our_class_by_the_ending_of_its_name() -> None:
     nemo_automodel.install()
     model = importlib.import_module("nemo_automodel.components.models.gemma4_moe.model").Gemma4ForConditionalGeneration
     beside = importlib.import_module(model.__module__.rpartition(".")[0] + ".state_dict_adapter")
-    classes = [
-        found for name, found in inspect.getmembers(beside, inspect.isclass) if name.endswith("StateDictAdapter")
-    ]
-    assert classes[0] is nemo_automodel.adapter_class()
-    assert not getattr(classes[0].convert_single_tensor_to_hf, "__isabstractmethod__", False)
+    classes = inspect.getmembers(beside, inspect.isclass)
+    first = next(found for name, found in classes if name.endswith("StateDictAdapter"))
+    assert first is nemo_automodel.adapter_class()
+    assert not getattr(first.convert_single_tensor_to_hf, "__isabstractmethod__", False)
 
 
-def test_models_built_while_it_is_installed_have_our_adapter_and_keep_it() -> None:
+def test_models_built_while_it_is_installed_have_our_adapter_and_keep_it_and_nemo_reads_its_attributes() -> None:
     config = build_model("multimodal").config
     with nemo_automodel.installed():
         model = peer.model(config)
-    assert type(model.state_dict_adapter) is nemo_automodel.adapter_class()
-    assert model.state_dict_adapter.moe_config.n_routed_experts == 6
     assert not isinstance(peer.model(config).state_dict_adapter, Gemma4MoEStateDictAdapter)
-
-
-def test_the_attributes_that_nemo_reads() -> None:
-    with nemo_automodel.installed():
-        adapter = peer.model(build_model("multimodal").config).state_dict_adapter
+    adapter, state = model.state_dict_adapter, model.state_dict()
+    assert type(adapter) is nemo_automodel.adapter_class()
+    assert adapter.moe_config.n_routed_experts == 6
     assert adapter.supports_low_memory_dcp_load is adapter._supports_low_memory_dcp_load is True
     assert adapter.view_loaded_native_keys == set()  # from_hf returns every key, those loaded in place too
     assert adapter.checkpoint_key_aliases == {}
     assert not hasattr(adapter, "forced_hf_dtype_mapping")  # the export keeps the base checkpoint's dtypes
     assert not hasattr(adapter, "set_expert_storage_format")  # NeMo then refuses MXFP4 experts in its own words
     adapter._paramwrapper_layout_hint = None  # set around each from_hf
-
-
-def test_names_to_be_saved_are_those_of_to_hf_without_extra_state() -> None:
-    with nemo_automodel.installed():
-        model = peer.model(build_model("multimodal").config)
-    adapter, state = model.state_dict_adapter, model.state_dict()
     names = adapter.get_hf_state_dict_keys(state | {"model.language_model.layers.0.mlp._extra_state": None})
     assert names == list(adapter.to_hf(state))
 
@@ -186,6 +160,10 @@ class Looking(Elsewhere):
         self._do_load(1, 2)
 
 
+def loading_as_nemo_does(nemo: nemo_contract.Nemo, base: type) -> type:
+    return type("Checkpointer", (base,), {"_do_load": nemo.checkpointer._do_load})
+
+
 CHANGES: dict[str, Callable[[nemo_contract.Nemo], dict[str, Any]]] = {
     "has the adapter's class": lambda nemo: {"model": without(nemo.model, nemo_contract.ADAPTER)},
     "is made from config": lambda nemo: {
@@ -198,12 +176,8 @@ CHANGES: dict[str, Callable[[nemo_contract.Nemo], dict[str, Any]]] = {
     "is abstract that our adapter lacks": lambda _: {"interface": Elsewhere},
     "Mixin is a class": lambda nemo: {"mixin": nemo.mixin.__init__},
     "_do_load takes": lambda _: {"checkpointer": Elsewhere},
-    "load_model reads with": lambda nemo: {
-        "checkpointer": type("Checkpointer", (Elsewhere,), {"_do_load": nemo.checkpointer._do_load})
-    },
-    "for_checkpoint_load": lambda nemo: {
-        "checkpointer": type("Checkpointer", (Looking,), {"_do_load": nemo.checkpointer._do_load})
-    },
+    "load_model reads with": lambda nemo: {"checkpointer": loading_as_nemo_does(nemo, Elsewhere)},
+    "for_checkpoint_load": lambda nemo: {"checkpointer": loading_as_nemo_does(nemo, Looking)},
     "calls to_hf": lambda nemo: {"checkpointing": without(nemo.checkpointing, "_maybe_adapt_state_dict_to_hf")},
     "calls from_hf": lambda nemo: {
         "checkpointing": without(nemo.checkpointing, _maybe_adapt_state_dict_from_hf=lambda *_: None)
@@ -218,6 +192,9 @@ CHANGES: dict[str, Callable[[nemo_contract.Nemo], dict[str, Any]]] = {
 @pytest.mark.parametrize("failing", CHANGES)
 def test_each_expectation_is_checked_and_named(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     nemo, before = nemo_contract.find(), objects_under_the_names()
+    expectations = [expected for expected, _ in nemo_contract._checks(nemo)]
+    assert len(expectations) == len(CHANGES)
+    assert failing in expectations[list(CHANGES).index(failing)]
     changed = dataclasses.replace(nemo, **CHANGES[failing](nemo))
     monkeypatch.setattr(nemo_contract, "find", lambda: changed)
     with pytest.raises(UsageError, match="nothing was installed") as refused:
@@ -226,23 +203,16 @@ def test_each_expectation_is_checked_and_named(failing: str, monkeypatch: pytest
     assert objects_under_the_names() == before
 
 
-def test_each_check_has_a_test_that_fails_it() -> None:
-    expectations = [expected for expected, _ in nemo_contract._checks(nemo_contract.find())]
-    assert len(expectations) == len(CHANGES)
-    for expected, failing in zip(expectations, CHANGES, strict=True):
-        assert failing in expected
-
-
-def test_another_version_that_passes_all_checks_is_used_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_version_that_was_not_tested_is_used_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nemo_automodel.install()
+    nemo_automodel.uninstall()
     nemo = dataclasses.replace(nemo_contract.find(), version="0.8.1")
     monkeypatch.setattr(nemo_contract, "find", lambda: nemo)
     with pytest.warns(UserWarning, match=r"tested with NeMo AutoModel 0\.7\.0, not with 0\.8\.1") as warned:
         nemo_automodel.install()
     assert all(failing in str(warned[0].message) for failing in CHANGES)
     assert objects_under_the_names()[0] is nemo_automodel.adapter_class()
-
-
-def test_the_tested_version_is_used_without_a_warning() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        nemo_automodel.install()

@@ -1,15 +1,18 @@
-"""Loads of NeMo AutoModel's Checkpointer that would round twice are refused, all others go on; one process."""
+"""NeMo AutoModel's Checkpointer in one process: loads that would round twice are refused, and LoRA goes by names."""
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gemma4_moe import Gemma4MoEStateDictAdapter
 from gemma4_moe.demo.small_models import build_model, save_model
-from gemma4_moe.errors import UsageError
+from gemma4_moe.errors import UnknownTensorError, UsageError
 from gemma4_moe.integrations import nemo_automodel
 from gemma4_moe.integrations.nemo_automodel import refuse_two_roundings
 from support import peer
@@ -27,6 +30,12 @@ pytestmark = [
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DOWN, SCALE = "layers.1.experts.down_proj", "layers.1.router.per_expert_scale"
 TIED = "lm_head.weight"
+
+# NeMo's LoRA modules need kernels for a GPU; its export goes by names, and so parameters of those names stand for them.
+E, H, I, R = 6, 64, 24, 3  # noqa: E741
+OPTIONS = {"dim": R, "alpha": 2 * R, "use_dora": False}
+LORA = SimpleNamespace(**OPTIONS, to_dict=lambda: OPTIONS)
+LAYERS = "model.language_model.layers."
 
 
 def destinations(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -49,7 +58,9 @@ def test_down_proj_is_refused_where_a_cast_loses_a_value(file: torch.dtype, mode
     assert all(part in message for part in (str(file)[6:], str(model)[6:], "down_proj", "DIR", "load_hf"))
 
 
-def test_a_scale_in_double_precision_is_refused_and_gate_up_never_is() -> None:
+def test_a_scale_in_double_precision_is_refused_and_neither_gate_up_nor_a_tensor_that_lacks_ever_is() -> None:
+    loaded = destinations(BF16)
+    refuse_two_roundings(loaded, dict.fromkeys(set(loaded) - {DOWN}, BF16), "DIR")
     loaded = destinations(FP32)
     gate_up = {name: torch.float64 for name in loaded if name.endswith("gate_up_proj")}
     refuse_two_roundings(loaded, dict.fromkeys(loaded, FP32) | gate_up, "DIR")
@@ -58,19 +69,8 @@ def test_a_scale_in_double_precision_is_refused_and_gate_up_never_is() -> None:
     assert refused.value.facts["tensor"] == SCALE
 
 
-def test_a_tensor_that_the_checkpoint_lacks_is_left_to_the_reader() -> None:
-    loaded = destinations(BF16)
-    refuse_two_roundings(loaded, dict.fromkeys(set(loaded) - {DOWN}, BF16), "DIR")
-
-
-def checkpointer(base: Path, target: Path, **options: Any) -> Any:
-    from nemo_automodel.components.checkpoint.config import CheckpointingConfig
-
-    return CheckpointingConfig(checkpoint_dir=target, model_repo_id=str(base), **options).build(0, 0, 0)
-
-
 def load_base(model: torch.nn.Module, base: Path) -> None:
-    checkpointer(base, base).load_base_model(model, torch.device("cpu"), str(base), str(base))
+    peer.checkpointer(base, model_repo_id=str(base)).load_base_model(model, torch.device("cpu"), str(base), str(base))
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -83,18 +83,13 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def test_the_checkpointer_refuses_before_it_reads(base: Path) -> None:
+def test_the_checkpointer_refuses_before_it_reads_and_no_longer_than_it_is_installed(base: Path) -> None:
     with nemo_automodel.installed():
         model = peer.model(build_model("multimodal").config).to(BF16)
         before = weights(model)
         with pytest.raises(UsageError, match="the checkpoint has float32, its destination bfloat16"):
             load_base(model, base)
     assert_same_tensors(weights(model), before)
-
-
-def test_the_refusal_ends_with_the_installation(base: Path) -> None:
-    with nemo_automodel.installed():
-        model = peer.model(build_model("multimodal").config).to(BF16)
     load_base(model, base)
     correct = nemo_from_hf(read_directory(base), BF16)
     found = weights(model)
@@ -109,7 +104,8 @@ def test_training_checkpoints_are_loaded_and_their_dtypes_looked_at_too(form: st
         model = peer.model(build_model("multimodal").config)
         load_base(model, base)
         before = weights(model)
-        engine = checkpointer(base, tmp_path, model_save_format=form, save_consolidated=False)
+        options = {"model_repo_id": str(base), "model_save_format": form, "save_consolidated": False}
+        engine = peer.checkpointer(tmp_path, **options)
         engine.save_model(model, str(tmp_path))
         for tensor in model.state_dict().values():
             tensor.fill_(float("nan"))
@@ -117,3 +113,64 @@ def test_training_checkpoints_are_loaded_and_their_dtypes_looked_at_too(form: st
         assert_same_tensors(weights(model), before)
         with pytest.raises(UsageError, match="round twice"):
             engine.load_model(model.to(BF16), str(tmp_path / "model"))
+
+
+@pytest.fixture
+def model() -> Any:
+    with nemo_automodel.installed():
+        built = peer.model(build_model("multimodal").config)
+    return built.requires_grad_(False)
+
+
+def layers_of(model: Any) -> list[Any]:
+    return [module for name, module in model.named_modules() if name.startswith(LAYERS) and name.count(".") == 3]
+
+
+def add_lora_to_experts(model: Any) -> None:
+    for layer in layers_of(model):
+        layer.moe.experts.lora_down_A = torch.nn.Parameter(torch.ones(E, I, R))
+        layer.moe.experts.lora_down_B = torch.nn.Parameter(torch.ones(E, R, H))
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_lora_of_attention_is_saved_under_its_own_names_and_loaded_again(model: Any, tmp_path: Path) -> None:
+    for layer in layers_of(model):
+        projection = layer.self_attn.q_proj
+        projection.lora_A = torch.nn.Linear(H, R, bias=False)
+        projection.lora_B = torch.nn.Linear(R, projection.out_features, bias=False)
+    before = trained(model)
+    assert len(before) == 4
+    engine = peer.checkpointer(tmp_path, is_peft=True)
+    engine.save_model(model, str(tmp_path), peft_config=LORA)
+
+    saved = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    assert {f"base_model.model.{name}" for name in before} == saved.keys()
+    config = json.loads((tmp_path / "model" / "adapter_config.json").read_text())
+    assert config["target_modules"] == [f"{LAYERS}{layer}.self_attn.q_proj" for layer in (0, 1)]
+    assert "target_parameters" not in config
+
+    for name, parameter in model.named_parameters():
+        if name in before:
+            parameter.data.fill_(float("nan"))
+    engine.load_model(model, str(tmp_path / "model"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained(model).items())
+
+
+def test_lora_of_experts_is_refused_by_name_before_anything_is_written(model: Any, tmp_path: Path) -> None:
+    add_lora_to_experts(model)
+    with pytest.raises(UnknownTensorError, match="LoRA adapter") as refused:
+        peer.checkpointer(tmp_path, is_peft=True).save_model(model, str(tmp_path), peft_config=LORA)
+    assert refused.value.facts["tensor"] == f"base_model.model.{LAYERS}0.moe.experts.lora_down_A"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_nemo_names_the_fused_experts_as_target_parameters(model: Any) -> None:
+    from nemo_automodel.components.checkpoint import addons
+
+    assert addons._extract_target_parameters(model) == []
+    add_lora_to_experts(model)
+    assert addons._extract_target_parameters(model) == ["experts.gate_up_proj", "experts.down_proj"]
+    assert addons._extract_target_modules(model) == []  # or it would list each expert's projections besides

@@ -29,9 +29,7 @@ class Shown:
 
     def __call__(self, checks: tuple[Check, ...]) -> None:
         self.checks = checks
-
-    def passed(self) -> dict[str, bool]:
-        return {check.step: check.passed for check in self.checks}
+        self.passed = {check.step: check.passed for check in checks}
 
 
 @pytest.fixture
@@ -39,18 +37,17 @@ def shown() -> Shown:
     return Shown()
 
 
-def test_every_step_passes_and_the_checkpoints_stay(shown: Shown, tmp_path: Path) -> None:
-    run_demo(tmp_path / "demo", show=shown)
-    assert shown.passed() == dict.fromkeys(STEPS, True)
-    assert list(shown.passed()) == STEPS
-    assert sorted(entry.name for entry in (tmp_path / "demo").iterdir()) == ["hf", "hf-again", "nemo"]
-    assert [check.files > 2 for check in shown.checks if check.files is not None] == [True, True, True]
-
-
-def test_a_temporary_directory_is_removed(shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_passes_and_the_checkpoints_stay_unless_they_were_temporary(
+    shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run_demo(None, show=shown)
     assert list(tmp_path.iterdir()) == []
+    run_demo(tmp_path / "demo", show=shown)
+    assert shown.passed == dict.fromkeys(STEPS, True)
+    assert list(shown.passed) == STEPS
+    assert sorted(entry.name for entry in (tmp_path / "demo").iterdir()) == ["hf", "hf-again", "nemo"]
+    assert [check.files > 2 for check in shown.checks if check.files is not None] == [True, True, True]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +72,7 @@ def test_a_fold_that_is_left_out_is_a_difference(shown: Shown, tmp_path: Path, m
         run_demo(tmp_path / "demo", show=shown)
     assert caught.value.exit_status == 4
     assert caught.value.facts["found"] == "✗ at hf → nemo, logits"
-    assert shown.passed() == dict.fromkeys(STEPS, True) | {"hf → nemo": False, "logits": False}
+    assert shown.passed == dict.fromkeys(STEPS, True) | {"hf → nemo": False, "logits": False}
 
 
 def test_a_model_whose_logits_would_not_tell_is_not_called_a_success(
@@ -92,7 +89,7 @@ def test_a_model_whose_logits_would_not_tell_is_not_called_a_success(
     monkeypatch.setattr(small_models, "build_model", insensitive)
     with pytest.raises(DifferenceError, match="✗ at control"):
         run_demo(tmp_path / "demo", show=shown)
-    assert shown.passed() == dict.fromkeys(STEPS, True) | {"control": False}
+    assert shown.passed == dict.fromkeys(STEPS, True) | {"control": False}
 
 
 def test_a_directory_with_something_in_it_is_left_alone(shown: Shown, tmp_path: Path) -> None:
@@ -121,13 +118,9 @@ def test_a_missing_library_is_named(shown: Shown, tmp_path: Path, monkeypatch: p
         run_demo(tmp_path / "demo", show=shown)
     assert "transformers" in caught.value.facts["found"]
     (extra,) = re.findall(r"gemma4-moe\[(\w+)\]", str(caught.value.hint))
-    assert any(line.startswith("transformers>=") for line in _extras()[extra])
-
-
-def _extras() -> dict[str, list[str]]:
     pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    extras: dict[str, list[str]] = pyproject["project"]["optional-dependencies"]
-    return extras
+    requirements = pyproject["project"]["optional-dependencies"][extra]
+    assert any(requirement.startswith("transformers>=") for requirement in requirements)
 
 
 def test_importing_the_demo_loads_neither_torch_nor_rich() -> None:

@@ -1,4 +1,4 @@
-"""What transformers saves is converted there and back on disk, loaded with `from_pretrained`, and computes the same."""
+"""Models of transformers, converted there and back on disk, and into NeMo AutoModel's model, compute the same."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from gemma4_moe import convert
+from gemma4_moe import Gemma4MoEStateDictAdapter, convert
 from gemma4_moe.demo.small_models import build_model, logits, save_model
-from support.formulas import assert_same_tensors, legacy_name, nemo_from_hf
+from support import peer
+from support.formulas import assert_same_tensors, nemo_from_hf
 from support.models import read_directory, respell_as_legacy
 
 if TYPE_CHECKING:
@@ -73,8 +74,30 @@ def test_nemo_to_hf_to_nemo_has_the_same_bits(kind: Any, dtype: str, tmp_path: P
     assert_same_tensors(read_directory(tmp_path / "again"), read_directory(tmp_path / "nemo"))
 
 
-def test_the_legacy_helper_renames_the_experts_tensors_alone() -> None:
-    path = "model.layers.0."
-    assert legacy_name(path + "experts.down_proj") == path + "moe.down_proj"
-    assert legacy_name(path + "router.scale") == path + "router.scale"
-    assert legacy_name(path + "mlp.down_proj.weight") == path + "mlp.down_proj.weight"
+def adapter_of(source: Any) -> Gemma4MoEStateDictAdapter:
+    return Gemma4MoEStateDictAdapter(source.config.text_config, None, None, dtype=torch.float32)
+
+
+def nemo_model(source: Any, hf: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """NeMo's model of the source's config, with the weights of `hf`."""
+    model = peer.model(source.config)
+    model.load_state_dict(adapter_of(source).from_hf(hf), strict=True)
+    return model
+
+
+@pytest.mark.parametrize(("layers", "seed"), [(2, 0), (3, 1), (2, 2)])
+def test_the_model_of_nemo_has_the_logits_of_transformers_there_and_back(layers: int, seed: int) -> None:
+    source = build_model("multimodal", layers=layers, seed=seed)
+    model = nemo_model(source, source.state_dict())
+    assert difference(model, source) <= TOLERANCE
+    model.state_dict_adapter = adapter_of(source)
+    back = build_model("multimodal", layers=layers, seed=seed + 10)
+    back.load_state_dict(model.state_dict_adapter.to_hf(model.state_dict()), strict=True)
+    assert difference(back, source) <= TOLERANCE
+
+
+def test_the_logits_tell_a_fold_that_was_left_out() -> None:
+    source = build_model("multimodal", seed=0)
+    hf = source.state_dict()
+    unscaled = {k: torch.ones_like(v) if k.endswith("per_expert_scale") else v for k, v in hf.items()}
+    assert difference(nemo_model(source, unscaled), source) > 1000 * TOLERANCE

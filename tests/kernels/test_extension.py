@@ -1,22 +1,27 @@
-"""The extension module as it was built: its stub, what it brings along, its instructions, and runs under sanitizers."""
+"""The extension module: its stub, instructions and dependencies, runs under sanitizers, its threads, forks, the GIL."""
 
 from __future__ import annotations
 
 import ast
+import multiprocessing
 import os
 import platform
 import re
 import shlex
 import shutil
 import subprocess
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-import gemma4_moe.kernels
+from gemma4_moe import kernels
 from gemma4_moe.kernels import _cpu
+from support.rounding import FP32, assert_same_bits, expected, random_codes
 
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 CPP = Path(__file__).parents[2] / "cpp"
@@ -32,9 +37,13 @@ FUNCTION = re.compile(r"[0-9a-f]+ <(.+)>:")
 WIDE_INSTRUCTION = re.compile(r"\s+[0-9a-f]+:\s+v(?!er[rw]\b)[a-z0-9]+")
 SANITIZERS = "address,undefined"
 
+X = random_codes(np.random.default_rng(8), (4, 300, 501), FP32)
+FACTORS = np.array([1.37, 1.0, -0.3, 1e20], np.float32)
+WANTED = np.ascontiguousarray(expected(X, FACTORS, FP32).swapaxes(1, 2))
+
 
 def test_the_stub_names_what_is_there():
-    stub = Path(gemma4_moe.kernels.__file__).with_name("_cpu.pyi")
+    stub = Path(kernels.__file__).with_name("_cpu.pyi")
     functions = {node.name: node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.FunctionDef)}
     assert set(functions) == {name for name in vars(_cpu) if not name.startswith("__")}
     for name, function in functions.items():
@@ -51,7 +60,7 @@ def test_no_openmp_beside_that_of_torch():
 
 @pytest.mark.skipif(not LARGE_PAGES.exists(), reason="the system has no large pages")
 def test_new_results_may_come_in_large_pages():
-    found = gemma4_moe.kernels.transpose_scale_cast(torch.ones(2, 2048, 4096))
+    found = kernels.transpose_scale_cast(torch.ones(2, 2048, 4096))
     assert "hg" in flags_at(found.data_ptr() + found.nbytes // 2)
 
 
@@ -70,9 +79,8 @@ def flags_at(address: int) -> list[str]:
 
 def wide_functions(compiled: Path) -> set[str]:
     """Return the functions of an object file, by their linkers' names, that hold an instruction of AVX or later."""
-    command = ["objdump", "--disassemble", "--no-show-raw-insn", str(compiled)]
     found, function = set(), ""
-    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+    for line in output("objdump", "--disassemble", "--no-show-raw-insn", compiled).splitlines():
         if name := FUNCTION.fullmatch(line):
             function = name[1]
         elif WIDE_INSTRUCTION.match(line):
@@ -82,8 +90,11 @@ def wide_functions(compiled: Path) -> set[str]:
 
 def visible_functions(compiled: Path) -> set[str]:
     """Return the functions that a linker may take for another file's: those that are not local to the file."""
-    command = ["nm", "--extern-only", "--defined-only", "--format=just-symbols", str(compiled)]
-    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    return set(output("nm", "--extern-only", "--defined-only", "--format=just-symbols", compiled).split())
+
+
+def output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="is about x86-64 processors")
@@ -118,3 +129,51 @@ def test_no_access_outside_the_buffers_and_nothing_undefined(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip().endswith("plain right")
+
+
+def convert(threads):
+    return kernels.transpose_scale_cast(X, scale=FACTORS, threads=threads, kernel="cpu")
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2, 7, 64])
+def test_any_number_of_threads(threads):
+    assert_same_bits(convert(threads), WANTED)
+
+
+def test_calls_from_several_threads_share_the_pool():
+    with ThreadPoolExecutor(6) as callers:
+        for found in callers.map(convert, [3] * 40):
+            assert_same_bits(found, WANTED)
+
+
+def child(connection):
+    connection.send(bool((convert(3).view(np.uint32) == WANTED.view(np.uint32)).all()))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_starts_its_own_threads():
+    convert(3)
+    receiver, sender = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=child, args=(sender,))
+    process.start()
+    assert receiver.poll(60), "the child hangs"
+    assert receiver.recv()
+    process.join()
+
+
+def test_other_python_threads_run_meanwhile():
+    x = np.zeros((8, 2000, 2000), np.float32)
+    done = threading.Event()
+    seen = 0
+
+    def work():
+        kernels.transpose_scale_cast(x, scale=np.full(8, np.nan, np.float32), threads=1, kernel="cpu")
+        done.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    while not done.is_set():
+        seen += 1
+        time.sleep(0.001)
+    worker.join()
+    assert seen > 3

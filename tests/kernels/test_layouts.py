@@ -1,7 +1,5 @@
 """Any shape, size and strides on both sides: the right bits inside, and nothing written outside."""
 
-from __future__ import annotations
-
 import ml_dtypes
 import numpy as np
 import pytest

@@ -1,7 +1,5 @@
 """Every bf16 and fp16 value, and fp32 values around every kind of tie, times every factor, into every dtype."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
@@ -23,26 +21,17 @@ def every_value(dtype):
     return flat[: len(flat) // 512 * 512].view(FP32).reshape(1, -1, 512)
 
 
+@pytest.mark.parametrize("factors", [FACTORS, None], ids=["scaled", "plain"])
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("target", FORMATS, ids=str)
 @pytest.mark.parametrize("source", FORMATS, ids=str)
-def test_every_value_is_rounded_once(source, target, name):
+def test_every_value_is_rounded_once(source, target, name, factors):
     values = every_value(source)
-    x = np.broadcast_to(values, (len(FACTORS), *values.shape[1:])).swapaxes(1, 2)
-    out = np.empty(x.shape, target)
-    KERNELS[name](x, FACTORS, out)
-    assert_same_bits(out, expected(x, FACTORS, target))
-
-
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("target", FORMATS, ids=str)
-@pytest.mark.parametrize("source", FORMATS, ids=str)
-def test_every_value_is_cast_without_a_factor(source, target, name):
-    x = every_value(source)
-    for view in (x, x.swapaxes(1, 2)):
+    x = values if factors is None else np.broadcast_to(values, (len(factors), *values.shape[1:]))
+    for view in (x, x.swapaxes(1, 2)) if factors is None else (x.swapaxes(1, 2),):
         out = np.empty(view.shape, target)
-        KERNELS[name](view, None, out)
-        assert_same_bits(out, expected(view, None, target))
+        KERNELS[name](view, factors, out)
+        assert_same_bits(out, expected(view, factors, target))
 
 
 def test_the_formula_agrees_with_ml_dtypes_where_that_rounds_too():

@@ -8,26 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_moe import Gemma4MoEStateDictAdapter
-from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.errors import UsageError
 from gemma4_moe.refit import Bucket, WeightStream, unpack
-from support.formulas import nemo_from_hf
-from support.models import random_hf_state_dict
-from support.streams import assert_same_stream, in_order, per_expert
+from support.streams import ADAPTER, LARGEST, assert_same_stream, copied, expected_stream, nemo_state
 
 BF16, FP32 = torch.bfloat16, torch.float32
-E, H, I = 6, 10, 7  # noqa: E741
-LARGEST = E * 2 * I * H * 2  # gate_up_proj in bfloat16, bytes
-ADAPTER = Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I), None)
 
 
 def stream_of(native: torch.dtype = BF16, **arguments: Any) -> WeightStream:
-    return WeightStream(ADAPTER, nemo_from_hf(random_hf_state_dict(layers=3, dtype=native)), **arguments)
-
-
-def collected(stream: WeightStream) -> list[tuple[str, torch.Tensor]]:
-    return [(name, tensor.clone()) for bucket in stream.buckets() for name, tensor in bucket.tensors()]
+    return WeightStream(ADAPTER, nemo_state(dtype=native), **arguments)
 
 
 @pytest.mark.parametrize("experts", ["fused", "per-expert"])
@@ -35,10 +24,9 @@ def collected(stream: WeightStream) -> list[tuple[str, torch.Tensor]]:
 @pytest.mark.parametrize("bucket_bytes", [LARGEST, LARGEST + 1, 3000, 5 * LARGEST, 2**20])
 def test_buckets_of_any_size_give_the_same_bytes(experts: Any, dtype: torch.dtype, bucket_bytes: int) -> None:
     stream = stream_of(dtype, dtype=BF16, experts=experts, bucket_bytes=bucket_bytes)
-    fused = in_order(nemo_from_hf(random_hf_state_dict(layers=3, dtype=dtype)), layers=3)
-    fused = {name: tensor.to(BF16) for name, tensor in fused.items()}
+    expected = expected_stream(nemo_state(dtype=dtype), experts=experts, dtype=BF16)
     for _ in range(2):
-        assert_same_stream(collected(stream), per_expert(fused) if experts == "per-expert" else fused.items())
+        assert_same_stream(copied(stream.buckets()), expected)
 
 
 def test_offsets_are_aligned_and_entries_are_json() -> None:
@@ -56,18 +44,13 @@ def test_offsets_are_aligned_and_entries_are_json() -> None:
             assert tensor.untyped_storage().data_ptr() == bucket.buffer.untyped_storage().data_ptr()
 
 
-def test_a_tensor_larger_than_a_bucket_is_refused_before_the_first_byte() -> None:
-    buckets = stream_of(bucket_bytes=LARGEST - 1).buckets()
+def test_a_tensor_larger_than_a_bucket_is_refused_before_the_first_byte_or_gets_one_of_its_own() -> None:
     with pytest.raises(UsageError, match=f"(?s)gate_up_proj.*{LARGEST - 1}.*{LARGEST}.*oversize.*per-expert"):
-        next(buckets)
-
-
-def test_a_tensor_larger_than_a_bucket_gets_one_of_its_own() -> None:
+        next(stream_of(bucket_bytes=LARGEST - 1).buckets())
     stream = stream_of(bucket_bytes=LARGEST - 1, oversize="own")
     sizes = [(len(bucket.entries), bucket.buffer.numel()) for bucket in stream.buckets()]
     assert sizes.count((1, 2048)) == 3  # 1,680 bytes, aligned
-    expected = in_order(nemo_from_hf(random_hf_state_dict(layers=3)), layers=3)
-    assert_same_stream(collected(stream), expected.items())
+    assert_same_stream(copied(stream.buckets()), expected_stream(nemo_state()))
 
 
 def test_two_buffers_serve_all_buckets() -> None:
@@ -89,24 +72,19 @@ def test_a_bucket_is_good_until_the_one_after_the_next_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("keep", [lambda bucket: bucket.buffer, lambda bucket: bucket.tensors()[0][1][:1]])
-def test_debug_mode_detects_a_consumer_that_keeps_a_view(keep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_mode_detects_only_a_consumer_that_keeps_a_view(keep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMMA4_MOE_DEBUG", "1")
     buckets = stream_of(bucket_bytes=LARGEST).buckets()
     kept = [keep(next(buckets)), next(buckets).entries]
     with pytest.raises(UsageError, match=r"(?s)still holds a bucket.*embed_tokens"):
         next(buckets)
     assert len(kept) == 2
-
-
-def test_debug_mode_lets_an_orderly_consumer_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GEMMA4_MOE_DEBUG", "1")
-    stream = stream_of(bucket_bytes=LARGEST)
-    expected = in_order(nemo_from_hf(random_hf_state_dict(layers=3)), layers=3)
-    assert_same_stream(collected(stream), expected.items())
+    orderly = stream_of(bucket_bytes=LARGEST).buckets()
+    assert_same_stream(copied(orderly), expected_stream(nemo_state()))
 
 
 def test_tensors_on_several_devices_need_an_iteration() -> None:
-    nemo = nemo_from_hf(random_hf_state_dict(layers=2))
+    nemo = nemo_state()
     name = "model.language_model.layers.1.moe.experts.down_projs"
     stream = WeightStream(ADAPTER, nemo | {name: nemo[name].to("meta")})
     with pytest.raises(UsageError, match=f"(?s)several devices.*{name}"):

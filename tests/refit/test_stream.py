@@ -9,26 +9,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, convert, plan
-from gemma4_moe.adapter import MoEConfig
+from gemma4_moe import convert, plan
 from gemma4_moe.errors import IncompleteExpertsError, InputError, UnknownTensorError, UsageError
 from gemma4_moe.refit import WeightStream
 from support.checkpoints import config_of, write_checkpoint
 from support.formulas import nemo_from_hf
-from support.models import random_hf_state_dict, read_directory
-from support.streams import assert_same_stream, in_order, per_expert
+from support.models import module_of, random_hf_state_dict, read_directory
+from support.streams import ADAPTER, E, H, I, assert_same_stream, expected_stream, nemo_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 BF16, FP32 = torch.bfloat16, torch.float32
-E, H, I = 6, 10, 7  # noqa: E741
-ADAPTER = Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I), None)
-
-
-def nemo_state(layers: int = 3, dtype: torch.dtype = BF16, prefix: str = "model.language_model.") -> dict[str, Any]:
-    return nemo_from_hf(random_hf_state_dict(layers=layers, E=E, H=H, I=I, dtype=dtype, prefix=prefix))
 
 
 @pytest.mark.parametrize(("dtype", "cast"), [(BF16, None), (FP32, "bfloat16"), (BF16, "float32"), (FP32, "float16")])
@@ -43,27 +36,15 @@ def test_it_equals_convert_to_hf(tmp_path: Path, dtype: torch.dtype, cast: str |
     assert_same_stream(stream, [(planned.name, expected[planned.name]) for planned in stream.plan()])
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32])
-@pytest.mark.parametrize("cast", [None, torch.float16])
-def test_per_expert_equals_the_formula(dtype: torch.dtype, cast: torch.dtype | None) -> None:
-    nemo = nemo_state(dtype=dtype)
-    stream = WeightStream(ADAPTER, nemo, dtype=cast, experts="per-expert")
-    fused = {name: t.to(cast or dtype) for name, t in in_order(nemo, layers=3).items()}
-    assert_same_stream(stream, per_expert(fused))
-
-
 @pytest.mark.parametrize("experts", ["fused", "per-expert"])
-def test_the_plan_equals_the_stream_and_is_json(experts: Any) -> None:
-    stream = WeightStream(ADAPTER, nemo_state(), experts=experts, dtype=FP32)
+def test_the_plan_equals_the_stream_and_is_json_and_needs_no_values(experts: Any) -> None:
+    nemo = nemo_state()
+    stream = WeightStream(ADAPTER, nemo, experts=experts, dtype=FP32)
     found = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.nbytes) for name, t in stream]
     assert stream.plan() == found
     assert json.loads(json.dumps(stream.plan())) == [[n, list(s), d, b] for n, s, d, b in found]
-
-
-def test_the_plan_needs_no_values() -> None:
-    nemo = nemo_state()
     meta = {name: tensor.to("meta") for name, tensor in nemo.items()}
-    assert WeightStream(ADAPTER, meta).plan() == WeightStream(ADAPTER, nemo).plan()
+    assert WeightStream(ADAPTER, meta, experts=experts, dtype=FP32).plan() == stream.plan()
 
 
 def test_every_pass_is_fresh_and_reads_the_values_anew() -> None:
@@ -72,7 +53,7 @@ def test_every_pass_is_fresh_and_reads_the_values_anew() -> None:
     list(stream)
     for tensor in nemo.values():
         tensor.neg_()
-    assert_same_stream(stream, in_order(nemo, layers=3).items())
+    assert_same_stream(stream, expected_stream(nemo))
 
 
 def test_a_tensor_is_the_consumers_alone() -> None:
@@ -84,7 +65,7 @@ def test_a_tensor_is_the_consumers_alone() -> None:
         gone.append(weakref.ref(tensor))
         del tensor
         assert gone[-1]() is None
-    assert_same_stream(WeightStream(ADAPTER, nemo), in_order(nemo_state(), layers=3).items())
+    assert_same_stream(WeightStream(ADAPTER, nemo), expected_stream(nemo_state()))
 
 
 class ByLayer:
@@ -94,53 +75,40 @@ class ByLayer:
         self.nemo = nemo
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        yield {name: t for name, t in self.nemo.items() if ".layers." not in name}
-        for layer in range(3):
-            yield {name: t for name, t in self.nemo.items() if f".layers.{layer}." in name}
+        for part in ("embed_tokens", *(f".layers.{layer}." for layer in range(3))):
+            yield {name: tensor for name, tensor in self.nemo.items() if part in name}
 
 
 @pytest.mark.parametrize("experts", ["fused", "per-expert"])
-def test_one_mapping_a_layer_gives_the_same(experts: Any) -> None:
-    nemo = nemo_state()
-    stream = WeightStream(ADAPTER, ByLayer(nemo), experts=experts)
-    for _ in range(2):
-        assert_same_stream(stream, WeightStream(ADAPTER, nemo, experts=experts))
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("cast", [None, torch.float16])
+def test_one_mapping_or_one_a_layer_gives_the_formula(experts: Any, dtype: torch.dtype, cast: torch.dtype) -> None:
+    nemo = nemo_state(dtype=dtype)
+    for state in (nemo, ByLayer(nemo)):
+        stream = WeightStream(ADAPTER, state, dtype=cast, experts=experts)
+        for _ in range(2):
+            assert_same_stream(stream, expected_stream(nemo, experts=experts, dtype=cast))
 
 
-class Model(torch.nn.Module):
-    """A module with nemo names: a parameter, a buffer, a tied alias, and state that is no tensor."""
-
-    def __init__(self, nemo: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        for name, tensor in nemo.items():
-            *path, last = name.split(".")
-            owner: torch.nn.Module = self
-            for part in path:
-                if part not in dict(owner.named_children()):
-                    owner.add_module(part, torch.nn.Module())
-                owner = owner.get_submodule(part)
-            if last == "layer_scalar":
-                owner.register_buffer(last, tensor)
-            else:
-                owner.register_parameter(last, torch.nn.Parameter(tensor))
-        self.lm_head = torch.nn.Module()
-        self.lm_head.weight = self.get_parameter("model.language_model.embed_tokens.weight")
-
+class WithExtraState(torch.nn.Module):
     def get_extra_state(self) -> bytes:
         return b"no tensor"
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_module_gives_its_buffers_and_a_tied_tensor_once() -> None:
+def test_a_module_gives_its_buffers_and_a_tied_tensor_once_and_no_extra_state() -> None:
     nemo = nemo_state()
-    stream = WeightStream(ADAPTER, Model(nemo))
-    assert sum(planned.name.endswith("layer_scalar") for planned in stream.plan()) == 3
-    assert_same_stream(stream, in_order(nemo, layers=3).items())
+    model = module_of(nemo)
+    model.lm_head = WithExtraState()
+    model.lm_head.weight = model.get_parameter("model.language_model.embed_tokens.weight")
+    assert sum(name.endswith("layer_scalar") for name, _ in model.named_buffers()) == 3
+    assert "lm_head._extra_state" in model.state_dict()
+    assert_same_stream(WeightStream(ADAPTER, model), expected_stream(nemo))
 
 
 def test_some_layers_only() -> None:
     nemo = nemo_state() | {"model.vision_tower.layers.1.weight": torch.ones(3)}
-    expected = [(n, t) for n, t in in_order(nemo_state(), layers=3).items() if ".layers.1." in n]
+    expected = [(n, t) for n, t in expected_stream(nemo_state()) if ".layers.1." in n]
     assert_same_stream(WeightStream(ADAPTER, nemo, layers=[1]), expected)
     with pytest.raises(UsageError, match="no such layer"):
         WeightStream(ADAPTER, nemo, layers=[1, 3])
@@ -148,14 +116,14 @@ def test_some_layers_only() -> None:
 
 def test_names_that_a_regex_matches_are_left_out() -> None:
     nemo = nemo_state()
-    expected = [(n, t) for n, t in in_order(nemo, layers=3).items() if "router." not in n or "per_expert" in n]
+    expected = [(n, t) for n, t in expected_stream(nemo) if "router." not in n or "per_expert" in n]
     assert_same_stream(WeightStream(ADAPTER, nemo, exclude_key_regex=r".*moe\.gate\."), expected)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "base_model.model.model."])
 def test_a_prefix_is_kept(prefix: str) -> None:
     nemo = nemo_state(prefix=prefix)
-    assert_same_stream(WeightStream(ADAPTER, nemo), in_order(nemo, layers=3).items())
+    assert_same_stream(WeightStream(ADAPTER, nemo), expected_stream(nemo))
 
 
 def test_other_dtypes_pass_as_they_are() -> None:
@@ -165,25 +133,18 @@ def test_other_dtypes_pass_as_they_are() -> None:
     assert (found["a.scalar"].dtype, float(found["a.scalar"]), found["a.scalar"].shape) == (FP32, 1.5, ())
 
 
-def test_half_a_layer_is_refused() -> None:
+def test_a_state_that_is_no_native_model_or_half_of_one_is_refused() -> None:
     nemo = nemo_state()
-    del nemo["model.language_model.layers.1.moe.experts.down_projs"]
-    with pytest.raises(IncompleteExpertsError, match="layer 1: down missing"):
-        WeightStream(ADAPTER, nemo)
-
-
-def test_a_state_that_is_no_native_model_is_refused() -> None:
-    with pytest.raises(InputError, match="without mixture-of-experts layers"):
-        WeightStream(ADAPTER, {"a": torch.ones(2)})
-    with pytest.raises(UnknownTensorError):
-        WeightStream(ADAPTER, random_hf_state_dict())
-    with pytest.raises(InputError, match="a dtype that is not converted"):
-        WeightStream(ADAPTER, {name: tensor.double() for name, tensor in nemo_state().items()})
-
-
-def test_a_state_that_can_be_read_once_is_refused() -> None:
-    with pytest.raises(UsageError, match="read only once"):
-        WeightStream(ADAPTER, iter([nemo_state()]))
+    half = {name: tensor for name, tensor in nemo.items() if not name.endswith("layers.1.moe.experts.down_projs")}
+    for state, error, words in (
+        (half, IncompleteExpertsError, "layer 1: down missing"),
+        ({"a": torch.ones(2)}, InputError, "without mixture-of-experts layers"),
+        (random_hf_state_dict(), UnknownTensorError, "name of the hf layout"),
+        ({name: tensor.double() for name, tensor in nemo.items()}, InputError, "a dtype that is not converted"),
+        (iter([nemo]), UsageError, "read only once"),
+    ):
+        with pytest.raises(error, match=words):
+            WeightStream(ADAPTER, state)
 
 
 def test_a_state_that_changed_is_refused() -> None:

@@ -1,37 +1,42 @@
-"""Transports: what arrives in another process, or on other ranks, is the stream, bit for bit."""
+"""Transports and engines: what arrives in another process, on other ranks or in an engine is the stream, bit by bit."""
 
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
 
+from distributed.placement_checks import shard
 from gemma4_moe import Gemma4MoEStateDictAdapter
-from gemma4_moe.adapter import MoEConfig
+from gemma4_moe.demo.small_models import build_model, logits
 from gemma4_moe.errors import UsageError
-from gemma4_moe.refit import WeightStream, ipc
+from gemma4_moe.refit import WeightStream, broadcasting, ipc
 from gemma4_moe.refit.vllm_source import vllm_source
-from refit import rank_checks
 from support import ranks
-from support.formulas import nemo_from_hf
-from support.models import random_hf_state_dict
-from support.streams import assert_same_stream, in_order
+from support.streams import ADAPTER, LARGEST, assert_same_stream, expected_stream, nemo_state
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-LARGEST = 6 * 14 * 10 * 2
-ADAPTER = Gemma4MoEStateDictAdapter(None, MoEConfig(6, 10, 7), None)
+EXAMPLE = Path(__file__).parents[2] / "examples" / "refit" / "trainer_and_engine.py"
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def described(pairs: Any) -> list[tuple[str, str, tuple[int, ...], list[int]]]:
+    return [(name, str(t.dtype), tuple(t.shape), t.view(torch.uint8).tolist()) for name, t in pairs]
 
 
 def read_twice(connection: Connection) -> None:
     for _ in range(2):
-        found = {name: tensor.clone() for name, tensor in ipc.receive(connection)}
-        connection.send(
-            {name: (str(t.dtype), tuple(t.shape), t.view(torch.uint8).tolist()) for name, t in found.items()}
-        )
+        connection.send(described(ipc.receive(connection)))
 
 
 def test_another_process_reads_the_buckets_themselves() -> None:
@@ -39,13 +44,11 @@ def test_another_process_reads_the_buckets_themselves() -> None:
     here, there = context.Pipe()
     process = context.Process(target=read_twice, args=(there,), daemon=True)
     process.start()
-    nemo = nemo_from_hf(random_hf_state_dict())
+    nemo = nemo_state()
     stream = WeightStream(ADAPTER, nemo, bucket_bytes=LARGEST)
     for _ in range(2):
         ipc.send(stream, here)
-        expected = in_order(nemo, layers=2)
-        described = {n: (str(t.dtype), tuple(t.shape), t.view(torch.uint8).tolist()) for n, t in expected.items()}
-        assert here.recv() == described
+        assert here.recv() == described(expected_stream(nemo))
         for tensor in nemo.values():
             tensor.neg_()
     process.join(60)
@@ -53,12 +56,28 @@ def test_another_process_reads_the_buckets_themselves() -> None:
 
 
 def test_receiver_ranks_get_the_buckets() -> None:
-    ranks.run(3, rank_checks.check_broadcast)
+    ranks.run(3, check_broadcast)
+
+
+def check_broadcast() -> None:
+    """Two trainer ranks share the experts; the second of them feeds a receiver."""
+    rank = dist.get_rank()
+    trainers = DeviceMesh("cpu", [0, 1])
+    group = dist.new_group([1, 2])
+    nemo = nemo_state()
+    if rank < 2:
+        stream = WeightStream(ADAPTER, shard(nemo, trainers, (Shard(0),)), bucket_bytes=LARGEST, dst=1)
+        for _ in range(2):
+            broadcasting.send(stream, group)
+        return
+    for _ in range(2):
+        found = [(name, tensor.clone()) for name, tensor in broadcasting.receive(1, group=group)]
+        assert_same_stream(found, expected_stream(nemo))
 
 
 @pytest.mark.parametrize("arguments", [{"dtype": None}, {"dst": 0, "dtype": "bfloat16"}])
 def test_a_stream_that_vllm_can_not_take_is_refused(arguments: dict[str, Any]) -> None:
-    state = nemo_from_hf(random_hf_state_dict())
+    state = nemo_state()
     name = "model.language_model.layers.1.layer_scalar"
     with pytest.raises(UsageError, match=r"(?s)several dtypes.*layer_scalar.*set dtype|for one rank"):
         vllm_source(WeightStream(ADAPTER, state | {name: state[name].float()}, **arguments))
@@ -71,8 +90,45 @@ def test_a_stream_is_what_sglang_loads() -> None:
         def load_weights(self, weights: Any) -> None:
             self.weights = {name: tensor.clone() for name, tensor in weights}
 
-    nemo = nemo_from_hf(random_hf_state_dict())
+    nemo = nemo_state()
     stream, engine = WeightStream(ADAPTER, nemo), Engine()
     for _ in range(2):
         engine.load_weights(stream)
-        assert_same_stream(engine.weights.items(), in_order(nemo, layers=2).items())
+        assert_same_stream(engine.weights.items(), expected_stream(nemo))
+
+
+@pytest.mark.parametrize(
+    "options", [["broadcast"], ["ipc"], pytest.param(["ipc", "--device", "cuda"], marks=NO_GPU)], ids=" ".join
+)
+def test_the_example_ends_with_equal_bits(options: list[str]) -> None:
+    command = [sys.executable, EXAMPLE, "--transport", *options]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("bits equal") == 2
+
+
+def native(model: Any) -> tuple[Gemma4MoEStateDictAdapter, dict[str, Any]]:
+    adapter = Gemma4MoEStateDictAdapter(model.config, None, None)
+    return adapter, adapter.from_hf({name: t for name, t in model.state_dict().items() if name != "lm_head.weight"})
+
+
+@pytest.mark.parametrize("kind", ["multimodal", "text"])
+def test_transformers_loads_a_stream_strictly(kind: Any) -> None:
+    trained, engine = build_model(kind, seed=1), build_model(kind, seed=2)
+    sent = dict(WeightStream(*native(trained)))
+    tied = next(name for name in sent if name.endswith("embed_tokens.weight"))
+    engine.load_state_dict(sent | {"lm_head.weight": sent[tied]}, strict=True)
+    torch.testing.assert_close(logits(engine), logits(trained), rtol=0, atol=1e-4)
+
+
+def test_the_loop_of_nemo_rl_sends_the_same() -> None:
+    adapter, state = native(build_model())
+    sent = []
+    for fqn, tensor in state.items():
+        pairs = adapter.convert_single_tensor_to_hf(
+            fqn, tensor, exclude_key_regex=r".*_extra_state.*", quantization=False
+        )
+        sent += [(name, converted.to(torch.bfloat16).contiguous()) for name, converted in pairs]
+    stream = WeightStream(adapter, state, dtype=torch.bfloat16)
+    order = {planned.name: place for place, planned in enumerate(stream.plan())}
+    assert_same_stream(stream, sorted(sent, key=lambda pair: order[pair[0]]))

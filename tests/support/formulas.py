@@ -1,7 +1,4 @@
-"""Both layouts in plain torch, by explicit names: expected values that owe nothing to the code under test.
-
-E experts, H hidden size, I inner size of an expert.
-"""
+"""Both layouts in plain torch, by explicit names: expected values that owe nothing to the code under test."""
 
 from __future__ import annotations
 
@@ -24,56 +21,59 @@ def exact_fold(down: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (down.to(torch.float64) * scale.to(torch.float64)[:, None, None]).permute(0, 2, 1).contiguous()
 
 
+#: The endings of the names that differ, in hf and in nemo.
+NEMO_ENDINGS = {
+    "experts.gate_up_proj": "moe.experts.gate_and_up_projs",
+    "experts.down_proj": "moe.experts.down_projs",
+    "router.proj.weight": "moe.gate.proj.weight",
+    "router.scale": "moe.gate.scale",
+}
+#: In the current and in the legacy spelling of hf.
+LEGACY_ENDINGS = {
+    "experts.gate_up_proj": "moe.gate_up_proj",
+    "experts.down_proj": "moe.down_proj",
+    "router.per_expert_scale": "moe.per_expert_scale",
+}
+
+
+def renamed(name: str, endings: dict[str, str]) -> str:
+    """The name with the other ending, or as it is if it has none of these."""
+    for old, new in endings.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
 def nemo_from_hf(hf: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """The nemo state dict of an hf one in current spelling; experts in `dtype`, or in the dtype that they have."""
     nemo = {}
     for name, tensor in hf.items():
         if name.endswith("experts.gate_up_proj"):
-            layer = name.removesuffix("experts.gate_up_proj")
-            nemo[layer + "moe.experts.gate_and_up_projs"] = transposed(tensor, dtype or tensor.dtype)
+            tensor = transposed(tensor, dtype or tensor.dtype)
         elif name.endswith("experts.down_proj"):
-            layer = name.removesuffix("experts.down_proj")
-            scale = hf[layer + "router.per_expert_scale"]
-            nemo[layer + "moe.experts.down_projs"] = folded(tensor, scale, dtype or tensor.dtype)
-        elif name.endswith("router.proj.weight"):
-            nemo[name.removesuffix("router.proj.weight") + "moe.gate.proj.weight"] = tensor
-        elif name.endswith("router.scale"):
-            nemo[name.removesuffix("router.scale") + "moe.gate.scale"] = tensor
-        elif not name.endswith("router.per_expert_scale"):
-            nemo[name] = tensor
+            scale = hf[name.removesuffix("experts.down_proj") + "router.per_expert_scale"]
+            tensor = folded(tensor, scale, dtype or tensor.dtype)
+        if not name.endswith("router.per_expert_scale"):
+            nemo[renamed(name, NEMO_ENDINGS)] = tensor
     return nemo
 
 
 def hf_from_nemo(nemo: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """The hf state dict of a nemo one without a base: native bits, and a scale of ones in the dtype of down_proj."""
+    hf_endings = {native: hf for hf, native in NEMO_ENDINGS.items()}
     hf = {}
     for name, tensor in nemo.items():
-        if name.endswith("moe.experts.gate_and_up_projs"):
-            layer = name.removesuffix("moe.experts.gate_and_up_projs")
-            hf[layer + "experts.gate_up_proj"] = transposed(tensor, dtype or tensor.dtype)
-        elif name.endswith("moe.experts.down_projs"):
-            layer = name.removesuffix("moe.experts.down_projs")
-            hf[layer + "experts.down_proj"] = transposed(tensor, dtype or tensor.dtype)
-            hf[layer + "router.per_expert_scale"] = torch.full((len(tensor),), 1.0, dtype=dtype or tensor.dtype)
-        elif name.endswith("moe.gate.proj.weight"):
-            hf[name.removesuffix("moe.gate.proj.weight") + "router.proj.weight"] = tensor
-        elif name.endswith("moe.gate.scale"):
-            hf[name.removesuffix("moe.gate.scale") + "router.scale"] = tensor
-        else:
-            hf[name] = tensor
+        expert = name.endswith(("moe.experts.gate_and_up_projs", "moe.experts.down_projs"))
+        hf[renamed(name, hf_endings)] = transposed(tensor, dtype or tensor.dtype) if expert else tensor
+        if name.endswith("moe.experts.down_projs"):
+            scale = name.removesuffix("moe.experts.down_projs") + "router.per_expert_scale"
+            hf[scale] = torch.full((len(tensor),), 1.0, dtype=dtype or tensor.dtype)
     return hf
 
 
 def legacy_name(name: str) -> str:
     """The legacy spelling of an hf name in current spelling."""
-    for current, legacy in (
-        ("experts.gate_up_proj", "moe.gate_up_proj"),
-        ("experts.down_proj", "moe.down_proj"),
-        ("router.per_expert_scale", "moe.per_expert_scale"),
-    ):
-        if name.endswith(current):
-            return name.removesuffix(current) + legacy
-    return name
+    return renamed(name, LEGACY_ENDINGS)
 
 
 def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -24,62 +24,36 @@ FILE_PATH = "/{repo_id}/resolve/{revision}/{filename}"
 
 @dataclass
 class Hub:
-    """One model on the server.
-
-    Attributes:
-        repository: Its id.
-        directory: Its files.
-        requests: Each request for the bytes of a file: its name and its Range header.
-        listings: How many requests were not for a file.
-        served: How many bytes of each file were sent.
-        tokens: Each Authorization header that came, by "hub" and "cdn".
-        revisions: What names the commit.
-        answers: Status and headers with which the next requests to the Hub are refused.
-        last: How many requests for files are answered before the server gives up.
-        gated: The model may be listed, but its files are refused.
-        sizes: Whether the listing has the files' sizes.
-        cut: Answers to ranges lose their last byte.
-        longer: How many bytes more than the range they have.
-        broken: How many answers break off in the middle first.
-        stalled: How many requests get no answer for a while first.
-        whole: Ranges are ignored.
-        shift: By how many bytes the answer to a range begins late.
-        encodes: Files are compressed for a client that accepts that, and ranges are of the compressed file.
-        redirect: Files are redirected once, to a CDN on another port.
-        url: Where the server is.
-        cdn: Where the CDN is.
-    """
+    """One model on the server, and how it misbehaves."""
 
     repository: str
     directory: Path
-    requests: list[tuple[str, str | None]] = field(default_factory=list)
-    listings: int = 0
-    served: Counter[str] = field(default_factory=Counter)
+    requests: list[tuple[str, str | None]] = field(default_factory=list)  # for a file's bytes: its name, the Range
+    listings: int = 0  # requests that were not for a file
+    served: Counter[str] = field(default_factory=Counter)  # the bytes of each file that were sent
+    #: Each Authorization header that came.
     tokens: dict[str, set[str | None]] = field(default_factory=lambda: {"hub": set(), "cdn": set()})
-    revisions: set[str] = field(default_factory=lambda: {"main", COMMIT, "refs/pr/1"})
-    answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
-    last: int | None = None
-    gated: bool = False
-    sizes: bool = True
-    cut: bool = False
-    longer: int = 0
-    broken: int = 0
-    stalled: int = 0
-    whole: bool = False
-    shift: int = 0
-    encodes: bool = False
-    redirect: bool = True
+    revisions: set[str] = field(default_factory=lambda: {"main", COMMIT, "refs/pr/1"})  # the commit's names
+    answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # refusals of the next requests to the Hub
+    last: int | None = None  # so many requests for files are answered before the server gives up
+    gated: bool = False  # the model may be listed, but its files are refused
+    sizes: bool = True  # the listing has the files' sizes
+    cut: bool = False  # answers to ranges lose their last byte
+    longer: int = 0  # bytes that answers have beyond the range
+    broken: int = 0  # so many answers break off in the middle first
+    stalled: int = 0  # so many requests get no answer for a while first
+    whole: bool = False  # ranges are ignored
+    shift: int = 0  # bytes by which the answer to a range begins late
+    encodes: bool = False  # files are compressed for a client that accepts that, and ranges are of the compressed file
     url: str = ""
-    cdn: str = ""
+    cdn: str = ""  # on another port: every file is redirected there once
 
     @property
     def weight_requests(self) -> list[str | None]:
-        """The Range header of each request for weights."""
         return [asked for name, asked in self.requests if name.endswith(".safetensors")]
 
     @property
     def weight_bytes(self) -> int:
-        """How many bytes of weights were sent."""
         return sum(count for name, count in self.served.items() if name.endswith(".safetensors"))
 
 
@@ -87,6 +61,9 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else the second packet of an answer waits 40 ms
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def answer(self, status: int, body: bytes = b"", length: int | None = None, **headers: str) -> bool:
         """Answer, and return whether the client took it all."""
@@ -101,6 +78,65 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return False
         return True
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+class _HubHandler(_Handler):
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        api, files = f"/api/models/{self.hub.repository}", f"/{self.hub.repository}/resolve/"
+        if not path.startswith((api, files)):  # also what the client asks besides, of its own accord
+            self.answer(404, X_Error_Code="RepoNotFound")
+            return
+        self.hub.tokens["hub"].add(self.headers["Authorization"])
+        if self.hub.answers:
+            status, headers = self.hub.answers.pop(0)
+            self.answer(status, **headers)
+        elif path.startswith(api):
+            self.hub.listings += 1
+            self.listing(urlsplit(self.path).path.removeprefix(api))
+        else:
+            commit, _, name = path.removeprefix(files).partition("/")
+            self.resolve(commit, name)
+
+    def listing(self, rest: str) -> None:
+        quoted = rest.removeprefix("/revision/").removeprefix("/tree/") or "main"
+        revision = "" if "/" in quoted else unquote(quoted)  # its slashes are no slashes of the path
+        if revision not in self.hub.revisions:
+            self.answer(404, X_Error_Code="RevisionNotFound")
+            return
+        sizes = {
+            str(path.relative_to(self.hub.directory)): path.stat().st_size
+            for path in sorted(self.hub.directory.rglob("*"))
+            if path.is_file()
+        }
+        if rest.startswith("/tree/"):
+            tree = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
+            self.answer(200, json.dumps(tree).encode())
+            return
+        siblings = [{"rfilename": name} | ({"size": size} if self.hub.sizes else {}) for name, size in sizes.items()]
+        info = {"id": self.hub.repository, "sha": COMMIT, "siblings": siblings}
+        self.answer(200, json.dumps(info).encode())
+
+    def resolve(self, commit: str, name: str) -> None:
+        if self.hub.last is not None and len(self.hub.requests) >= self.hub.last:
+            self.answer(410)
+        elif self.hub.gated:
+            self.answer(403, X_Error_Code="GatedRepo")
+        elif commit != COMMIT or not (self.hub.directory / name).is_file():
+            self.answer(404, X_Error_Code="EntryNotFound")
+        else:
+            size = str((self.hub.directory / name).stat().st_size)
+            linked = {"X_Linked_Size": size, "X_Linked_ETag": f'"{name}"', "X_Repo_Commit": COMMIT}
+            self.answer(302, Location=f"{self.hub.cdn}/{name}", **linked)
+
+
+class _CdnHandler(_Handler):
+    def do_GET(self) -> None:
+        self.hub.tokens["cdn"].add(self.headers["Authorization"])
+        self.file(unquote(urlsplit(self.path).path).lstrip("/"))
 
     def file(self, name: str) -> None:
         path, asked, encoding = self.hub.directory / name, self.headers["Range"], {}
@@ -132,76 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.hub.cut and asked is not None:
             part = part[:-1]
             length -= 1
-        if asked is None:
-            taken = self.answer(200, part, length, **encoding)
-        else:
-            taken = self.answer(206, part, length, Content_Range=f"bytes {first}-{last}/{size}", **encoding)
-        self.hub.served[name] += len(part) * taken
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-
-class _HubHandler(_Handler):
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        api, files = f"/api/models/{self.hub.repository}", f"/{self.hub.repository}/resolve/"
-        if not path.startswith((api, files)):  # also what the client asks besides, of its own accord
-            self.answer(404, X_Error_Code="RepoNotFound")
-            return
-        self.hub.tokens["hub"].add(self.headers["Authorization"])
-        if self.hub.answers:
-            status, headers = self.hub.answers.pop(0)
-            self.answer(status, **headers)
-        elif path.startswith(api):
-            self.hub.listings += 1
-            self.listing(urlsplit(self.path).path.removeprefix(api))
-        else:
-            commit, _, name = path.removeprefix(files).partition("/")
-            self.resolve(commit, name)
-
-    do_HEAD = do_GET  # noqa: N815 - the server's name for it
-
-    def listing(self, rest: str) -> None:
-        quoted = rest.removeprefix("/revision/").removeprefix("/tree/") or "main"
-        revision = "" if "/" in quoted else unquote(quoted)  # its slashes are no slashes of the path
-        if revision not in self.hub.revisions:
-            self.answer(404, X_Error_Code="RevisionNotFound")
-            return
-        sizes = {
-            str(path.relative_to(self.hub.directory)): path.stat().st_size
-            for path in sorted(self.hub.directory.rglob("*"))
-            if path.is_file()
-        }
-        if rest.startswith("/tree/"):
-            tree = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
-            self.answer(200, json.dumps(tree).encode())
-            return
-        siblings = [{"rfilename": name} | ({"size": size} if self.hub.sizes else {}) for name, size in sizes.items()]
-        info = {"id": self.hub.repository, "sha": COMMIT, "siblings": siblings}
-        self.answer(200, json.dumps(info).encode())
-
-    def resolve(self, commit: str, name: str) -> None:
-        if self.hub.last is not None and len(self.hub.requests) >= self.hub.last:
-            self.answer(410)
-        elif self.hub.gated:
-            self.answer(403, X_Error_Code="GatedRepo")
-        elif commit != COMMIT or not (self.hub.directory / name).is_file():
-            self.answer(404, X_Error_Code="EntryNotFound")
-        elif self.hub.redirect:
-            size = str((self.hub.directory / name).stat().st_size)
-            linked = {"X_Linked_Size": size, "X_Linked_ETag": f'"{name}"', "X_Repo_Commit": COMMIT}
-            self.answer(302, Location=f"{self.hub.cdn}/{name}", **linked)
-        else:
-            self.file(name)
-
-
-class _CdnHandler(_Handler):
-    def do_GET(self) -> None:
-        self.hub.tokens["cdn"].add(self.headers["Authorization"])
-        self.file(unquote(urlsplit(self.path).path).lstrip("/"))
-
-    do_HEAD = do_GET  # noqa: N815 - the server's name for it
+        ranged = {} if asked is None else {"Content_Range": f"bytes {first}-{last}/{size}"}
+        self.hub.served[name] += len(part) * self.answer(206 if ranged else 200, part, length, **ranged, **encoding)
 
 
 @contextmanager

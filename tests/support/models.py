@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 from support.formulas import legacy_name
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+#: The experts' names in the first layer of a random state dict.
+LAYER = "model.language_model.layers.0."
+GATE_UP, DOWN, SCALE = f"{LAYER}experts.gate_up_proj", f"{LAYER}experts.down_proj", f"{LAYER}router.per_expert_scale"
+NATIVE_GATE_UP, NATIVE_DOWN = f"{LAYER}moe.experts.gate_and_up_projs", f"{LAYER}moe.experts.down_projs"
 
 
 def random_hf_state_dict(
@@ -48,6 +54,42 @@ def random_hf_state_dict(
             f"{path}router.scale": uniform(H),
         }
     return state
+
+
+class Lazy:
+    """A value in the protocol of safetensors' slices; `read` has the number of elements of each part that was read."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.read: list[int] = []
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def get_dtype(self) -> str:
+        return {torch.bfloat16: "BF16", torch.int8: "I8", torch.float32: "F32"}[self.tensor.dtype]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        part = self.tensor[index].clone()
+        self.read.append(part.numel())
+        return part
+
+
+def module_of(state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """A tree of modules whose parameters are these tensors, and `layer_scalar` and other statistics its buffers."""
+    root = torch.nn.Module()
+    for name, tensor in state.items():
+        *path, last = name.split(".")
+        owner = root
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, torch.nn.Module())
+            owner = owner.get_submodule(part)
+        if last in ("layer_scalar", "std_bias", "std_scale"):
+            owner.register_buffer(last, tensor)
+        else:
+            owner.register_parameter(last, torch.nn.Parameter(tensor))
+    return root
 
 
 def read_directory(directory: Path) -> dict[str, torch.Tensor]:

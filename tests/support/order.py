@@ -9,23 +9,19 @@ from typing import TYPE_CHECKING, Any
 from gemma4_moe.target import transaction
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pytest
 
 
 class Order:
-    """Notes every fsync, rename and removal of a directory, and what a directory held when it was synced.
-
-    Attributes:
-        calls: The name of each call, and its paths below the root.
-        held: For each call that synced a directory, its number and the names in that directory.
-    """
+    """Notes every fsync, rename and removal of a directory, and what a directory held when it was synced."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
-        self.calls: list[tuple[str, ...]] = []
-        self.held: dict[int, set[str]] = {}
-        fsync, rename, rmdir = os.fsync, os.rename, os.rmdir
-        exchange = transaction.exchange
+        self.calls: list[tuple[str, ...]] = []  # the name of each, and its paths below the root
+        self.held: dict[int, set[str]] = {}  # by the number of the call that synced a directory: the names in it
+        fsync = os.fsync
 
         def synced(descriptor: int) -> None:
             path = Path(f"/proc/self/fd/{descriptor}").readlink()
@@ -34,22 +30,16 @@ class Order:
             self.note("fsync", path)
             fsync(descriptor)
 
-        def renamed(old: Path, new: Path) -> None:
-            self.note("rename", old, new)
-            rename(old, new)
-
-        def exchanged(one: Path, other: Path) -> bool:
-            self.note("exchange", one, other)
-            return exchange(one, other)
-
-        def removed(path: Path, **more: Any) -> None:
-            self.note("rmdir", path)
-            rmdir(path, **more)
-
         monkeypatch.setattr(os, "fsync", synced)
-        monkeypatch.setattr(os, "rename", renamed)
-        monkeypatch.setattr(os, "rmdir", removed)
-        monkeypatch.setattr(transaction, "exchange", exchanged)
+        for module, call in ((os, "rename"), (os, "rmdir"), (transaction, "exchange")):
+            monkeypatch.setattr(module, call, self.noted(call, getattr(module, call)))
+
+    def noted(self, call: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def with_note(*paths: Path, **more: Any) -> Any:
+            self.note(call, *paths)
+            return function(*paths, **more)
+
+        return with_note
 
     def note(self, call: str, *paths: Path) -> None:
         self.calls.append((call, *(os.path.relpath(path, self.root) for path in paths)))

@@ -1,7 +1,4 @@
-"""NeMo AutoModel's Gemma 4 MoE adapter and model, as black boxes to compare with.
-
-Its import takes about ten seconds and warns, so it happens once, on first use.
-"""
+"""NeMo AutoModel's Gemma 4 MoE adapter and model, as black boxes; the import takes ten seconds, so on first use."""
 
 from __future__ import annotations
 
@@ -9,9 +6,12 @@ import importlib
 import warnings
 from functools import cache
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _PACKAGE = "nemo_automodel.components.models"
 
@@ -40,3 +40,9 @@ def model(config: Any) -> torch.nn.Module:
         warnings.simplefilter("ignore")
         built: torch.nn.Module = _module("gemma4_moe.model").Gemma4ForConditionalGeneration(config, backend=backend)
     return built.to(torch.float32).eval()
+
+
+def checkpointer(directory: Path, rank: int = 0, moe_mesh: Any = None, **options: Any) -> Any:
+    """The peer's Checkpointer of one rank, for checkpoints below `directory`."""
+    config = importlib.import_module("nemo_automodel.components.checkpoint.config").CheckpointingConfig
+    return config(checkpoint_dir=directory, **options).build(rank, 0, 0, moe_mesh)

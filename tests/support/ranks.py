@@ -6,23 +6,23 @@ import multiprocessing
 import os
 import socket
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "gemma4_moe.adapter.state_dict_adapter"])
+_PRELOADED = ["torch", "torch.distributed.tensor", "gemma4_moe.adapter.state_dict_adapter"]
+_CONTEXT.set_forkserver_preload(_PRELOADED)
 
 
 def run(
     world: int, function: Callable[..., None], *arguments: Any, seconds: float = 120, meet_at_end: bool = True
 ) -> None:
-    """Call `function(*arguments)` on `world` ranks; raise the first rank's error, or for one that does not end.
-
-    `meet_at_end` is False where a rank is to be lost on the way.
-    """
+    """Call the function on `world` ranks, of which none is lost if they `meet_at_end`; raise what they raise."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -65,3 +65,16 @@ def _rank(
         raise SystemExit(1) from None
     if meet_at_end:
         dist.destroy_process_group()
+
+
+@contextmanager
+def preloading(*modules: str) -> Iterator[None]:
+    """Let ranks begin with these modules imported, too: a new server is started, of which they are forked."""
+    server = forkserver._forkserver
+    server._stop()
+    _CONTEXT.set_forkserver_preload([*_PRELOADED, *modules])
+    try:
+        yield
+    finally:
+        server._stop()
+        _CONTEXT.set_forkserver_preload(_PRELOADED)

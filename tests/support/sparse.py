@@ -1,8 +1,4 @@
-"""Stand-ins for large checkpoints: true headers, index and config, and data that is a hole in a sparse file.
-
-The headers are written with json alone, not with the code under test, and are not padded to pages: as in published
-files, tensors start anywhere.
-"""
+"""Stand-ins for large checkpoints: headers (unpadded, as published ones are), index, config, and holes for the data."""
 
 from __future__ import annotations
 
@@ -36,10 +32,7 @@ def write_sparse_checkpoint(
     config: Mapping[str, Any],
     max_shard_bytes: int = 50 * 10**9,
 ) -> dict[str, str]:
-    """Write the stand-in into `directory`, which is made, and return the file name of each tensor.
-
-    Tensors fill the files in the given order; one that is larger than `max_shard_bytes` has a file of its own.
-    """
+    """Write the stand-in, tensors in the given order, into a new directory; return the file name of each tensor."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     shards: list[dict[str, int]] = [{}]

@@ -6,10 +6,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from support.formulas import hf_from_nemo
+from gemma4_moe import Gemma4MoEStateDictAdapter
+from gemma4_moe.adapter import MoEConfig
+from support.formulas import hf_from_nemo, nemo_from_hf
+from support.models import random_hf_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from gemma4_moe.refit import Bucket
+
+E, H, I = 6, 10, 7  # noqa: E741
+LARGEST = E * 2 * I * H * 2  # gate_up_proj in bfloat16, bytes
+ADAPTER = Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I), None)
+
+
+def nemo_state(
+    layers: int = 3, dtype: torch.dtype = torch.bfloat16, prefix: str = "model.language_model."
+) -> dict[str, torch.Tensor]:
+    """The native state that most streams send."""
+    return nemo_from_hf(random_hf_state_dict(layers=layers, E=E, H=H, I=I, dtype=dtype, prefix=prefix))
 
 
 def per_expert(hf: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
@@ -29,10 +45,18 @@ def per_expert(hf: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def in_order(nemo: dict[str, torch.Tensor], *, layers: int) -> dict[str, torch.Tensor]:
-    """The hf state dict of a small native one, sorted as a person would: for fewer than ten layers, by name."""
-    assert layers < 10
-    return dict(sorted(hf_from_nemo(nemo).items()))
+def expected_stream(
+    nemo: dict[str, torch.Tensor], *, experts: str = "fused", dtype: torch.dtype | None = None
+) -> list[tuple[str, torch.Tensor]]:
+    """The hf tensors of a small native model, sorted as a person would: for fewer than ten layers, by name."""
+    assert not any(".layers.10." in name for name in nemo)
+    fused = {name: tensor.to(dtype or tensor.dtype) for name, tensor in sorted(hf_from_nemo(nemo).items())}
+    return per_expert(fused) if experts == "per-expert" else list(fused.items())
+
+
+def copied(buckets: Iterable[Bucket]) -> list[tuple[str, torch.Tensor]]:
+    """Copies of every tensor of these buckets."""
+    return [(name, tensor.clone()) for bucket in buckets for name, tensor in bucket.tensors()]
 
 
 def assert_same_stream(found: Iterable[tuple[str, torch.Tensor]], expected: Iterable[tuple[str, torch.Tensor]]) -> None:

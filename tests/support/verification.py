@@ -36,15 +36,7 @@ def both_layouts(**sizes: Any) -> tuple[State, State, State]:
 
 
 def checked(tmp_path: Path, source: State, target: State, *, hf: State | None = None, **options: Any) -> Verification:
-    """Write both state dicts, the target in another number of files, and verify the one against the other.
-
-    Args:
-        tmp_path: Where "source" and "target" are made.
-        source: What was converted.
-        target: What is judged.
-        hf: The hf state dict that the config is taken from, if the source is not one.
-        options: Of `verify`.
-    """
+    """Write both, in unlike numbers of files and with the config of `hf` if the source is not hf, and verify them."""
     config = config_of(source if hf is None else hf)
     write_checkpoint(tmp_path / "source", source, config, files=2)
     write_checkpoint(tmp_path / "target", target, config, files=3)
