@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,15 +11,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from gemma4_moe import plan
+from gemma4_moe import convert, plan
 from gemma4_moe.converter.mesh_preview import parse_mesh, predict
 from gemma4_moe.errors import UsageError
-from gemma4_moe.layout.dtypes import BFLOAT16
 from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
-from support.sparse import write_sparse_checkpoint
 
-REAL = Path(__file__).parents[1] / "data/gemma-4-26B-A4B"
+if TYPE_CHECKING:
+    from pathlib import Path
+
 NATIVE = {"ep": Shard(0), "ep_shard": Shard(1), "dp_shard": Shard(0), "dp_replicate": Replicate()}
 MESHES = [
     {"ep": 8},
@@ -29,14 +28,6 @@ MESHES = [
     {"ep_shard": 3, "ep": 48},  # 128 experts over 48 ranks: 3 each, and 5 ranks with less
     {"dp_replicate": 2, "dp_shard": 100},
 ]
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("real") / "hf"
-    shapes = json.loads((REAL / "inventory.json").read_text())["shapes"]
-    write_sparse_checkpoint(directory, shapes, BFLOAT16, json.loads((REAL / "config.json").read_text()))
-    return directory
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -96,8 +87,6 @@ def test_what_is_no_mesh_is_a_usage_error(text: str) -> None:
 
 
 def test_a_mesh_is_for_the_nemo_layout(tmp_path: Path) -> None:
-    from gemma4_moe import convert
-
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
     convert(source, tmp_path / "nemo")
     with pytest.raises(UsageError, match="nemo layout"):
