@@ -6,6 +6,8 @@ import copy
 import hashlib
 import json
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -74,10 +76,7 @@ def test_each_fact_of_a_run_is_compared_and_named(source: Path, tmp_path: Path) 
     assert len(facts) == 3 + 2 + 4 * 2, "version, size of blocks, plan; two options; four facts of each of two files"
     for fact in facts:
         opening = copy.deepcopy(known.opening)
-        inner: Any = opening
-        for key in fact[:-1]:
-            inner = inner[key]
-        inner[fact[-1]] = "another"
+        reduce(getitem, fact[:-1], opening)[fact[-1]] = "another"
         for path in journals(control):
             path.unlink()
         with Journal(control, 0) as journal:
@@ -141,36 +140,28 @@ def test_a_complete_target_of_another_conversion_is_not_taken_for_it(
     assert contents(done) == before
 
 
-@pytest.mark.parametrize("fact", ["plan", "header", "size"])
-def test_a_manifest_that_says_something_else_is_of_another_conversion(fact: str, source: Path, done: Path) -> None:
-    path = done / "gemma4_moe.json"
-    manifest = json.loads(path.read_text())
-    if fact == "plan":
-        manifest["plan"] = "0" * 64
-    else:
-        said = manifest["source"]["files"]["model-00002-of-00002.safetensors"]
-        said |= {"header_sha256": "0" * 64} if fact == "header" else {"bytes": said["bytes"] + 1}
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match="the target exists"):
-        resume(source, done)
+FILE, SCALAR = "model-00002-of-00002.safetensors", "model.language_model.layers.1.layer_scalar"
+NONSENSE = (None, True, 3, "x", [], {}, {"bytes": None})
 
 
-@pytest.mark.parametrize("said", [None, True, 3, "x", [], {}, {"bytes": None}])
-@pytest.mark.parametrize("where", ["a source file", "what overflowed", "a block of the source", "what was given back"])
-def test_a_manifest_that_makes_no_sense_is_of_another_conversion(
-    where: str, said: object, source: Path, done: Path
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (("plan",), "0" * 64),
+        (("source", "files", FILE, "header_sha256"), "0" * 64),
+        (("source", "files", FILE, "bytes"), 3),
+        *((("source", "files", FILE), said) for said in NONSENSE),
+        *((("source", "blocks", SCALAR), said) for said in NONSENSE),
+        *((("overflowed",), {"no such tensor": 1} if said == {} else said) for said in NONSENSE),
+        *((("given_back",), {SCALAR: -3 if said == 3 else said}) for said in NONSENSE),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_of_another_conversion(
+    path: tuple[str, ...], said: object, source: Path, done: Path
 ) -> None:
-    path = done / "gemma4_moe.json"
-    manifest = json.loads(path.read_text())
-    if where == "a source file":
-        manifest["source"]["files"]["model-00002-of-00002.safetensors"] = said
-    elif where == "what overflowed":
-        manifest["overflowed"] = {"no such tensor": 1} if said == {} else said
-    elif where == "a block of the source":
-        manifest["source"]["blocks"]["model.language_model.layers.1.layer_scalar"] = said
-    else:
-        manifest["given_back"] = {"model.language_model.layers.1.layer_scalar": -3 if said == 3 else said}
-    path.write_text(json.dumps(manifest))
+    manifest = json.loads((done / "gemma4_moe.json").read_text())
+    reduce(getitem, path[:-1], manifest)[path[-1]] = said
+    (done / "gemma4_moe.json").write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match="the target exists"):
         resume(source, done)
 
