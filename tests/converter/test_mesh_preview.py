@@ -57,16 +57,13 @@ def test_shares_are_those_of_dtensor_and_every_expert_is_owned_once(real: Path, 
     assert prediction.other_bytes == 51_611_872_412 - 45_675_970_560 - 30 * 128 * 2
 
 
-def test_bytes_read_are_whole_experts_and_the_scales(real: Path) -> None:
+def test_bytes_read_are_whole_experts_and_the_scales_and_none_without_experts(real: Path, tmp_path: Path) -> None:
     prediction = predict(plan(real, to="nemo").plan, {"ep_shard": 2, "ep": 8})
     experts = 16 * (1_015_021_568 + 507_510_784) // 128
     assert {share.read_bytes for share in prediction.shares} == {30 * (experts + 128 * 2)}
     assert prediction.balance == 1.0
-
-
-def test_a_rank_without_experts_reads_none(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(E=5))
-    prediction = predict(plan(source).plan, {"ep": 4})  # 2, 2, 1, 0
+    prediction = predict(plan(source).plan, {"ep": 4})
     assert [share.experts for share in prediction.shares] == [2, 2, 1, 0]
     assert prediction.shares[3].read_bytes == 0
     assert prediction.balance == pytest.approx(2 / 1.25)

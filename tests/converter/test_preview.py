@@ -32,8 +32,7 @@ def test_the_real_model_has_the_published_counts_and_large_tensors_start_on_page
 def test_the_real_model_is_planned_by_the_command(real: Path) -> None:
     command = [sys.executable, "-m", "gemma4_moe", "plan", "--format", "json", str(real)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    assert found["source"]["tensors"] == 1013
-    assert found["source"]["bytes"] == 51_611_872_412
+    assert found["source"] | {"tensors": 1013, "bytes": 51_611_872_412} == found["source"]
     assert found["target"]["files"] == 11
     assert found["peak_memory_bytes"] <= 2**30
 

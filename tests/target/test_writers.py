@@ -43,13 +43,6 @@ def write(path, arrays):
         file.write(SIZE, memoryview(b""))
 
 
-def test_safetensors_reads_what_was_written_at_positions(tmp_path, arrays):
-    write(tmp_path / "f.safetensors", arrays)
-    loaded = load_file(tmp_path / "f.safetensors")
-    assert all(np.array_equal(loaded[name], arrays[name]) for name in arrays)
-    assert (tmp_path / "f.safetensors").stat().st_size == SIZE
-
-
 def test_threads_write_one_file(tmp_path, arrays):
     a = ENTRIES[0]
     with SafetensorsWriter(tmp_path / "f", HEADER, SIZE) as file, ThreadPoolExecutor(8) as pool:
@@ -57,11 +50,14 @@ def test_threads_write_one_file(tmp_path, arrays):
     assert (tmp_path / "f").read_bytes()[a.start : a.end] == arrays["a"].tobytes()
 
 
-def test_calls_that_write_less_than_asked_go_on(tmp_path, arrays, monkeypatch):
+@pytest.mark.parametrize("most", [SIZE, 1000], ids=["whole writes", "writes of less than was asked"])
+def test_safetensors_reads_what_was_written_at_positions(tmp_path, arrays, monkeypatch, most):
     whole = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, view, offset: whole(fd, view[:1000], offset))
-    write(tmp_path / "f", arrays)
-    assert np.array_equal(load_file(tmp_path / "f")["a"], arrays["a"])
+    monkeypatch.setattr(os, "pwrite", lambda fd, view, offset: whole(fd, view[:most], offset))
+    write(tmp_path / "f.safetensors", arrays)
+    loaded = load_file(tmp_path / "f.safetensors")
+    assert all(np.array_equal(loaded[name], arrays[name]) for name in arrays)
+    assert (tmp_path / "f.safetensors").stat().st_size == SIZE
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
