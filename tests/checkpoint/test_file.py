@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,9 @@ from safetensors.numpy import save_file
 
 from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.errors import CheckpointFormatError, SourceChangedError, StorageError, TensorShapeError
+from support.changes import CHANGES, behind_its_time
 from support.descriptors import open_descriptors
+from support.direct_io import refusing
 from support.headers import entry, raw_file
 
 
@@ -19,13 +22,18 @@ def array():
 
 @pytest.fixture
 def path(tmp_path, array):
-    save_file({"t": array, "u": np.arange(7, dtype=np.uint8)}, tmp_path / "f.safetensors")
+    save_file({"t": array, "u": np.arange(7, dtype=np.uint8)}, tmp_path / "f.safetensors", {"format": "pt"})
     return tmp_path / "f.safetensors"
+
+
+def start_of_t(file):
+    (start,) = (entry.start for entry in file.header.entries if entry.name == "t")
+    return start
 
 
 def test_a_file_reads_any_range_as_it_stands(path, array):
     with SafetensorsFile(path) as file:
-        (start,) = (e.start for e in file.header.entries if e.name == "t")
+        start = start_of_t(file)
         rows = np.empty((5, 1009), np.float32)
         file.read_into(start + 17 * 1009 * 4, memoryview(rows))
         assert np.array_equal(rows, array[17:22])
@@ -34,15 +42,10 @@ def test_a_file_reads_any_range_as_it_stands(path, array):
 
 
 def test_threads_share_a_file(path, array):
-    with SafetensorsFile(path) as file:
-        start = next(e.start for e in file.header.entries if e.name == "t")
-        out = np.empty_like(array)
-
-        def read(row: int) -> None:
-            file.read_into(start + row * 1009 * 4, memoryview(out[row]))
-
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(read, range(301)))
+    out = np.empty_like(array)
+    with SafetensorsFile(path) as file, ThreadPoolExecutor(8) as pool:
+        start = start_of_t(file)
+        list(pool.map(lambda row: file.read_into(start + row * 1009 * 4, memoryview(out[row])), range(301)))
     assert np.array_equal(out, array)
 
 
@@ -51,7 +54,7 @@ def test_calls_that_return_less_than_asked_go_on(path, array, monkeypatch):
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: whole(fd, [buffers[0][:1000]], offset))
     with SafetensorsFile(path) as file:
         out = np.empty_like(array)
-        file.read_into(next(e.start for e in file.header.entries if e.name == "t"), memoryview(out))
+        file.read_into(start_of_t(file), memoryview(out))
     assert np.array_equal(out, array)
 
 
@@ -65,79 +68,37 @@ def test_identity_is_what_the_filesystem_says_and_the_headers_sha256(path):
         file.check_unchanged()
 
 
-def test_a_file_cut_off_while_it_is_read_is_an_error(path):
+def test_a_file_cut_off_while_it_or_its_header_is_read_is_an_error(path, monkeypatch):
     with SafetensorsFile(path) as file:
         os.truncate(path, file.size - 1000)
         out = bytearray(2000)
         with pytest.raises(CheckpointFormatError, match="truncated, or changed") as caught:
             file.read_into(file.size - 2000, memoryview(out))
         assert caught.value.facts["expected"].startswith("1000 more bytes")
-
-
-def test_a_file_cut_off_while_its_header_is_read_is_an_error(path, monkeypatch):
     monkeypatch.setattr(os, "preadv", lambda *_: 0)
     with pytest.raises(CheckpointFormatError, match="truncated, or changed"):
         SafetensorsFile(path)
 
 
-def _longer(path):
-    with path.open("ab") as file:
-        file.write(b"x")
-
-
-def _touched(path):
-    os.utime(path, ns=(1, 1))
-
-
-def _replaced(path):
-    (path.parent / "new").write_bytes(path.read_bytes())
-    status = path.stat()
-    os.utime(path.parent / "new", ns=(status.st_mtime_ns, status.st_mtime_ns))
-    (path.parent / "new").rename(path)
-
-
-def _removed(path):
-    path.unlink()
-
-
-def _header_changed_behind_its_time(path):
-    status = path.stat()
-    raw = path.read_bytes().replace(b'"u"', b'"v"')
-    with path.open("r+b") as file:
-        file.write(raw)
-    os.utime(path, ns=(status.st_mtime_ns, status.st_mtime_ns))
-
-
-def _longer_behind_its_time(path):
-    status = path.stat()
-    _longer(path)
-    os.utime(path, ns=(status.st_mtime_ns, status.st_mtime_ns))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [_longer, _longer_behind_its_time, _touched, _replaced, _removed, _header_changed_behind_its_time],
-)
-def test_every_change_is_noticed(path, change):
+@pytest.mark.parametrize("in_time", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_is_noticed(path, change, in_time):
     with SafetensorsFile(path) as file:
-        change(path)
+        change(path) if in_time else behind_its_time(change, path)
         with pytest.raises(SourceChangedError) as caught:
             file.check_unchanged()
     assert caught.value.facts["file"] == str(path)
     assert caught.value.exit_status == 3
 
 
-def test_a_disk_that_fails_is_a_storage_error_with_the_file(path, monkeypatch):
-    def fail(*arguments):
-        raise OSError(5, "Input/output error")
-
-    for call, sentence in (("preadv", "can't read the file"), ("fstat", "can't look at the file")):
-        with SafetensorsFile(path) as file, monkeypatch.context() as broken:
-            broken.setattr(os, call, fail)
-            with pytest.raises(StorageError, match=f"{sentence}: Input/output error") as caught:
-                file.check_unchanged()
-        assert caught.value.facts["file"] == str(path)
-        assert caught.value.exit_status == 5
+@pytest.mark.parametrize(("call", "words"), [("preadv", "can't read the file"), ("fstat", "can't look at the file")])
+def test_a_disk_that_fails_is_a_storage_error_with_the_file(path, monkeypatch, call, words):
+    with SafetensorsFile(path) as file, monkeypatch.context() as broken:
+        broken.setattr(os, call, refusing(errno.EIO))
+        with pytest.raises(StorageError, match=f"{words}: Input/output error") as caught:
+            file.check_unchanged()
+    assert caught.value.facts["file"] == str(path)
+    assert caught.value.exit_status == 5
 
 
 def test_the_descriptor_is_closed_at_the_end_and_after_a_refused_header(path, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from blake3 import blake3
@@ -27,10 +27,11 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "f"
 
 
+@pytest.mark.parametrize("algorithm", [blake3, hashlib.sha256])
 @pytest.mark.parametrize("buffered", [False, True])
 @pytest.mark.parametrize("memory", [1, 20_000, 10**6])
 def test_extents_of_any_place_and_size(
-    memory: int, buffered: bool, file: Path, monkeypatch: pytest.MonkeyPatch
+    memory: int, buffered: bool, algorithm: Any, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allocated, whole = [], hashing.allocate
     monkeypatch.setattr(hashing, "allocate", lambda nbytes: allocated.append(nbytes) or whole(nbytes))
@@ -38,8 +39,8 @@ def test_extents_of_any_place_and_size(
     told: list[int] = []
     with OpenFile(file) as opened:
         groups = [(Extent(opened, *pair),) for pair in bounds]
-        found = hash_extents(groups, memory, buffered=buffered, hashed=told.append)
-    assert found == [blake3(CONTENT[start:end]).hexdigest() for start, end in bounds]
+        found = hash_extents(groups, memory, algorithm=algorithm, buffered=buffered, hashed=told.append)
+    assert found == [algorithm(CONTENT[start:end]).hexdigest() for start, end in bounds]
     assert sum(told) == sum(end - start for start, end in bounds)
     assert sum(allocated) <= max(memory, 3 * 4096)
 
@@ -59,14 +60,6 @@ def test_a_failure_of_one_thread_is_raised(file: Path) -> None:
         groups = [(Extent(opened, 0, 5000),)] * 50 + [(Extent(opened, 100_000, 100_010),)]
         with pytest.raises(CheckpointFormatError, match="truncated"):
             hash_extents(groups, 10**6)
-
-
-def test_sha256_of_whole_files(file: Path) -> None:
-    (file.parent / "empty").write_bytes(b"")
-    with OpenFile(file) as one, OpenFile(file.parent / "empty") as other:
-        groups = [(Extent(opened, 0, opened.size),) for opened in (one, other)]
-        found = hash_extents(groups, 2**20, algorithm=hashlib.sha256)
-    assert found == [hashlib.sha256(content).hexdigest() for content in (CONTENT, b"")]
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:

@@ -2,20 +2,14 @@ import errno
 import os
 import socket
 import tempfile
+from pathlib import Path
 
 import pytest
 
 from gemma4_moe.checkpoint.storage import open_regular, read_whole, refusals, temporary_directory
 from gemma4_moe.errors import CheckpointFormatError, StorageError
 from support.descriptors import open_descriptors
-
-
-def _pipe(path):
-    os.mkfifo(path)
-
-
-def _directory(path):
-    path.mkdir()
+from support.direct_io import refusing
 
 
 def _socket(path):
@@ -26,14 +20,15 @@ def _socket(path):
         os.chdir(here)
 
 
-def _link_to_device(path):
-    path.symlink_to("/dev/zero")
-
-
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     ("make", "kind"),
-    [(_pipe, "a pipe"), (_directory, "a directory"), (_socket, "a socket"), (_link_to_device, "a device")],
+    [
+        (os.mkfifo, "a pipe"),
+        (Path.mkdir, "a directory"),
+        (_socket, "a socket"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device"),
+    ],
 )
 def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path, make, kind):
     make(tmp_path / "f")
@@ -52,7 +47,7 @@ def test_a_pipe_that_takes_the_files_place_just_then_does_not_block(tmp_path, mo
     assert open_descriptors() == before
 
 
-def test_links_to_files_are_followed_and_dangling_ones_are_said_to_be(tmp_path):
+def test_links_to_files_are_followed_and_those_that_lead_nowhere_are_named(tmp_path):
     (tmp_path / "blob").write_bytes(b"abc")
     (tmp_path / "link").symlink_to("blob")
     (tmp_path / "dangling").symlink_to("nowhere")
@@ -61,9 +56,6 @@ def test_links_to_files_are_followed_and_dangling_ones_are_said_to_be(tmp_path):
         with pytest.raises(CheckpointFormatError, match="missing") as caught:
             read_whole(tmp_path / name, 3)
         assert caught.value.facts["found"] == found
-
-
-def test_a_link_to_itself_is_a_storage_error(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(StorageError, match="can't look at the file"):
         read_whole(tmp_path / "loop", 3)
@@ -79,12 +71,9 @@ def test_a_file_is_read_to_its_limit_and_not_beyond(tmp_path):
 
 @pytest.mark.parametrize("call", ["open", "stat"])
 def test_a_file_that_may_not_be_read_is_a_storage_error(tmp_path, monkeypatch, call):
-    def refuse(*arguments, **keywords):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
     (tmp_path / "f").write_bytes(b"abc")
     with monkeypatch.context() as broken:
-        broken.setattr(os, call, refuse)
+        broken.setattr(os, call, refusing(errno.EACCES))
         with pytest.raises(StorageError, match="Permission denied"):
             read_whole(tmp_path / "f", 3)
 

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma4_moe import convert, plan, verify
-from gemma4_moe.converter import blocks, unfold
+from gemma4_moe.converter import unfold
 from gemma4_moe.errors import SourceChangedError, TensorShapeError, UsageError
-from gemma4_moe.target import ledger
 from support.checkpoints import contents, write_checkpoint
 from support.formulas import assert_same_tensors, hf_from_nemo
 from support.models import random_hf_state_dict, read_directory, respell_as_legacy
@@ -104,27 +103,11 @@ def test_another_model_as_the_base_does_no_harm(base: Path, tmp_path: Path) -> N
     assert_same_tensors(read_directory(tmp_path / "back"), hf_from_nemo(native))
 
 
-def test_the_manifest_says_which_base_it_was(base: Path, tmp_path: Path) -> None:
-    convert(base, tmp_path / "nemo")
-    convert(tmp_path / "nemo", tmp_path / "back", base=base)
-    files = json.loads((tmp_path / "nemo" / MANIFEST).read_text())["source"]["files"]
-    said = json.loads((tmp_path / "back" / MANIFEST).read_text())["options"]["base"]
-    assert said == {name: file["header_sha256"] for name, file in files.items()}
-
-
-def wide(state: State) -> State:
-    return {name: tensor.float() for name, tensor in state.items()}
-
-
-def without_a_layer(state: State) -> State:
-    return {name: tensor for name, tensor in state.items() if not name.startswith(LAYER)}
-
-
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (wide, UsageError, "does not hold the base's values"),
-        (without_a_layer, UsageError, "lacks a layer"),
+        (lambda state: {name: t.float() for name, t in state.items()}, UsageError, "does not hold the base's values"),
+        (lambda state: {name: t for name, t in state.items() if LAYER not in name}, UsageError, "lacks a layer"),
         (lambda _: random_hf_state_dict(prefix="model."), UsageError, "lacks a layer"),
         (lambda _: random_hf_state_dict(E=5), TensorShapeError, "another shape"),
         (lambda _: random_hf_state_dict(H=12), TensorShapeError, "another shape"),
@@ -156,30 +139,23 @@ def test_the_base_of_a_conversion_to_nemo_and_a_base_in_nemo_are_refused(base: P
         convert(tmp_path / "nemo", base / "back", base=base)
 
 
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", 4096)
-
-
-def convert_most(source: Path, target: Path, base: Path) -> None:
-    """Interrupt a conversion after most experts, before their scales."""
+def interrupt(source: Path, target: Path, base: Path, last: int) -> None:
+    """Interrupt a conversion once all but the `last` bytes are written."""
 
     def stop(done: int, total: int) -> None:
-        if done > total * 0.85:
+        if done > total - last:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         convert(source, target, base=base, max_memory=60_000, progress=stop)
 
 
-def test_resuming_does_not_show_and_wants_the_same_base(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small_blocks(monkeypatch)
+@pytest.mark.usefixtures("small_blocks")
+def test_resuming_does_not_show_and_wants_the_same_base(base: Path, tmp_path: Path) -> None:
     convert(base, tmp_path / "nemo", dtype="float32")
     edit(tmp_path / "nemo", train)
     convert(tmp_path / "nemo", tmp_path / "whole", base=base)
-    convert_most(tmp_path / "nemo", tmp_path / "back", base)
+    interrupt(tmp_path / "nemo", tmp_path / "back", base, last=1600)  # most experts, and no scale
     shutil.copytree(base, tmp_path / "copy")
     for other in (None, tmp_path / "copy"):
         with pytest.raises(UsageError, match="another one"):
@@ -188,6 +164,7 @@ def test_resuming_does_not_show_and_wants_the_same_base(
     assert contents(tmp_path / "back") == contents(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_no_expert_is_judged_twice(base: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted at the first scale, when all experts are written: a resumed run knows them from the journal."""
     judged: list[tuple[str, int]] = []
@@ -197,23 +174,22 @@ def test_no_expert_is_judged_twice(base: Path, state: State, tmp_path: Path, mon
         judged.extend((tensor.name, number) for number in range(first, first + len(native)))
         return whole(self, tensor, first, native, out)
 
-    def stop(done: int, total: int) -> None:
-        if done > total - 2 * 6 * 2:  # two scales of six experts in bf16
-            raise KeyboardInterrupt
-
-    small_blocks(monkeypatch)
     convert(base, tmp_path / "nemo")
     monkeypatch.setattr(unfold.Unfolding, "convert", noted)
-    with pytest.raises(KeyboardInterrupt):
-        convert(tmp_path / "nemo", tmp_path / "back", base=base, progress=stop)
+    interrupt(tmp_path / "nemo", tmp_path / "back", base, last=2 * 6 * 2)  # two scales of six experts in bf16
     convert(tmp_path / "nemo", tmp_path / "back", base=base, resume=True)
     assert len(judged) == len(set(judged)) == 2 * 6
     assert_same_tensors(read_directory(tmp_path / "back"), state)
 
 
-def test_a_complete_target_is_not_taken_for_that_of_another_base(base: Path, tmp_path: Path) -> None:
+def test_the_manifest_says_which_base_it_was_and_a_complete_target_is_not_taken_for_another(
+    base: Path, tmp_path: Path
+) -> None:
     convert(base, tmp_path / "nemo")
     convert(tmp_path / "nemo", tmp_path / "back", base=base)
+    files = json.loads((tmp_path / "nemo" / MANIFEST).read_text())["source"]["files"]
+    said = json.loads((tmp_path / "back" / MANIFEST).read_text())["options"]["base"]
+    assert said == {name: file["header_sha256"] for name, file in files.items()}
     with pytest.raises(UsageError, match="exists"):
         convert(tmp_path / "nemo", tmp_path / "back", base=base, resume=True)
 

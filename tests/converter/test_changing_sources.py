@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,7 +9,8 @@ import pytest
 from gemma4_moe import convert
 from gemma4_moe.errors import SourceChangedError
 from gemma4_moe.target import directory
-from support.checkpoints import contents, write_checkpoint
+from support.changes import CHANGES, behind_its_time
+from support.checkpoints import contents, flip_bit, write_checkpoint
 from support.models import random_hf_state_dict
 
 if TYPE_CHECKING:
@@ -25,41 +25,7 @@ def source(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=3))
 
 
-def later(file: Path) -> None:
-    os.utime(file, ns=(1, 1))
-
-
-def longer(file: Path) -> None:
-    with file.open("ab") as opened:
-        opened.write(b"x")
-
-
-def another_header(file: Path) -> None:
-    """In its place: the file is never shorter, so that whoever is reading it just then reads on."""
-    with file.open("r+b") as opened:
-        opened.seek(file.read_bytes().index(b'"format":"pt"'))
-        opened.write(b'"format":"np"')
-
-
-def another_file(file: Path) -> None:
-    copy = file.with_name("copy")
-    copy.write_bytes(file.read_bytes())
-    copy.replace(file)
-
-
-def gone(file: Path) -> None:
-    file.rename(file.with_name("moved"))
-
-
-def behind_its_time(change: Callable[[Path], None], file: Path) -> None:
-    """Change a file, and put its time of writing back."""
-    status = file.stat()
-    change(file)
-    if change not in (later, gone):
-        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-@pytest.mark.parametrize("change", [later, longer, another_header, another_file, gone])
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("when", ["while it is read", "after its last block"])
 def test_every_change_of_a_source_stops_the_run(
     when: str, change: Callable[[Path], None], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -92,9 +58,7 @@ def test_every_change_of_a_source_stops_the_run(
 def test_other_weights_under_the_same_header_are_noticed_by_their_time(source: Path, tmp_path: Path) -> None:
     def touch(done: int, total: int) -> None:
         if done == total:
-            raw = bytearray((source / FILE).read_bytes())
-            raw[-1] ^= 1
-            (source / FILE).write_bytes(raw)
+            flip_bit(source / FILE, -1)
 
     with pytest.raises(SourceChangedError):
         convert(source, tmp_path / "nemo", progress=touch)

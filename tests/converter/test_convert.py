@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from gemma4_moe import convert
 from gemma4_moe.converter import blocks, write
 from gemma4_moe.converter import convert as convert_module
-from gemma4_moe.errors import StorageError, TargetBusyError, UsageError
+from gemma4_moe.errors import UsageError
 from support.checkpoints import contents, write_checkpoint
-from support.formulas import folded, hf_from_nemo, nemo_from_hf
+from support.formulas import assert_same_tensors, folded, hf_from_nemo, nemo_from_hf
 from support.models import random_hf_state_dict, read_directory, respell_as_legacy
 
 if TYPE_CHECKING:
@@ -29,26 +29,17 @@ if TYPE_CHECKING:
     from gemma4_moe.converter.job import Job
 
 
+State = dict[str, torch.Tensor]
+
+
 @pytest.fixture
-def state() -> dict[str, torch.Tensor]:
+def state() -> State:
     return random_hf_state_dict(layers=3)
 
 
 @pytest.fixture
-def source(tmp_path: Path, state: dict[str, torch.Tensor]) -> Path:
+def source(tmp_path: Path, state: State) -> Path:
     return write_checkpoint(tmp_path / "hf", state)
-
-
-def assert_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
-
-
-def test_nemo_is_the_fold_by_formula(source: Path, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    convert(source, tmp_path / "nemo")
-    assert_bits(read_directory(tmp_path / "nemo"), nemo_from_hf(state))
 
 
 @pytest.mark.parametrize("manifest", [True, False])
@@ -62,80 +53,64 @@ def test_there_and_back_keeps_native_bits_and_a_note_names_the_base(
     done = convert(tmp_path / "nemo", tmp_path / "back")
     (note,) = done.notes
     assert "--base" in note
-    assert_bits(read_directory(tmp_path / "back"), hf_from_nemo(native))
+    assert_same_tensors(read_directory(tmp_path / "back"), hf_from_nemo(native))
     convert(tmp_path / "back", tmp_path / "again")
-    assert_bits(read_directory(tmp_path / "again"), native)
+    assert_same_tensors(read_directory(tmp_path / "again"), native)
 
 
 def test_legacy_spelling_gives_the_same_target(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "from-current")
     respell_as_legacy(source)
     convert(source, tmp_path / "from-legacy")
-    assert_bits(read_directory(tmp_path / "from-legacy"), read_directory(tmp_path / "from-current"))
+    assert_same_tensors(read_directory(tmp_path / "from-legacy"), read_directory(tmp_path / "from-current"))
 
 
-def test_text_only_names_keep_their_prefix(tmp_path: Path) -> None:
-    state = random_hf_state_dict(prefix="model.")
-    source = write_checkpoint(tmp_path / "hf", state)
-    (source / "config.json").write_text(json.dumps({"model_type": "gemma4_text", "num_experts": 6}))
+@pytest.mark.parametrize(("prefix", "model_type"), [("model.language_model.", "gemma4"), ("model.", "gemma4_text")])
+def test_nemo_is_the_fold_by_formula_and_names_keep_their_prefix(prefix: str, model_type: str, tmp_path: Path) -> None:
+    state = random_hf_state_dict(layers=3, prefix=prefix)
+    source = write_checkpoint(tmp_path / "hf", state, {"model_type": model_type, "num_experts": 6})
     convert(source, tmp_path / "nemo")
-    assert_bits(read_directory(tmp_path / "nemo"), nemo_from_hf(state))
+    assert_same_tensors(read_directory(tmp_path / "nemo"), nemo_from_hf(state))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_dtype_casts_every_floating_point_tensor(tmp_path: Path, dtype: str) -> None:
-    state = random_hf_state_dict(dtype=torch.float32)
-    state["model.position_ids"] = torch.arange(5)
-    source = write_checkpoint(tmp_path / "hf", state)
-    done = convert(source, tmp_path / "nemo", dtype=dtype)
+def test_dtype_casts_every_floating_point_tensor_and_rounds_a_fold_once(tmp_path: Path, dtype: str) -> None:
+    state = random_hf_state_dict(dtype=torch.float32) | {"model.position_ids": torch.arange(5)}
+    done = convert(write_checkpoint(tmp_path / "hf", state), tmp_path / "nemo", dtype=dtype)
     target = getattr(torch, dtype)
-    expected = {
-        name: tensor.to(target) if tensor.is_floating_point() else tensor
-        for name, tensor in nemo_from_hf(state, target).items()
-    }
-    assert_bits(read_directory(tmp_path / "nemo"), expected)
+
+    def cast(state: State) -> State:
+        return {name: tensor.to(target) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+    expected, twice_rounded = cast(nemo_from_hf(state, target)), nemo_from_hf(cast(state))
+    assert_same_tensors(read_directory(tmp_path / "nemo"), expected)
     assert (dtype == "float32") == (not any("rounded" in note for note in done.notes))
+    down = "model.language_model.layers.1.moe.experts.down_projs"
+    assert (dtype == "float32") == torch.equal(expected[down], twice_rounded[down])
 
 
-def test_fold_is_rounded_once_after_an_fp32_product(tmp_path: Path) -> None:
-    state = random_hf_state_dict(dtype=torch.float32)
-    source = write_checkpoint(tmp_path / "hf", state)
-    convert(source, tmp_path / "nemo", dtype="bfloat16")
-    layer = "model.language_model.layers.1."
-    down, scale = state[layer + "experts.down_proj"], state[layer + "router.per_expert_scale"]
-    twice_rounded = (down.bfloat16() * scale.bfloat16()[:, None, None]).transpose(1, 2)
-    found = read_directory(tmp_path / "nemo")[layer + "moe.experts.down_projs"]
-    assert torch.equal(found, folded(down, scale, torch.bfloat16))
-    assert not torch.equal(found, twice_rounded)
-
-
-@pytest.mark.parametrize("budget", [24_576, 50_000, 100_000])
-def test_the_budget_does_not_show_in_the_bytes(source: Path, tmp_path: Path, budget: int) -> None:
-    convert(source, tmp_path / "whole")
-    done = convert(source, tmp_path / "blocks", max_memory=budget)
-    assert done.memory.peak_bytes <= budget
-    assert contents(tmp_path / "blocks") == contents(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("block_bytes", [1, 300, 1000, 5000])
-def test_the_size_of_blocks_does_not_show_in_the_weights(
-    block_bytes: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "how", [{"max_memory": 24_576}, {"max_memory": 50_000}, {"max_memory": 100_000}, {"buffered": True}], ids=str
+)
+def test_the_budget_and_the_way_to_the_disk_do_not_show_in_the_bytes(
+    how: dict[str, Any], source: Path, tmp_path: Path
 ) -> None:
-    convert(source, tmp_path / "whole")
+    convert(source, tmp_path / "plain", max_shard_size=2000)
+    done = convert(source, tmp_path / "other", max_shard_size=2000, **how)
+    assert done.memory.peak_bytes <= how.get("max_memory", 2**30)
+    assert contents(tmp_path / "other") == contents(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(("block_bytes", "files"), [(1, 2), (300, 2), (1000, 2), (5000, 2), (2**25, 5)])
+def test_the_size_of_blocks_and_the_files_of_the_source_do_not_show_in_the_weights(
+    block_bytes: int, files: int, source: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(source, tmp_path / "plain")
     monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
-    convert(source, tmp_path / "blocks")
-    whole, cut = contents(tmp_path / "whole"), contents(tmp_path / "blocks")
-    assert whole.pop("gemma4_moe.json") != cut.pop("gemma4_moe.json")
-    assert cut == whole
-
-
-def test_source_sharding_does_not_show_in_the_weights(
-    source: Path, state: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    other = write_checkpoint(tmp_path / "other", state, files=5)
-    convert(source, tmp_path / "a")
-    convert(other, tmp_path / "b")
-    assert contents(tmp_path / "a")["model.safetensors"] == contents(tmp_path / "b")["model.safetensors"]
+    convert(write_checkpoint(tmp_path / "files", state, files=files), tmp_path / "other")
+    plain, other = contents(tmp_path / "plain"), contents(tmp_path / "other")
+    assert plain.pop("gemma4_moe.json") != other.pop("gemma4_moe.json")
+    assert other == plain
 
 
 def test_shard_size_bounds_files_and_a_larger_tensor_has_its_own(source: Path, tmp_path: Path) -> None:
@@ -159,14 +134,9 @@ def test_side_files_are_copied_byte_for_byte_and_others_are_not(source: Path, tm
     (source / "LICENSE").write_bytes(b"as it is\r\n")
     done = convert(source, tmp_path / "nemo")
     assert done.left_behind == ("modeling_custom.py",)
-    assert sorted(path.name for path in (tmp_path / "nemo").iterdir()) == [
-        "LICENSE",
-        "config.json",
-        "gemma4_moe.json",
-        "model.safetensors",
-        "tokenizer.json",
-    ]
-    for name in ("LICENSE", "config.json", "tokenizer.json"):
+    copied = {"LICENSE", "config.json", "tokenizer.json"}
+    assert contents(tmp_path / "nemo").keys() == copied | {"gemma4_moe.json", "model.safetensors"}
+    for name in copied:
         assert (tmp_path / "nemo" / name).read_bytes() == (source / name).read_bytes()
 
 
@@ -198,8 +168,9 @@ def test_unusual_scales_are_kept_and_said(tmp_path: Path, value: float) -> None:
     assert "1 " in note
 
 
-def test_overwrite_replaces_a_checkpoint_and_only_that(source: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_a_checkpoint_or_an_empty_directory_and_only_that(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "nemo"
+    target.mkdir()
     convert(source, target, max_shard_size=1000)
     with pytest.raises(UsageError, match="exists"):
         convert(source, target)
@@ -213,66 +184,8 @@ def test_overwrite_replaces_a_checkpoint_and_only_that(source: Path, tmp_path: P
     assert contents(target) == before
 
 
-def test_overwrite_does_not_take_a_directory_with_it(source: Path, tmp_path: Path) -> None:
-    target = tmp_path / "nemo"
-    convert(source, target)
-    (target / ".cache").mkdir()
-    (target / ".cache/mine").write_text("mine")
-    with pytest.raises(UsageError, match="no checkpoint accounts for") as caught:
-        convert(source, target, overwrite=True)
-    assert ".cache/" in str(caught.value)
-    assert (target / ".cache/mine").exists()
-
-
-def test_an_empty_target_directory_is_filled(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "nemo").mkdir()
-    convert(source, tmp_path / "nemo")
-    assert (tmp_path / "nemo/model.safetensors").exists()
-
-
-def test_a_second_writer_is_told_who_holds_the_target(source: Path, tmp_path: Path) -> None:
-    program = """
-        import sys, time
-        from pathlib import Path
-        from gemma4_moe.target.transaction import Transaction
-        with Transaction(Path(sys.argv[1])):
-            print("locked", flush=True)
-            sys.stdin.read()
-    """
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program), tmp_path / "nemo"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"locked\n"
-        with pytest.raises(TargetBusyError) as caught:
-            convert(source, tmp_path / "nemo")
-        assert str(holder.pid) in str(caught.value)
-        holder.communicate()
-    convert(source, tmp_path / "nemo")
-
-
-def test_a_failure_before_anything_is_journalled_leaves_nothing(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(StorageError, match="No space left"):
-        convert(source, tmp_path / "nemo")
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-
-
-def test_buffered_and_direct_make_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "direct", max_shard_size=2000)
-    convert(source, tmp_path / "buffered", max_shard_size=2000, buffered=True)
-    assert contents(tmp_path / "buffered") == contents(tmp_path / "direct")
-
-
 def test_the_manifest_has_hashes_of_both_sides_and_what_was_done(
-    source: Path, state: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
     convert(source, tmp_path / "nemo", sha256=True, read_back=False)
@@ -298,7 +211,7 @@ def test_the_manifest_has_hashes_of_both_sides_and_what_was_done(
         assert scale == state[layer + "router.per_expert_scale"].float().tolist()
 
 
-def blocks_by_hand(state: dict[str, torch.Tensor], block_bytes: int) -> dict[str, list[str]]:
+def blocks_by_hand(state: State, block_bytes: int) -> dict[str, list[str]]:
     """The digest of the source bytes of each block of at most `block_bytes`, by the nemo names."""
     found = {}
     for name, tensor in state.items():

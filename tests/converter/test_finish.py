@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from gemma4_moe import convert
 from gemma4_moe.errors import StorageError
 from gemma4_moe.target.directory import TargetFiles
 from support.checkpoints import contents, flip_bit
+from support.direct_io import works_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,37 +59,32 @@ def test_one_other_byte_of_any_file_is_found(source: Path, tmp_path: Path, monke
     assert contents(tmp_path / "nemo") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("word", [b'"overflowed"', b'"folded_scales"', b'"plan"'])
-def test_one_other_byte_of_the_manifest_is_found_too(
-    word: bytes, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def flip_behind(out: Path) -> None:
-        path = out / "gemma4_moe.json"
-        flip_bit(path, path.read_bytes().index(word) + 2)
+WORDS = ('"overflowed"', '"folded_scales"', '"plan"')
+CHANGES = {
+    "gone": Path.unlink,
+    "shorter": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "longer": lambda path: os.truncate(path, path.stat().st_size + 1),
+    **{word: lambda path, word=word: flip_bit(path, path.read_bytes().index(word.encode()) + 2) for word in WORDS},
+}
 
-    before_reading_back(monkeypatch, flip_behind)
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *(("gemma4_moe.json", word) for word in WORDS),
+        *itertools.product(
+            ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"],
+            ["gone", "shorter", "longer"],
+        ),
+    ],
+)
+def test_a_file_that_is_gone_or_of_another_size_and_another_manifest_are_found(
+    name: str, how: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_reading_back(monkeypatch, lambda out: CHANGES[how](out / name))
     with pytest.raises(StorageError, match="gives back other bytes") as caught:
         convert(source, tmp_path / "nemo", **OPTIONS)
-    assert caught.value.facts["found"].startswith("gemma4_moe.json: other bytes in (0, ")
-    assert not (tmp_path / "nemo").exists()
-
-
-@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"])
-@pytest.mark.parametrize("how", ["gone", "shorter", "longer"])
-def test_a_file_that_is_gone_or_of_another_size_is_found(
-    how: str, name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def change(out: Path) -> None:
-        path = out / name
-        if how == "gone":
-            path.unlink()
-        else:
-            os.truncate(path, path.stat().st_size + (1 if how == "longer" else -1))
-
-    before_reading_back(monkeypatch, change)
-    with pytest.raises(StorageError, match="gives back other bytes") as caught:
-        convert(source, tmp_path / "nemo", **OPTIONS)
-    assert caught.value.facts["found"].startswith(f"{name}: ")
+    assert caught.value.facts["found"].startswith(f"{name}: {'other bytes in (0, ' if how in WORDS else ''}")
     assert not (tmp_path / "nemo").exists()
 
 
@@ -128,12 +125,7 @@ def test_it_is_the_device_that_is_read(
         monkeypatch.setattr(os, "posix_fadvise", forget)
 
     before_reading_back(monkeypatch, watch)
-    try:
-        os.close(os.open(source / "config.json", os.O_RDONLY | os.O_DIRECT))
-        possible = True
-    except OSError:
-        possible = False
     convert(source, tmp_path / "nemo", buffered=buffered, **OPTIONS)
     read_back = {name.rpartition("/")[2]: was_direct for name, was_direct in direct.items()}
     assert read_back.keys() == {path.name for path in (tmp_path / "nemo").iterdir()}
-    assert set(read_back.values()) == {possible and not buffered}
+    assert set(read_back.values()) == {works_here(source / "config.json") and not buffered}

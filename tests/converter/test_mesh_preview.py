@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,15 +11,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from gemma4_moe import plan
+from gemma4_moe import convert, plan
 from gemma4_moe.converter.mesh_preview import parse_mesh, predict
 from gemma4_moe.errors import UsageError
-from gemma4_moe.layout.dtypes import BFLOAT16
 from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
-from support.sparse import write_sparse_checkpoint
 
-REAL = Path(__file__).parents[1] / "data/gemma-4-26B-A4B"
+if TYPE_CHECKING:
+    from pathlib import Path
+
 NATIVE = {"ep": Shard(0), "ep_shard": Shard(1), "dp_shard": Shard(0), "dp_replicate": Replicate()}
 MESHES = [
     {"ep": 8},
@@ -29,14 +28,6 @@ MESHES = [
     {"ep_shard": 3, "ep": 48},  # 128 experts over 48 ranks: 3 each, and 5 ranks with less
     {"dp_replicate": 2, "dp_shard": 100},
 ]
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("real") / "hf"
-    shapes = json.loads((REAL / "inventory.json").read_text())["shapes"]
-    write_sparse_checkpoint(directory, shapes, BFLOAT16, json.loads((REAL / "config.json").read_text()))
-    return directory
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -66,16 +57,13 @@ def test_shares_are_those_of_dtensor_and_every_expert_is_owned_once(real: Path, 
     assert prediction.other_bytes == 51_611_872_412 - 45_675_970_560 - 30 * 128 * 2
 
 
-def test_bytes_read_are_whole_experts_and_the_scales(real: Path) -> None:
+def test_bytes_read_are_whole_experts_and_the_scales_and_none_without_experts(real: Path, tmp_path: Path) -> None:
     prediction = predict(plan(real, to="nemo").plan, {"ep_shard": 2, "ep": 8})
     experts = 16 * (1_015_021_568 + 507_510_784) // 128
     assert {share.read_bytes for share in prediction.shares} == {30 * (experts + 128 * 2)}
     assert prediction.balance == 1.0
-
-
-def test_a_rank_without_experts_reads_none(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(E=5))
-    prediction = predict(plan(source).plan, {"ep": 4})  # 2, 2, 1, 0
+    prediction = predict(plan(source).plan, {"ep": 4})
     assert [share.experts for share in prediction.shares] == [2, 2, 1, 0]
     assert prediction.shares[3].read_bytes == 0
     assert prediction.balance == pytest.approx(2 / 1.25)
@@ -96,8 +84,6 @@ def test_what_is_no_mesh_is_a_usage_error(text: str) -> None:
 
 
 def test_a_mesh_is_for_the_nemo_layout(tmp_path: Path) -> None:
-    from gemma4_moe import convert
-
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
     convert(source, tmp_path / "nemo")
     with pytest.raises(UsageError, match="nemo layout"):

@@ -6,50 +6,33 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gemma4_moe import convert, plan
+from gemma4_moe.checkpoint.directory import open_checkpoint
+from gemma4_moe.converter.preview import Space, measure_space
 from gemma4_moe.errors import UsageError
-from gemma4_moe.layout.dtypes import BFLOAT16
 from gemma4_moe.layout.names import natural_key
 from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
-from support.sparse import write_sparse_checkpoint
-
-REAL = Path(__file__).parents[1] / "data/gemma-4-26B-A4B"
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("real") / "hf"
-    inventory = json.loads((REAL / "inventory.json").read_text())
-    config = json.loads((REAL / "config.json").read_text())
-    write_sparse_checkpoint(directory, inventory["shapes"], BFLOAT16, config, 50 * 10**9)
-    return directory
-
-
-def test_the_real_model_has_the_published_counts(real: Path) -> None:
+def test_the_real_model_has_the_published_counts_and_large_tensors_start_on_pages(real: Path) -> None:
     preview = plan(real)
     assert (preview.source_tensors, preview.source_bytes) == (1013, 51_611_872_412)
     assert len(preview.plan.tensors) == 1013 - 30  # the scales are folded away
     entries = [entry for file in preview.plan.files for entry in file.entries]
     assert sum(entry.nbytes for entry in entries) == 51_611_872_412 - 30 * 128 * 2
     assert preview.memory.peak_bytes <= 2**30
-
-
-def test_large_tensors_of_the_real_model_start_on_pages(real: Path) -> None:
-    for file in plan(real).plan.files:
-        for entry in file.entries:
-            if entry.nbytes >= 2**20:
-                assert entry.start % 4096 == 0, entry
+    assert all(entry.start % 4096 == 0 for entry in entries if entry.nbytes >= 2**20)
 
 
 def test_the_real_model_is_planned_by_the_command(real: Path) -> None:
     command = [sys.executable, "-m", "gemma4_moe", "plan", "--format", "json", str(real)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    assert found["source"]["tensors"] == 1013
-    assert found["source"]["bytes"] == 51_611_872_412
+    assert found["source"] | {"tensors": 1013, "bytes": 51_611_872_412} == found["source"]
     assert found["target"]["files"] == 11
     assert found["peak_memory_bytes"] <= 2**30
 
@@ -68,7 +51,7 @@ def test_free_space_is_that_of_the_disk_and_a_shortfall_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     preview = plan(source)
     assert preview.space.free_bytes == 1000
     assert preview.space.missing_bytes == preview.plan.target_bytes - 1000
@@ -105,3 +88,46 @@ def test_arguments_without_meaning_are_usage_errors(tmp_path: Path, arguments: d
 def test_names_sort_as_a_person_would() -> None:
     names = ["layers.10.a", "layers.2.b", "layers.2.a", "layers", "1", "10", "2"]
     assert sorted(names, key=natural_key) == ["1", "2", "10", "layers", "layers.2.a", "layers.2.b", "layers.10.a"]
+
+
+@pytest.mark.parametrize(
+    ("space", "missing", "without_cache"),
+    [
+        (Space(100, 100), 0, 0),
+        (Space(100, 93), 7, 7),
+        (Space(100, 150, cache_bytes=50), 0, 0),
+        (Space(100, 130, cache_bytes=50), 20, 0),
+        (Space(100, 90, cache_bytes=50), 60, 10),
+        (Space(100, 130, cache_bytes=50, cache_free_bytes=50), 0, 0),
+        (Space(100, 130, cache_bytes=50, cache_free_bytes=46), 4, 0),
+        (Space(100, 97, cache_bytes=50, cache_free_bytes=46), 7, 3),
+        (Space(100, 97, cache_bytes=50, cache_free_bytes=1000), 3, 3),
+        (Space(100, 1000, cache_bytes=50, cache_free_bytes=0), 50, 0),
+    ],
+)
+def test_what_is_missing(space: Space, missing: int, without_cache: int) -> None:
+    assert (space.missing_bytes, space.missing_without_cache) == (missing, without_cache)
+
+
+@pytest.mark.parametrize(("device", "cache_free"), [(1, None), (2, 2000)])
+def test_the_cache_s_disk_is_that_of_the_nearest_directory_there_is(
+    device: int, cache_free: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
+    cache, target = tmp_path / "caches", tmp_path / "targets"
+    cache.mkdir()
+    target.mkdir()
+    stat = Path.stat
+
+    def stat_on_disks(path: Path, **options: bool) -> object:
+        devices = {cache: device, target: 1}
+        return SimpleNamespace(st_dev=devices[path]) if path in devices else stat(path, **options)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "not/made/yet"))
+    monkeypatch.setattr("gemma4_moe.converter.preview.bytes_to_fetch", lambda checkpoint: checkpoint.total_bytes)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2000 if path == cache else 3000))
+    monkeypatch.setattr(Path, "stat", stat_on_disks)
+    with open_checkpoint(source) as checkpoint:
+        fetched = checkpoint.total_bytes
+        assert measure_space([checkpoint], 500, target, stream=False) == Space(500, 3000, fetched, cache_free)
+        assert measure_space([checkpoint], 500, target, stream=True) == Space(500, 3000)

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -30,21 +31,7 @@ if TYPE_CHECKING:
 OPTIONS = {"max_shard_size": 60_000, "max_memory": 70_000}
 
 
-def shrink() -> None:
-    blocks.BLOCK_BYTES = 8192
-    ledger.FLUSH_BYTES = 8192
-
-
-def convert_on_all(source: Path, target: Path) -> None:
-    shrink()
-    done: list[int] = []
-    convert(source, target, progress=lambda now, _: done.append(now), **OPTIONS)
-    tensors = 2 * 6 * 3 * 32 * 64 * 2 + 5000  # two layers of experts, and a little of everything else
-    assert done[-1] <= tensors / dist.get_world_size() + blocks.BLOCK_BYTES, "a rank has done more than its share"
-
-
 def fail_on_the_last(source: Path, target: Path) -> None:
-    shrink()
     world, rank = dist.get_world_size(), dist.get_rank()
 
     def fill_the_disk(done: int, total: int) -> None:
@@ -52,32 +39,26 @@ def fail_on_the_last(source: Path, target: Path) -> None:
             raise StorageError("no space left, says the test")
 
     with pytest.raises(StorageError if rank == world - 1 else ParallelError, match=r"no space|rank 1 could not"):
-        convert(source, target, progress=fill_the_disk, **OPTIONS)
+        convert_small(source, target, progress=fill_the_disk)
 
 
-def resume_on_all(source: Path, target: Path) -> None:
-    shrink()
-    convert(source, target, resume=True, **OPTIONS)
+def convert_small(source: Path, target: Path, **options: Any) -> None:
+    blocks.BLOCK_BYTES = ledger.FLUSH_BYTES = 8192
+    convert(source, target, **OPTIONS | options)
 
 
-def convert_to_fp32(source: Path, target: Path) -> None:
-    shrink()
-    convert(source, target, dtype="float32", **OPTIONS)
+def convert_on_all(source: Path, target: Path) -> None:
+    done: list[int] = []
+    convert_small(source, target, progress=lambda now, _: done.append(now))
+    tensors = 2 * 6 * 3 * 32 * 64 * 2 + 5000  # two layers of experts, and a little of everything else
+    assert done[-1] <= tensors / dist.get_world_size() + blocks.BLOCK_BYTES, "a rank has done more than its share"
 
 
-def convert_with_base(source: Path, target: Path, base: Path) -> None:
-    shrink()
-    convert(source, target, base=base, **OPTIONS)
-
-
-def convert_to_fp16(source: Path, target: Path) -> None:
-    shrink()
-    convert(source, target, dtype="float16", **OPTIONS)
+resume_on_all = partial(convert_small, resume=True)
 
 
 def find_one_other_byte(source: Path, target: Path) -> None:
     """In one piece of a file after the other: they are shared among the ranks, and the one that finds it tells all."""
-    shrink()
     copy_files = directory.copy_files
     for position in range(4100, 6 * 8192, 8192):
 
@@ -87,7 +68,7 @@ def find_one_other_byte(source: Path, target: Path) -> None:
 
         directory.copy_files = flip
         with pytest.raises((StorageError, ParallelError), match=r"other bytes than were written|could not read back"):
-            convert(source, target, resume=True, **OPTIONS)
+            resume_on_all(source, target)
         assert not target.exists()
         dist.barrier()
 
@@ -128,9 +109,10 @@ def test_one_failure_stops_all_and_any_number_of_ranks_can_go_on(
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_judge_the_experts_of_the_way_back_together(world: int, source: Path, tmp_path: Path) -> None:
-    ranks.run(1, convert_to_fp32, source, tmp_path / "nemo")
-    ranks.run(1, convert_with_base, tmp_path / "nemo", tmp_path / "alone", source)
-    ranks.run(world, convert_with_base, tmp_path / "nemo", tmp_path / "together", source)
+    convert(source, tmp_path / "nemo", dtype="float32")
+    with_base = partial(convert_small, base=source)
+    ranks.run(1, with_base, tmp_path / "nemo", tmp_path / "alone")
+    ranks.run(world, with_base, tmp_path / "nemo", tmp_path / "together")
     assert contents(tmp_path / "together") == contents(tmp_path / "alone")
     back, state = read_directory(tmp_path / "together"), read_directory(source)
     assert all(torch.equal(back[name], state[name].float()) for name in state)
@@ -142,8 +124,8 @@ def test_ranks_count_together_what_becomes_infinite(tmp_path: Path) -> None:
         if "gate_up" in name:
             tensor[:, ::3] *= 1e6
     source = write_checkpoint(tmp_path / "hf", state)
-    ranks.run(1, convert_to_fp16, source, tmp_path / "alone")
-    ranks.run(3, convert_to_fp16, source, tmp_path / "together")
+    for world, target in ((1, "alone"), (3, "together")):
+        ranks.run(world, partial(convert_small, dtype="float16"), source, tmp_path / target)
     assert contents(tmp_path / "together") == contents(tmp_path / "alone")
     assert len(json.loads((tmp_path / "alone/gemma4_moe.json").read_text())["overflowed"]) == 2
 
@@ -158,9 +140,8 @@ def test_ranks_read_back_every_piece_between_them(source: Path, alone: dict[str,
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "gemma4_moe", "convert", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 def test_under_torchrun_rank_0_speaks_for_all(source: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import copy
 import hashlib
 import json
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,7 +28,7 @@ from support.models import random_hf_state_dict
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gemma4_moe.converter.plan import Plan, PlannedTensor
+    from gemma4_moe.converter.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
@@ -69,15 +71,12 @@ def leaves(record: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 def test_each_fact_of_a_run_is_compared_and_named(source: Path, tmp_path: Path) -> None:
     interrupt(source, tmp_path / "nemo")
     control = tmp_path / ".nemo.gemma4-moe"
-    known = read_journals(control)
+    known, written = read_journals(control), contents(control / "out")
     facts = leaves(known.opening)
     assert len(facts) == 3 + 2 + 4 * 2, "version, size of blocks, plan; two options; four facts of each of two files"
     for fact in facts:
         opening = copy.deepcopy(known.opening)
-        inner: Any = opening
-        for key in fact[:-1]:
-            inner = inner[key]
-        inner[fact[-1]] = "another"
+        reduce(getitem, fact[:-1], opening)[fact[-1]] = "another"
         for path in journals(control):
             path.unlink()
         with Journal(control, 0) as journal:
@@ -86,26 +85,7 @@ def test_each_fact_of_a_run_is_compared_and_named(source: Path, tmp_path: Path) 
         with pytest.raises(UsageError, match="another one") as caught:
             resume(source, tmp_path / "nemo")
         assert caught.value.facts["found"].startswith(f"{' '.join(fact)} was another, is "), fact
-
-
-def having_stored(tensor: PlannedTensor, **changes: Any) -> PlannedTensor:
-    """The tensor, made from another stored tensor."""
-    assert tensor.source is not None
-    (part,) = tensor.source.parts
-    part = replace(part, stored=replace(part.stored, **changes))
-    return replace(tensor, source=replace(tensor.source, parts=(part,)))
-
-
-def moved(tensor: PlannedTensor) -> PlannedTensor:
-    return having_stored(tensor, entry=replace(tensor.origin.entry, start=1, end=2))
-
-
-def renamed(tensor: PlannedTensor) -> PlannedTensor:
-    return having_stored(tensor, entry=replace(tensor.origin.entry, name="another"))
-
-
-def of_another_dtype(tensor: PlannedTensor) -> PlannedTensor:
-    return having_stored(tensor, entry=replace(tensor.origin.entry, dtype=FLOAT32))
+        assert contents(control / "out") == written
 
 
 def test_whatever_decides_the_bytes_decides_the_hash_of_the_plan(source: Path) -> None:
@@ -113,19 +93,25 @@ def test_whatever_decides_the_bytes_decides_the_hash_of_the_plan(source: Path) -
         plan = make_plan(checkpoint)
         name, down = next((name, tensor) for name, tensor in plan.tensors.items() if tensor.scale is not None)
         other = next(tensor.origin for tensor in plan.tensors.values() if tensor.origin.file is not down.origin.file)
+        (part,), (file,) = down.source.parts, plan.files
 
-        def having(tensor: PlannedTensor) -> Plan:
-            return replace(plan, tensors={**plan.tensors, name: tensor})
+        def having(**changes: Any) -> Plan:
+            return replace(plan, tensors={**plan.tensors, name: replace(down, **changes)})
 
-        (file,) = plan.files
+        def stored(**changes: Any) -> Plan:
+            made_from = replace(part, stored=replace(part.stored, **changes))
+            return having(source=replace(down.source, parts=(made_from,)))
+
         plans = [
             plan,
-            *(having(change(down)) for change in (moved, renamed, of_another_dtype)),
-            having(replace(down, name="another")),
-            having(replace(down, operation=Operation.KEEP)),
-            having(having_stored(down, file=other.file)),
-            having(replace(down, scale=None)),
-            having(replace(down, scale=other)),
+            stored(entry=replace(down.origin.entry, start=1, end=2)),
+            stored(entry=replace(down.origin.entry, name="another")),
+            stored(entry=replace(down.origin.entry, dtype=FLOAT32)),
+            stored(file=other.file),
+            having(name="another"),
+            having(operation=Operation.KEEP),
+            having(scale=None),
+            having(scale=other),
             replace(plan, source_layout=plan.target_layout),
             replace(plan, target_layout=plan.source_layout),
             replace(plan, files=(replace(file, name="another"),)),
@@ -137,66 +123,64 @@ def test_whatever_decides_the_bytes_decides_the_hash_of_the_plan(source: Path) -
         assert resume_module.plan_digest(make_plan(checkpoint)) == digests[0]
 
 
-def test_a_complete_target_of_another_model_of_the_same_shapes_is_not_taken_for_it(
-    source: Path, done: Path, tmp_path: Path
+@pytest.mark.parametrize("different", ["option", "files", "model", "side file"])
+def test_a_complete_target_of_another_conversion_is_not_taken_for_it(
+    different: str, source: Path, done: Path, tmp_path: Path
 ) -> None:
     state = random_hf_state_dict(layers=2, E=6, H=40, I=24)
-    state["model.language_model.layers.1.input_layernorm.weight"][39] += 1  # a fine-tuned model has the same headers
-    other = write_checkpoint(tmp_path / "other", state)
+    if different == "model":  # a fine-tuned model has the same headers
+        state["model.language_model.layers.1.input_layernorm.weight"][39] += 1
+    if different == "side file":
+        (done / "tokenizer.json").write_bytes(b"{}")
+    if different in ("files", "model"):
+        source = write_checkpoint(tmp_path / "other", state, files=3 if different == "files" else 2)
     before = contents(done)
     with pytest.raises(UsageError, match="the target exists"):
-        resume(other, done)
+        resume(source, done, max_shard_size=50_000 if different == "option" else 60_000)
     assert contents(done) == before
 
 
-@pytest.mark.parametrize("fact", ["plan", "header", "size"])
-def test_a_manifest_that_says_something_else_is_of_another_conversion(fact: str, source: Path, done: Path) -> None:
-    path = done / "gemma4_moe.json"
-    manifest = json.loads(path.read_text())
-    if fact == "plan":
-        manifest["plan"] = "0" * 64
-    else:
-        said = manifest["source"]["files"]["model-00002-of-00002.safetensors"]
-        said |= {"header_sha256": "0" * 64} if fact == "header" else {"bytes": said["bytes"] + 1}
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match="the target exists"):
-        resume(source, done)
+FILE, SCALAR = "model-00002-of-00002.safetensors", "model.language_model.layers.1.layer_scalar"
+NONSENSE = (None, True, 3, "x", [], {}, {"bytes": None})
 
 
-@pytest.mark.parametrize("said", [None, True, 3, "x", [], {}, {"bytes": None}])
-@pytest.mark.parametrize("where", ["a source file", "what overflowed", "a block of the source", "what was given back"])
-def test_a_manifest_that_makes_no_sense_is_of_another_conversion(
-    where: str, said: object, source: Path, done: Path
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (("plan",), "0" * 64),
+        (("source", "files", FILE, "header_sha256"), "0" * 64),
+        (("source", "files", FILE, "bytes"), 3),
+        *((("source", "files", FILE), said) for said in NONSENSE),
+        *((("source", "blocks", SCALAR), said) for said in NONSENSE),
+        *((("overflowed",), {"no such tensor": 1} if said == {} else said) for said in NONSENSE),
+        *((("given_back",), {SCALAR: -3 if said == 3 else said}) for said in NONSENSE),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_of_another_conversion(
+    path: tuple[str, ...], said: object, source: Path, done: Path
 ) -> None:
-    path = done / "gemma4_moe.json"
-    manifest = json.loads(path.read_text())
-    if where == "a source file":
-        manifest["source"]["files"]["model-00002-of-00002.safetensors"] = said
-    elif where == "what overflowed":
-        manifest["overflowed"] = {"no such tensor": 1} if said == {} else said
-    elif where == "a block of the source":
-        manifest["source"]["blocks"]["model.language_model.layers.1.layer_scalar"] = said
-    else:
-        manifest["given_back"] = {"model.language_model.layers.1.layer_scalar": -3 if said == 3 else said}
-    path.write_text(json.dumps(manifest))
+    manifest = json.loads((done / "gemma4_moe.json").read_text())
+    reduce(getitem, path[:-1], manifest)[path[-1]] = said
+    (done / "gemma4_moe.json").write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match="the target exists"):
         resume(source, done)
 
 
-def test_a_commit_says_what_a_source_is(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_says_what_a_source_is(source: Path, done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"dtype": "keep", "max_shard_size": 60_000, "commit": "c" * 40}
-    convert(source, tmp_path / "nemo", max_shard_size=60_000)
-    path = tmp_path / "nemo/gemma4_moe.json"
+    path = done / "gemma4_moe.json"
     manifest = json.loads(path.read_text())
     manifest["options"]["commit"] = "c" * 40
     path.write_text(json.dumps(manifest))
     monkeypatch.setattr(resume_module, "hash_extents", lambda *_: pytest.fail("the whole model is fetched again"))
     with open_checkpoint(source) as checkpoint:
         plan = make_plan(checkpoint, max_shard_size=60_000)
-        assert resume_module.is_made_already(tmp_path / "nemo", plan, checkpoint, options, 2**20)
-        assert not resume_module.is_made_already(
-            tmp_path / "nemo", plan, checkpoint, options | {"commit": "d" * 40}, 2**20
-        )
+
+        def is_made_already(**changes: str) -> bool:
+            return resume_module.is_made_already(done, plan, checkpoint, options | changes, 2**20)
+
+        assert is_made_already()
+        assert not is_made_already(commit="d" * 40)
         manifest["source"]["files"]["model-00001-of-00002.safetensors"]["header_sha256"] = "0" * 64
         path.write_text(json.dumps(manifest))
-        assert not resume_module.is_made_already(tmp_path / "nemo", plan, checkpoint, options, 2**20)
+        assert not is_made_already()

@@ -16,13 +16,7 @@ if TYPE_CHECKING:
 
 
 class Case:
-    """One conversion: into a new directory, or over an old checkpoint.
-
-    Attributes:
-        source: What is converted.
-        target: Where to.
-        options: With what arguments.
-    """
+    """One conversion: into a new directory, or over an old checkpoint."""
 
     def __init__(self, directory: Path, *, overwrite: bool) -> None:
         self.directory = directory

@@ -75,7 +75,7 @@ class Points:
 
 
 def _convert(source: Path, target: Path, options: dict[str, Any], fault: Fault, results: Any) -> None:
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     shrink()
     points = Points(fault)
     points.install()
@@ -84,10 +84,6 @@ def _convert(source: Path, target: Path, options: dict[str, Any], fault: Fault, 
         results.put(points.seen)
     except (OSError, KeyboardInterrupt) as error:
         results.put(repr(error))
-
-
-def _terminated(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def convert_with(case: Case, fault: Fault) -> Any:

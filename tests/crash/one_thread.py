@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from crash.sizes import OPTIONS, shrink
 from gemma4_moe import convert
 from gemma4_moe.checkpoint.readers import allocate
-from gemma4_moe.converter import blocks as block_module
 from gemma4_moe.converter import write
 from gemma4_moe.errors import Gemma4MoEError
-from gemma4_moe.target import ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,24 +29,13 @@ def run_in_order(blocks: Iterable[Block], steps: ConversionSteps, memory: Memory
         steps.write(block, target, steps.digest(block, target, facts))
 
 
-def terminated(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> int:
-    source, target, shard_size, memory, block_bytes, flush_bytes, overwrite = sys.argv[1:]
-    block_module.BLOCK_BYTES, ledger.FLUSH_BYTES = int(block_bytes), int(flush_bytes)
+    source, target, overwrite = sys.argv[1:]
+    shrink()
     write.run = run_in_order
-    signal.signal(signal.SIGTERM, terminated)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        convert(
-            source,
-            target,
-            workers=1,
-            max_shard_size=int(shard_size),
-            max_memory=int(memory),
-            overwrite=overwrite == "True",
-        )
+        convert(source, target, overwrite=overwrite == "True", **OPTIONS)
     except (Gemma4MoEError, KeyboardInterrupt) as error:
         return getattr(error, "exit_status", 130)
     return 0

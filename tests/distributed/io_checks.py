@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -16,6 +16,7 @@ from gemma4_moe import Gemma4MoEStateDictAdapter, load_hf, save_hf
 from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.errors import ParallelError, StorageError
 from support import forms
+from support.checkpoints import flip_bit
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 
@@ -118,11 +119,9 @@ def check_save_read_back(source: Path, target: Path) -> None:
 
     def flipping(paths: Any, out: Path) -> Any:
         file = out / "model.safetensors"
-        length = int.from_bytes(file.read_bytes()[:8], "little")
-        entry = json.loads(file.read_bytes()[8 : 8 + length])["model.language_model.layers.1.experts.down_proj"]
-        content = bytearray(file.read_bytes())
-        content[8 + length + entry["data_offsets"][1] - 1] ^= 1
-        file.write_bytes(content)
+        with safe_open(file, "pt") as opened:
+            last = opened.get_tensor("model.language_model.layers.1.experts.down_proj").numpy().tobytes()
+        flip_bit(file, file.read_bytes().index(last) + len(last) - 1)
         return copy_files(paths, out)
 
     directory.copy_files = flipping

@@ -17,6 +17,7 @@ from gemma4_moe.errors import CheckpointFormatError, SourceChangedError, Storage
 from gemma4_moe.target.journal import Journal
 from gemma4_moe.target.recovery import clean
 from support.checkpoints import contents, write_checkpoint
+from support.direct_io import refusing
 from support.models import random_hf_state_dict
 
 if TYPE_CHECKING:
@@ -43,13 +44,10 @@ def test_a_refusal_has_words_a_next_step_and_status_5(
     call: str, code: int, hint: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(code, os.strerror(code))
-
     before = contents(source)
     (tmp_path / "nemo").mkdir()  # so that publishing is a plain rename
-    with monkeypatch.context() as refusing:
-        refusing.setattr(os, call, refuse)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, call, refusing(code))
         with pytest.raises(SystemExit) as caught:
             commands.main(["convert", str(source), str(tmp_path / "nemo")])
     talk = capsys.readouterr().err
@@ -64,14 +62,11 @@ def test_a_refusal_has_words_a_next_step_and_status_5(
 def test_what_an_unfinished_run_has_left_can_be_removed_from_a_full_disk(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     target, control = tmp_path / "nemo", tmp_path / ".nemo.gemma4-moe"
     control.mkdir()
     with Journal(control, 0) as journal:
         journal.append(pieces=[("model.safetensors", 0, 9, "hash", {})])
-    monkeypatch.setattr(os, "pwrite", refuse)
+    monkeypatch.setattr(os, "pwrite", refusing(errno.ENOSPC))
     with pytest.raises(UsageError, match="not finished"):
         convert(source, target)
     assert clean(target) is not None
@@ -116,30 +111,27 @@ def test_a_path_that_leads_nowhere_is_told_by_every_command(
     assert "  next: " in talk
 
 
-def run_limited(limit: int, value: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line under a limit of the operating system."""
-    return subprocess.run(
-        [sys.executable, "-m", "gemma4_moe", *map(str, arguments)],
+@pytest.mark.parametrize(
+    ("limit", "value", "words"),
+    [
+        (resource.RLIMIT_FSIZE, 50_000, ["File too large"]),
+        (resource.RLIMIT_NOFILE, 20, ["Too many open files", "ulimit -n"]),
+    ],
+)
+def test_a_limit_of_the_operating_system_is_met_in_words(
+    limit: int, value: int, words: list[str], tmp_path: Path
+) -> None:
+    state = random_hf_state_dict(layers=3, E=6, H=40, I=24)
+    source = write_checkpoint(tmp_path / "hf", state, files=25)
+    done = subprocess.run(
+        [sys.executable, "-m", "gemma4_moe", "convert", source, tmp_path / "nemo"],
         preexec_fn=lambda: resource.setrlimit(limit, (value, value)),
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-def test_a_limit_on_the_size_of_files_is_met_in_words(source: Path, tmp_path: Path) -> None:
-    done = run_limited(resource.RLIMIT_FSIZE, 50_000, "convert", source, tmp_path / "nemo")
     assert done.returncode == 5, done.stderr
-    assert "File too large" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-
-
-def test_a_limit_on_open_files_is_met_in_words(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=3), files=25)
-    done = run_limited(resource.RLIMIT_NOFILE, 20, "convert", source, tmp_path / "nemo")
-    assert done.returncode == 5, done.stderr
-    assert "Too many open files" in done.stderr
-    assert "ulimit -n" in done.stderr
+    assert all(word in done.stderr for word in words)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 

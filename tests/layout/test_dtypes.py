@@ -15,14 +15,12 @@ from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.dtypes import (
     ALL,
     BFLOAT16,
-    BY_NAME,
     EXPERT_DTYPES,
     FLOAT8_E4M3,
     FLOAT16,
     FLOAT32,
     DType,
     FloatFormat,
-    cast_to,
     is_exact,
 )
 
@@ -117,7 +115,7 @@ def test_a_format_holds_another_up_and_down_to_its_last_subnormal(wide: FloatFor
 
 
 def test_a_cast_is_of_the_floats_that_are_computed_with_and_of_nothing_else() -> None:
-    assert [cast_to(own, FLOAT16) for own in (BFLOAT16, FLOAT32, FLOAT16)] == [FLOAT16] * 3
+    assert [dtypes.cast_to(own, FLOAT16) for own in (BFLOAT16, FLOAT32, FLOAT16)] == [FLOAT16] * 3
     for name in ("int64", "bool", "uint8", "float64", "complex64"):
-        assert cast_to(BY_NAME[name], FLOAT16) is BY_NAME[name]
-    assert all(cast_to(own, None) is own for own in ALL)
+        assert dtypes.cast_to(dtypes.BY_NAME[name], FLOAT16) is dtypes.BY_NAME[name]
+    assert all(dtypes.cast_to(own, None) is own for own in ALL)

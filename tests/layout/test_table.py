@@ -1,15 +1,13 @@
-"""The table and the grammar of names: what is understood, what passes, and what is refused by name."""
+"""The table: its rows, and what operations do to shapes and axes, against what torch does to tensors."""
 
 from __future__ import annotations
 
 import itertools
 
 import pytest
+import torch
 
-from gemma4_moe.errors import UnknownTensorError
-from gemma4_moe.layout.names import MoEName, lookup, parse
-from gemma4_moe.layout.spellings import CURRENT
-from gemma4_moe.layout.spellings.fused import LEGACY as LEGACY_SPELLING
+from gemma4_moe.layout.dtypes import BFLOAT16, EXPERT_DTYPES, FLOAT8_E4M3, FLOAT16, FLOAT32, DType, is_exact
 from gemma4_moe.layout.table import (
     DOWN,
     EXPERT_RULES,
@@ -21,45 +19,17 @@ from gemma4_moe.layout.table import (
     Layout,
     Operation,
     Rule,
+    converted_axis,
+    converted_shape,
+    shape_of,
+    transposes,
 )
-from support.formulas import legacy_name
-from support.names import PREFIXES
 
-#: Written out once more, from the documentation of the format.
-TABLE = [
-    ("experts.gate_up_proj", "moe.experts.gate_and_up_projs", GATE_UP),
-    ("experts.down_proj", "moe.experts.down_projs", DOWN),
-    ("router.per_expert_scale", "moe.experts.down_projs", SCALE),
-    ("router.proj.weight", "moe.gate.proj.weight", ROUTER_WEIGHT),
-    ("router.scale", "moe.gate.scale", ROUTER_SCALE),
-]
-LEGACY = [("moe.gate_up_proj", GATE_UP), ("moe.down_proj", DOWN), ("moe.per_expert_scale", SCALE)]
-
-
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("layer", [0, 1, 29, 10, 123_456_789])
-@pytest.mark.parametrize(("hf", "nemo", "rule"), TABLE, ids=[row[0] for row in TABLE])
-def test_every_row_leads_both_ways_and_keeps_the_prefix(
-    prefix: str, layer: int, hf: str, nemo: str, rule: Rule
-) -> None:
-    path = f"{prefix}layers.{layer}."
-    found = parse(path + hf, Layout.HF)
-    assert found == MoEName(prefix, layer, rule, CURRENT)
-    assert (found.layer_path, found.layer_key) == (path, (prefix, layer))
-    assert (found.hf, found.nemo) == (path + hf, path + nemo)
-    assert [found.name(layout) for layout in Layout] == [found.hf, found.nemo]
-    if rule is not SCALE:
-        assert parse(path + nemo, Layout.NEMO) == found
-    assert [found.sibling(other).hf for *_, other in TABLE] == [path + row[0] for row in TABLE]
-
-
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize(("rest", "rule"), LEGACY, ids=[row[0] for row in LEGACY])
-def test_the_legacy_spelling_means_the_same_row(prefix: str, rest: str, rule: Rule) -> None:
-    found = parse(f"{prefix}layers.4.{rest}", Layout.HF)
-    assert found == MoEName(prefix, 4, rule, LEGACY_SPELLING)
-    assert legacy_name(found.hf) == f"{prefix}layers.4.{rest}"
-    assert found.sibling(rule).spelling is CURRENT
+SIZES = {"E": 6, "H": 10, "I": 7}
+SHAPES = {
+    Layout.HF: {GATE_UP: (6, 14, 10), DOWN: (6, 10, 7), SCALE: (6,), ROUTER_WEIGHT: (6, 10), ROUTER_SCALE: (10,)},
+    Layout.NEMO: {GATE_UP: (6, 10, 14), DOWN: (6, 7, 10), ROUTER_WEIGHT: (6, 10), ROUTER_SCALE: (10,)},
+}
 
 
 def test_the_operations_and_axes_are_those_of_the_format() -> None:
@@ -76,108 +46,38 @@ def test_the_operations_and_axes_are_those_of_the_format() -> None:
 
 
 @pytest.mark.parametrize("layout", Layout)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.language_model.embed_tokens.weight",
-        "model.language_model.norm.weight",
-        "model.language_model.layers.0.layer_scalar",
-        "model.language_model.layers.0.mlp.gate_proj.weight",
-        "model.language_model.layers.0.mlp.down_proj.weight",
-        "model.language_model.layers.0.self_attn.v_proj.weight",
-        "model.language_model.layers.0.pre_feedforward_layernorm_2.weight",
-        "model.vision_tower.encoder.layers.0.mlp.up_proj.linear.weight",
-        "model.encoder.language_model.layers.0.layer_scalar",
-        "layers.0.experts_norm.weight",
-        "layers.0.mlp.experts_count",
-        "layers.0",
-        "lm_head.weight",
-        "",
-    ],
-)
-def test_other_names_are_the_same_in_both_layouts(name: str, layout: Layout) -> None:
-    assert parse(name, layout) is None
-    assert lookup(name, layout) is None
+def test_shapes_are_those_of_the_format(layout: Layout) -> None:
+    found = {rule: shape_of(rule, layout, SIZES) for rule in RULES if rule.axes(layout)}
+    assert found == SHAPES[layout]
 
 
-@pytest.mark.parametrize("suffix", ["_bias", ".weight", ".bias", "s", ".0", "\n", "\0", " ", "."])
-@pytest.mark.parametrize(
-    ("layout", "rest"),
-    [
-        *((Layout.HF, row[0]) for row in (*TABLE, *LEGACY)),
-        *((Layout.NEMO, rule.nemo) for rule in RULES if rule.in_nemo),
-    ],
-)
-def test_a_name_that_only_begins_like_a_row_is_refused(layout: Layout, rest: str, suffix: str) -> None:
-    name = f"model.layers.0.{rest}{suffix}"
-    with pytest.raises(UnknownTensorError) as raised:
-        parse(name, layout)
-    assert raised.value.facts["tensor"] == name.encode("unicode_escape").decode()
-    assert lookup(name, layout) is None
-
-
-@pytest.mark.parametrize("layout", Layout)
-@pytest.mark.parametrize(
-    "rest",
-    [
-        "experts",
-        "router",
-        "moe",
-        "moe.experts",
-        "moe.gate",
-        "router.bias",
-        "moe.gate.bias",
-        "experts.",
-        "moe.router.scale",
-    ],
-)
-def test_a_module_of_the_experts_or_the_router_holds_nothing_else(rest: str, layout: Layout) -> None:
-    with pytest.raises(UnknownTensorError, match="does not have") as raised:
-        parse(f"model.layers.0.{rest}", layout)
-    assert raised.value.facts["found"] == rest
-    assert raised.value.facts["expected"].startswith("one of ")
-    assert raised.value.hint is not None
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.in_nemo], ids=lambda rule: rule.role)
+def test_the_operation_leads_from_one_column_of_the_table_to_the_other_and_back(rule: Rule) -> None:
+    there = converted_shape(rule.operation, SHAPES[Layout.HF][rule])
+    assert there == SHAPES[Layout.NEMO][rule]
+    assert converted_shape(rule.operation, there) == SHAPES[Layout.HF][rule]
+    ndim = len(rule.hf_axes)
+    moved = {rule.hf_axes[axis]: converted_axis(rule.operation, axis, ndim) for axis in range(ndim)}
+    assert moved == {letter: axis for axis, letter in enumerate(rule.nemo_axes)}
 
 
 @pytest.mark.parametrize(
-    "layer",
-    ["00", "01", "-1", "+1", "1.", "", "0x1", "1e3", "one", "٣", "²", "1_0", " 1", "1 ", "1\n", "9" * 10, "9" * 5000],
-    ids=lambda layer: ascii(layer)[:12],
+    ("operation", "ndim"),
+    [(operation, ndim) for operation in Operation for ndim in (1, 2, 3, 4) if ndim > 1 or not transposes(operation)],
 )
-@pytest.mark.parametrize(("layout", "rest"), [(Layout.HF, "router.scale"), (Layout.NEMO, "moe.experts.down_projs")])
-def test_a_layer_has_a_plain_number(layer: str, layout: Layout, rest: str) -> None:
-    with pytest.raises(UnknownTensorError, match="outside a layer") as raised:
-        parse(f"model.layers.{layer}.{rest}", layout)
-    assert raised.value.facts["expected"] == f"<prefix>layers.<number>.{rest}"
+def test_axes_move_as_shapes_do(operation: Operation, ndim: int) -> None:
+    shape = tuple(range(2, 2 + ndim))
+    converted = converted_shape(operation, shape)
+    assert [converted[converted_axis(operation, axis, ndim)] for axis in range(ndim)] == list(shape)
+    expected = torch.empty(shape).transpose(-1, -2).shape if transposes(operation) else shape
+    assert converted == expected
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "model.language_model.layer.0.", "xlayers.0.", "layers.0.block."])
-@pytest.mark.parametrize(
-    ("layout", "rest"),
-    [
-        *((Layout.HF, row[0]) for row in (*TABLE, *LEGACY)),
-        *((Layout.NEMO, rule.nemo) for rule in RULES if rule.in_nemo),
-    ],
-)
-def test_a_row_outside_a_layer_is_refused(prefix: str, layout: Layout, rest: str) -> None:
-    with pytest.raises(UnknownTensorError, match="outside a layer"):
-        parse(prefix + rest, layout)
-
-
-@pytest.mark.parametrize(("hf", "nemo", "rule"), TABLE, ids=[row[0] for row in TABLE])
-def test_a_name_of_the_other_layout_says_so(hf: str, nemo: str, rule: Rule) -> None:
-    for rest, layout in ((hf, Layout.NEMO), (nemo, Layout.HF)):
-        with pytest.raises(UnknownTensorError, match=f"name of the {layout.other} layout") as raised:
-            parse(f"model.layers.7.{rest}", layout)
-        assert raised.value.facts["tensor"] == f"model.layers.7.{rest}"
-        assert "other direction" in str(raised.value.hint)
-
-
-def test_a_message_shows_control_characters_and_does_not_send_them() -> None:
-    with pytest.raises(UnknownTensorError) as raised:
-        parse("a\x1b[2Jb.layers.0.experts.evil\x07\n", Layout.HF)
-    assert raised.value.facts["tensor"] == r"a\x1b[2Jb.layers.0.experts.evil\x07\n"
-    assert all(line.isprintable() for line in str(raised.value).splitlines())
+@pytest.mark.parametrize("model", EXPERT_DTYPES, ids=lambda dtype: dtype.tag)
+@pytest.mark.parametrize("file", [*EXPERT_DTYPES, FLOAT8_E4M3], ids=lambda dtype: dtype.tag)
+def test_a_load_in_place_is_exact_where_the_model_holds_every_value_of_the_file(file: DType, model: DType) -> None:
+    inexact = {(FLOAT32, BFLOAT16), (FLOAT32, FLOAT16), (FLOAT16, BFLOAT16), (BFLOAT16, FLOAT16)}
+    assert is_exact(file, model) == ((file, model) not in inexact)
 
 
 def test_no_two_rows_share_a_name() -> None:

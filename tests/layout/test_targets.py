@@ -90,42 +90,44 @@ def test_targets_are_in_natural_order_whatever_the_order_of_the_sources() -> Non
 
 
 def test_reads_say_where_each_byte_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = planned(HF, Layout.HF)[LAYER + "moe.experts.gate_and_up_projs"].source
-    assert [tuple(read) for read in map(as_tuple, whole.reads(2, 5))] == [
-        (HF[0].name, 2 * 280, 5 * 280, (2, 5), (0, 14))
-    ]
     monkeypatch.setattr(spellings, "SPELLINGS", (*spellings.SPELLINGS, forms.UNFUSED, forms.SINGLE))
-    unfused = [Tensor(f"{LAYER}ffn.bank.{half}", (E, I, H)) for half in ("up", "gate")]
-    source = planned([*unfused, *HF[1:]], Layout.HF)[LAYER + "moe.experts.gate_and_up_projs"].source
-    assert source.shape == (E, 2 * I, H)
-    assert [as_tuple(read) for read in source.reads(2, 5)] == [
+
+    def gate_up(tensors: list[Tensor]) -> Target[Tensor]:
+        return planned([*tensors, *HF[1:]], Layout.HF)[LAYER + "moe.experts.gate_and_up_projs"]
+
+    assert reads(gate_up(HF[:1]), 2, 5) == [(HF[0].name, 2 * 280, 5 * 280, (2, 5), (0, 14))]
+    unfused = gate_up([Tensor(f"{LAYER}ffn.bank.{half}", (E, I, H)) for half in ("up", "gate")])
+    assert unfused.source.shape == (E, 2 * I, H)
+    assert reads(unfused, 2, 5) == [
         (LAYER + "ffn.bank.gate", 2 * 140, 5 * 140, (2, 5), (0, 7)),
         (LAYER + "ffn.bank.up", 2 * 140, 5 * 140, (2, 5), (7, 14)),
     ]
-    single = [Tensor(f"{LAYER}moe.w{e}.{half}", (I, H)) for half in ("three", "one") for e in (3, 1, 5, 0, 4, 2)]
-    source = planned([*single, *HF[1:]], Layout.HF)[LAYER + "moe.experts.gate_and_up_projs"].source
-    assert [as_tuple(read) for read in source.reads(2, 4)] == [
+    single = gate_up(
+        [Tensor(f"{LAYER}moe.w{e}.{half}", (I, H)) for half in ("three", "one") for e in (3, 1, 5, 0, 4, 2)]
+    )
+    assert reads(single, 2, 4) == [
         (f"{LAYER}moe.w{e}.{half}", 0, 140, (e, e + 1), rows)
         for e in (2, 3)
         for half, rows in (("one", (0, 7)), ("three", (7, 14)))
     ]
-    assert [as_tuple(read)[0] for read in source.reads(5, 6)] == [LAYER + "moe.w5.one", LAYER + "moe.w5.three"]
+    assert [name for name, *_ in reads(single, 5, 6)] == [LAYER + "moe.w5.one", LAYER + "moe.w5.three"]
 
 
-def as_tuple(read: object) -> tuple[object, ...]:
-    return read.stored.name, read.start, read.end, read.experts, read.rows
+def reads(target: Target[Tensor], first: int, last: int) -> list[tuple[object, ...]]:
+    found = target.source.reads(first, last)
+    return [(read.stored.name, read.start, read.end, read.experts, read.rows) for read in found]
 
 
 def test_what_has_no_experts_is_read_by_elements() -> None:
-    found = planned(HF, Layout.HF)
-    assert [as_tuple(read)[1:3] for read in found["m.norm.weight"].source.reads(3, 10)] == [(12, 40)]
-    assert [as_tuple(read)[1:3] for read in found["m.count"].source.reads(0, 1)] == [(0, 8)]
-    empty = Tensor("m.empty", (0, 3))
-    assert list(planned([*HF, empty], Layout.HF)["m.empty"].source.reads(0, 0)) == []
-    packed = Tensor("m.packed", (5, 4), dtypes.BY_TAG["F4"])
-    assert [as_tuple(read)[1:3] for read in planned([*HF, packed], Layout.HF)["m.packed"].source.reads(2, 10)] == [
-        (2, 10)
-    ]
+    others = [Tensor("m.empty", (0, 3)), Tensor("m.packed", (5, 4), dtypes.BY_TAG["F4"])]
+    found = planned([*HF, *others], Layout.HF)
+    for name, first, last, expected in (
+        ("m.norm.weight", 3, 10, [(12, 40)]),
+        ("m.count", 0, 1, [(0, 8)]),
+        ("m.empty", 0, 0, []),
+        ("m.packed", 2, 10, [(2, 10)]),
+    ):
+        assert [read[1:3] for read in reads(found[name], first, last)] == expected, name
 
 
 def test_one_tensor_an_expert_is_written_in_the_order_of_the_roles() -> None:

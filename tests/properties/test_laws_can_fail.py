@@ -10,6 +10,7 @@ import torch
 
 from gemma4_moe import Gemma4MoEStateDictAdapter, kernels
 from gemma4_moe.errors import DuplicateTensorError
+from gemma4_moe.layout import names
 from gemma4_moe.layout.spellings.base import WHOLE
 from gemma4_moe.layout.spellings.fused import LEGACY
 from gemma4_moe.layout.table import ROUTER_SCALE

@@ -153,55 +153,47 @@ def test_a_stream_writes_it_and_it_can_be_read_again(form: str) -> None:
     assert_same_tensors(adapter().from_hf(sent), nemo)
 
 
-def entrances(state: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+def refused(state: dict[str, Any], error: type[Gemma4MoEError], words: str, tmp_path: Path) -> list[Gemma4MoEError]:
+    """Return the error of each entrance, which must be of this type and have these words."""
     source = write_checkpoint(tmp_path / "bad", state, config_of(HF))
     nemo = {name: torch.zeros_like(tensor) for name, tensor in nemo_from_hf(HF).items()}
-    return {
-        "convert": lambda: convert(source, tmp_path / "nemo"),
-        "load_hf": lambda: load_hf(nemo, source),
-        "from_hf": lambda: adapter().from_hf(state),
-    }
-
-
-def refused(state: dict[str, Any], error: type[Gemma4MoEError], words: str, tmp_path: Path) -> list[Gemma4MoEError]:
     found = []
-    for name, attempt in entrances(state, tmp_path).items():
+    for attempt in (
+        lambda: convert(source, tmp_path / "nemo"),
+        lambda: load_hf(nemo, source),
+        lambda: adapter().from_hf(state),
+    ):
         with pytest.raises(error, match=words) as caught:
             attempt()
-        assert caught.value.hint, name
+        assert caught.value.hint
         found.append(caught.value)
-    problems = inspect(tmp_path / "bad").problems
+    problems = inspect(source).problems
     assert {type(problem) for problem in problems} == {error}
     return [*found, *problems]
 
 
-def test_a_part_that_is_missing_is_named(form: str, tmp_path: Path) -> None:
+def test_a_part_that_is_missing_or_there_twice_or_of_another_dtype_is_named(form: str, tmp_path: Path) -> None:
     state = FORMS[form](HF)
-    name = LAYER + PARTS[form][0]
-    del state[name]
-    for error in refused(state, IncompleteExpertsError, "for layer 1: part of gate_up missing", tmp_path):
-        assert error.facts["tensor"] == name
-
-
-def test_a_part_that_is_there_twice_is_named(form: str, tmp_path: Path) -> None:
-    state = FORMS[form](HF)
-    other = LAYER + PARTS[form][1]
-    state[other] = torch.zeros(E, 2 * I if "gate_up" in other else I, H, dtype=torch.bfloat16)
-    refused(state, DuplicateTensorError, "two spellings", tmp_path)
+    name, other = (LAYER + part for part in PARTS[form])
+    twice = torch.zeros(E, 2 * I if "gate_up" in other else I, H, dtype=torch.bfloat16)
+    without = {key: tensor for key, tensor in state.items() if key != name}
+    for number, (changed, error, words) in enumerate(
+        (
+            (without, IncompleteExpertsError, "for layer 1: part of gate_up missing"),
+            (state | {other: twice}, DuplicateTensorError, "two spellings"),
+            (state | {name: state[name].float()}, TensorShapeError, "tensors of one role with different dtypes"),
+        )
+    ):
+        (tmp_path / str(number)).mkdir()
+        found = refused(changed, error, words, tmp_path / str(number))
+        assert number or {problem.facts["tensor"] for problem in found} == {name}
 
 
 def test_an_expert_too_many_is_named(tmp_path: Path) -> None:
-    state = FORMS["single"](HF)
-    state[f"{LAYER}moe.w{E}.one"] = torch.zeros(I, H, dtype=torch.bfloat16)
-    for error in refused(state, TensorShapeError, "an expert that the model does not have", tmp_path):
-        assert error.facts["tensor"] == f"{LAYER}moe.w{E}.one"
-
-
-def test_tensors_of_a_role_have_one_dtype(form: str, tmp_path: Path) -> None:
-    state = FORMS[form](HF)
-    name = LAYER + PARTS[form][0]
-    state[name] = state[name].float()
-    refused(state, TensorShapeError, "tensors of one role with different dtypes", tmp_path)
+    name = f"{LAYER}moe.w{E}.one"
+    state = FORMS["single"](HF) | {name: torch.zeros(I, H, dtype=torch.bfloat16)}
+    found = refused(state, TensorShapeError, "an expert that the model does not have", tmp_path)
+    assert {error.facts["tensor"] for error in found} == {name}
 
 
 def test_experts_that_come_before_their_number_is_known_are_refused() -> None:

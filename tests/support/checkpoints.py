@@ -65,4 +65,4 @@ def contents(directory: Path) -> dict[str, str]:
 def _content(path: Path) -> str:
     if path.is_symlink():
         return f"a link to {path.readlink()}"
-    return "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

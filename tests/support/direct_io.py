@@ -1,4 +1,4 @@
-"""Whether direct I/O works here, and calls of the system that fail after a while."""
+"""Whether direct I/O works here, and calls of the system that fail: at once, or after a while."""
 
 from __future__ import annotations
 
@@ -26,5 +26,14 @@ def failing_after(calls: int, code: int, whole: Callable[..., int]) -> Callable[
         if len(seen) == calls + 1:
             raise OSError(code, os.strerror(code))
         return whole(*arguments)
+
+    return call
+
+
+def refusing(code: int) -> Callable[..., Any]:
+    """Return a system call that always fails with this errno."""
+
+    def call(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
 
     return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import pytest
 from gemma4_moe.errors import SourceChangedError, StorageError
 from gemma4_moe.target.journal import Journal, as_rows, can_go_on, journals, read_journals
 from gemma4_moe.target.pieces import Piece
+from support.direct_io import refusing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,10 +85,7 @@ def test_a_record_is_on_the_device_before_append_returns(tmp_path: Path, monkeyp
 
 
 def test_a_journal_that_the_disk_refuses_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", refusing(errno.ENOSPC))
     with Journal(tmp_path, 0) as journal, pytest.raises(StorageError, match="can't write the journal: No space"):
         journal.append(opening=OPENING)
 

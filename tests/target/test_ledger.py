@@ -39,11 +39,6 @@ def piece(start: int, end: int, **facts: Any) -> Piece:
     return Piece("f", start, end, f"t{start}", facts)
 
 
-def book_of(disk: Disk, known: Journalled, told: list[tuple[int, int]]) -> Ledger:
-    count = Count(1000, lambda done, total: told.append((done, total)))
-    return Ledger(disk, known, disk.check, count)  # type: ignore[arg-type]
-
-
 @pytest.fixture
 def disk() -> Disk:
     return Disk()
@@ -56,14 +51,24 @@ def told() -> list[tuple[int, int]]:
 
 @pytest.fixture
 def book(disk: Disk, told: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> Ledger:
+    """A ledger in which a piece of (700, 760) is known from before."""
     monkeypatch.setattr(ledger, "FLUSH_BYTES", 100)
-    return book_of(disk, Journalled(), told)
+    known = Journalled()
+    known.add(piece(700, 760, tensor="x", source="before"))
+    return Ledger(disk, known, disk.check, Count(1000, lambda *seen: told.append(seen)))
+
+
+def test_a_source_that_was_read_before_must_give_the_same(book: Ledger, disk: Disk) -> None:
+    book.wrote(disk, piece(700, 760, tensor="x", source="now"))
+    with pytest.raises(SourceChangedError, match="other bytes than before"):
+        book.flush()
+    assert disk.calls == [("sync",), ("check",)]
 
 
 def test_bytes_come_to_the_device_before_their_piece_is_journalled(book: Ledger, disk: Disk) -> None:
-    book.wrote(disk, piece(0, 60))  # type: ignore[arg-type]
+    book.wrote(disk, piece(0, 60))
     assert disk.calls == []
-    book.wrote(disk, piece(60, 120, source="s", overflowed=3))  # type: ignore[arg-type]
+    book.wrote(disk, piece(60, 120, source="s", overflowed=3))
     rows = [("f", 0, 60, "t0", {}), ("f", 60, 120, "t60", {"source": "s", "overflowed": 3})]
     assert disk.calls == [("sync",), ("check",), ("append", {"pieces": rows})]
     book.flush()
@@ -72,7 +77,7 @@ def test_bytes_come_to_the_device_before_their_piece_is_journalled(book: Ledger,
 
 def test_time_passes_too(book: Ledger, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "FLUSH_SECONDS", 0.0)
-    book.wrote(disk, piece(0, 1))  # type: ignore[arg-type]
+    book.wrote(disk, piece(0, 1))
     assert [call[0] for call in disk.calls] == ["sync", "check", "append"]
 
 
@@ -83,22 +88,12 @@ def test_after_a_refusal_nothing_is_journalled(what: str, error: Exception, book
     disk.refusals[what] = error
     for number in range(2):
         with pytest.raises(type(error)):
-            book.wrote(disk, piece(100 * number, 100 * number + 100))  # type: ignore[arg-type]
+            book.wrote(disk, piece(100 * number, 100 * number + 100))
     assert "append" not in [call[0] for call in disk.calls]
 
 
-def test_a_source_that_was_read_before_must_give_the_same(disk: Disk, told: list[tuple[int, int]]) -> None:
-    known = Journalled()
-    known.add(piece(0, 60, tensor="x", source="before"))
-    book = book_of(disk, known, told)
-    book.wrote(disk, piece(0, 60, tensor="x", source="now"))  # type: ignore[arg-type]
-    with pytest.raises(SourceChangedError, match="other bytes than before"):
-        book.flush()
-    assert disk.calls == [("sync",), ("check",)]
-
-
 def test_progress_counts_what_is_written(book: Ledger, disk: Disk, told: list[tuple[int, int]]) -> None:
-    book.wrote(disk, piece(0, 40))  # type: ignore[arg-type]
-    book.wrote(disk, piece(40, 90))  # type: ignore[arg-type]
+    book.wrote(disk, piece(0, 40))
+    book.wrote(disk, piece(40, 90))
     assert told == [(40, 1000), (90, 1000)]
     Count(90, None)(3)

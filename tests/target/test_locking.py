@@ -17,6 +17,7 @@ import pytest
 from gemma4_moe.errors import StorageError, TargetBusyError
 from gemma4_moe.target import locking
 from gemma4_moe.target.locking import Lock
+from support.direct_io import refusing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,10 +109,7 @@ def test_whoever_was_broken_in_on_notices(path: Path) -> None:
 def test_without_locks_in_the_filesystem_the_name_decides(
     code: int, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", refusing(code))
     first = Lock(path)
     with pytest.raises(TargetBusyError, match="another process is writing") as caught:
         Lock(path)
@@ -134,55 +132,41 @@ def test_of_two_that_take_one_lock_at_once_the_first_to_sign_stops(path: Path, m
     second.confirm()
 
 
-def test_another_refusal_is_the_disks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(StorageError, match="can't lock the target"):
-        Lock(path)
-
-
-def test_a_lock_that_may_not_be_looked_at_is_the_disks_refusal_and_stays_free(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("owner", "call", "code", "words"),
+    [
+        (fcntl, "flock", errno.EIO, "can't lock the target: Input/output error"),
+        (Path, "stat", errno.EACCES, "can't look at the lock: Permission denied"),
+        (os, "pwrite", errno.EIO, "can't sign the lock: Input/output error"),
+    ],
+)
+def test_another_refusal_is_the_disks_and_leaves_the_lock_free(
+    owner: object, call: str, code: int, words: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    with monkeypatch.context() as refusing:
-        refusing.setattr(Path, "stat", refuse)
-        with pytest.raises(StorageError, match="can't look at the lock: Permission denied"):
+    with monkeypatch.context() as refusing_one:
+        refusing_one.setattr(owner, call, refusing(code))
+        with pytest.raises(StorageError, match=words):
             Lock(path)
     Lock(path).release()
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_has_no_room_for_a_name_and_locks_all_the_same(
     code: int, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    with monkeypatch.context() as refusing:
-        refusing.setattr(os, "pwrite", refuse)
-        if code == errno.EIO:
-            with pytest.raises(StorageError, match="can't sign the lock"):
-                Lock(path)
-        else:
-            lock = Lock(path)
-            with pytest.raises(TargetBusyError, match="another process is writing"):
-                Lock(path)
-            lock.release()
+    with monkeypatch.context() as full:
+        full.setattr(os, "pwrite", refusing(code))
+        lock = Lock(path)
+        with pytest.raises(TargetBusyError, match="another process is writing"):
+            Lock(path)
+        lock.release()
     Lock(path).release()
 
 
 def test_a_name_that_the_disk_keeps_does_not_keep_the_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     lock = Lock(path)
-    with monkeypatch.context() as refusing:
-        refusing.setattr(os, "ftruncate", refuse)
+    with monkeypatch.context() as refusing_one:
+        refusing_one.setattr(os, "ftruncate", refusing(errno.EIO))
         with pytest.raises(StorageError, match="can't release the lock"):
             lock.release()
     Lock(path).release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from support.checkpoints import contents, write_checkpoint
 from support.models import random_hf_state_dict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture
@@ -56,32 +57,24 @@ def test_nothing_and_an_empty_directory_may_be_filled(overwrite: bool, tmp_path:
     check_existing(tmp_path / "new", overwrite=overwrite)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "optimizer.pt", "model.py", "trainer_state.json"])
-def test_an_unknown_file_is_named(name: str, old: Path) -> None:
-    (old / name).write_text("mine")
-    assert name in str(refused(old, "may be replaced|accounts for"))
+def directory_of_mine(path: Path) -> None:
+    path.mkdir()
+    (path / "mine").write_text("mine")
 
 
-@pytest.mark.parametrize("name", ["logs", ".cache", ".git", "config.json.d"])
-@pytest.mark.parametrize("empty", [False, True])
-def test_a_directory_in_it_is_named(empty: bool, name: str, old: Path) -> None:
-    (old / name).mkdir()
-    if not empty:
-        (old / name / "mine").write_text("mine")
-    assert f"{name}/" in refused(old, "no checkpoint accounts for").facts["found"]
+MAKE = [
+    (lambda path: path.write_text("mine"), ["notes.txt", ".hidden", "optimizer.pt", "model.py", "trainer_state.json"]),
+    (Path.mkdir, ["logs/", ".cache/", ".git/", "config.json.d/"]),
+    (directory_of_mine, ["logs/", ".cache/", ".git/", "config.json.d/"]),
+    (lambda path: path.symlink_to(path.parent.parent), ["linked"]),
+    (os.mkfifo, ["pipe"]),
+]
 
 
-def test_a_link_to_a_directory_in_it_is_named(old: Path, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (old / "linked").symlink_to(tmp_path / "elsewhere")
-    assert "linked" in refused(old, "no checkpoint accounts for").facts["found"]
-
-
-def test_a_pipe_in_it_is_named(old: Path) -> None:
-    os.mkfifo(old / "pipe")
-    with pytest.raises(UsageError, match="no checkpoint accounts for") as caught:
-        check_existing(old, overwrite=True)
-    assert "pipe" in caught.value.facts["found"]
+@pytest.mark.parametrize(("make", "name"), [(make, name) for make, names in MAKE for name in names])
+def test_what_no_checkpoint_accounts_for_is_named(make: Callable[[Path], object], name: str, old: Path) -> None:
+    make(old / name)
+    assert name in refused(old, "no checkpoint accounts for").facts["found"]
 
 
 def test_a_weight_file_that_the_index_does_not_name_is_told(old: Path) -> None:
@@ -93,8 +86,7 @@ def test_a_link_to_a_checkpoint_is_not_a_checkpoint(old: Path, tmp_path: Path) -
     (tmp_path / "link").symlink_to(old)
     assert "a link" in str(refused(tmp_path / "link", "is not a directory"))
     (tmp_path / "dangling").symlink_to("nowhere")
-    with pytest.raises(UsageError, match="is not a directory"):
-        check_existing(tmp_path / "dangling", overwrite=True)
+    refused(tmp_path / "dangling", "is not a directory")
 
 
 @pytest.mark.parametrize("empty", [False, True])
@@ -114,8 +106,7 @@ def test_the_working_directory_and_what_is_above_it_stay(
     (old / below).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(old / below)
     refused(old, "the working directory lies in the target")
-    with pytest.raises(UsageError, match="the working directory lies in the target"):
-        check_existing(Path(os.path.relpath(old)), overwrite=True)
+    refused(Path(os.path.relpath(old)), "the working directory lies in the target")
 
 
 @pytest.mark.parametrize("name", [".", "{}"])
@@ -123,8 +114,7 @@ def test_an_empty_working_directory_is_not_exchanged_under_its_users_feet(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="the working directory lies in the target"):
-        check_existing(Path(name.format(tmp_path)), overwrite=False)
+    refused(Path(name.format(tmp_path)), "the working directory lies in the target", overwrite=False)
 
 
 @pytest.mark.parametrize("look", range(3))
@@ -158,7 +148,6 @@ def test_the_source_is_never_the_target_even_with_overwrite(source: Path, tmp_pa
         (tmp_path / "alias/hf/inside", "lies inside the source"),
         (tmp_path, "holds the source"),
     ):
-        with pytest.raises(UsageError, match=words):
-            check_place(target, source)
-        with pytest.raises(UsageError, match=words):
-            check_target(target, source, overwrite=True)
+        for check in (check_place, partial(check_target, overwrite=True)):
+            with pytest.raises(UsageError, match=words):
+                check(target, source)

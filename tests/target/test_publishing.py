@@ -64,6 +64,7 @@ def test_reading_changes_nothing_and_names_a_command_that_works(read: str, state
     assert ended.value.code == 0
     function(*directories)
     assert contents(target) == contents(copy)
+    assert sorted(path.name for path in place.iterdir()) == ["copy", "hf", "nemo"]
 
 
 def test_resume_ends_it_too(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +12,7 @@ from gemma4_moe import convert
 from gemma4_moe.cli import commands
 from gemma4_moe.errors import TargetBusyError
 from gemma4_moe.target import directory, ledger
-from gemma4_moe.target.recovery import OLD, OUT, PUBLISHING, clean, remains
+from gemma4_moe.target.recovery import clean, remains
 from gemma4_moe.target.transaction import Transaction
 from support.checkpoints import contents
 from support.interrupted import interrupt, resume
@@ -56,29 +55,23 @@ def test_what_is_left_beside_a_complete_target_is_not_cleared_away_from_under_an
     assert resume(source, tmp_path / "nemo", break_lock=True) == []
 
 
-def test_a_command_that_finds_the_target_busy_does_not_offer_to_remove_the_others_work(
+def test_a_command_does_not_offer_to_remove_the_others_work_and_breaks_a_lock_where_it_is_told_to(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupt(source, tmp_path / "nemo")
     owned_far_away(tmp_path / "nemo")
-    with pytest.raises(SystemExit) as caught:
-        commands.main(["convert", str(source), str(tmp_path / "nemo"), "--resume"])
-    assert caught.value.code == TargetBusyError.exit_status
-    talk = capsys.readouterr().err
-    assert "process 77 on far-away" in talk
-    assert "kept on disk" not in talk
-    assert "clean" not in talk
-
-
-def test_clean_breaks_a_lock_where_it_is_told_to(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    interrupt(source, tmp_path / "nemo")
-    owned_far_away(tmp_path / "nemo")
-    for more, status in ([], TargetBusyError.exit_status), (["--break-lock"], 0):
+    for command, status in (
+        (["convert", source, tmp_path / "nemo", "--resume"], TargetBusyError.exit_status),
+        (["clean", tmp_path / "nemo"], TargetBusyError.exit_status),
+        (["clean", tmp_path / "nemo", "--break-lock"], 0),
+    ):
         with pytest.raises(SystemExit) as caught:
-            commands.main(["clean", str(tmp_path / "nemo"), *more])
-        assert caught.value.code == status, capsys.readouterr()
+            commands.main([str(word) for word in command])
+        talk = capsys.readouterr().err
+        assert caught.value.code == status, talk
+        assert ("process 77 on far-away" in talk) == (status > 0)
+        assert "kept on disk" not in talk
+        assert "gemma4-moe clean" not in talk
     assert remains(tmp_path / "nemo") is None
 
 
@@ -91,24 +84,31 @@ def broken_into(target: Path) -> Transaction:
     return other
 
 
-@pytest.mark.parametrize("journalled", [False, True])
+@pytest.mark.parametrize("when", ["before anything is journalled", "while it writes", "at its end"])
 def test_a_run_that_is_broken_into_stops_and_leaves_the_other_alone(
-    journalled: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    when: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others: list[Transaction] = []
     written: list[int] = []
+    copy_files = directory.copy_files
 
-    def break_in(done: int, total: int) -> None:
+    def progress(done: int, total: int) -> None:
         written.append(done)
-        if not others:
+        if not others and when != "at its end":
             others.append(broken_into(tmp_path / "nemo"))
 
-    if not journalled:
+    def copied(*arguments: object) -> object:
+        if when == "at its end":
+            others.append(broken_into(tmp_path / "nemo"))
+        return copy_files(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(directory, "copy_files", copied)
+    if when == "before anything is journalled":
         monkeypatch.setattr(ledger, "FLUSH_BYTES", 2**30)
     with pytest.raises(TargetBusyError, match="has broken this lock") as caught:
-        convert(source, tmp_path / "nemo", max_shard_size=60_000, max_memory=60_000, progress=break_in)
+        convert(source, tmp_path / "nemo", max_shard_size=60_000, max_memory=60_000, progress=progress)
     assert f"process {os.getpid()} on " in caught.value.facts["found"]
-    if journalled:
+    if when == "while it writes":
         assert written[-1] - written[0] <= 3 * 8192, "it went on for long"
     assert not (tmp_path / "nemo").exists()
     (other,) = others
@@ -120,46 +120,8 @@ def test_a_run_that_is_broken_into_stops_and_leaves_the_other_alone(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "nemo"]
 
 
-def test_a_run_that_is_broken_into_at_its_end_does_not_publish(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    others: list[Transaction] = []
-
-    copy_files = directory.copy_files
-
-    def break_in(*arguments: object) -> object:
-        others.append(broken_into(tmp_path / "nemo"))
-        return copy_files(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(directory, "copy_files", break_in)
-    with pytest.raises(TargetBusyError, match="has broken this lock"):
-        convert(source, tmp_path / "nemo", max_shard_size=60_000)
-    assert not (tmp_path / "nemo").exists()
-    others[0].confirm()
-    others[0].__exit__(None, None, None)
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["clean", "DST"],
-        ["convert", "SRC", "DST", "--resume"],
-    ],
-)
-def test_a_command_that_writes_a_target_finishes_the_publish_that_was_interrupted(
-    command: list[str], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Between the two renames: the old directory is out of the way, the new one is not in its place yet."""
-    target, control = tmp_path / "nemo", tmp_path / ".nemo.gemma4-moe"
-    convert(source, target)
-    shutil.copytree(target, tmp_path / "copy")
-    control.mkdir()
-    (control / OLD).mkdir()
-    target.rename(control / OUT)
-    (control / PUBLISHING).write_text(json.dumps({"inode": (control / OUT).stat().st_ino}))
-    places = {"SRC": source, "DST": target}
-    with pytest.raises(SystemExit) as caught:
-        commands.main([str(places.get(word, word)) for word in command])
-    assert caught.value.code == 0, capsys.readouterr()
-    assert contents(target) == contents(tmp_path / "copy")
-    assert not control.exists()
+def test_the_one_that_comes_second_is_told(source: Path, tmp_path: Path) -> None:
+    with Transaction(tmp_path / "nemo"), pytest.raises(TargetBusyError) as caught:
+        convert(source, tmp_path / "nemo")
+    assert f"process {os.getpid()} on " in caught.value.facts["found"]
+    convert(source, tmp_path / "nemo")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,7 @@ from gemma4_moe.target import recovery, transaction
 from gemma4_moe.target.journal import Journal, read_journals
 from gemma4_moe.target.recovery import clean, heal, remains
 from gemma4_moe.target.transaction import Transaction
+from support.direct_io import refusing
 from support.order import Order
 
 if TYPE_CHECKING:
@@ -48,51 +50,49 @@ def entries(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_a_new_target_appears_whole(target: Path) -> None:
-    write(target, "new")
+def assert_only(target: Path, text: str) -> None:
+    """Fail unless the target holds this text, and nothing is beside it."""
+    assert (target / "file").read_text() == text
     assert entries(target.parent) == ["nemo"]
-    assert (target / "file").read_text() == "new"
 
 
-def test_an_empty_directory_is_filled(target: Path) -> None:
-    target.mkdir()
-    write(target, "new", overwrite=False)
-    assert (target / "file").read_text() == "new"
-
-
+@pytest.mark.parametrize("there", ["nothing", "an empty directory", "an old one"])
 @pytest.mark.parametrize("exchanges", [True, False])
-def test_an_old_one_is_replaced(exchanges: bool, target: Path, request: pytest.FixtureRequest) -> None:
+def test_a_target_appears_whole(exchanges: bool, there: str, target: Path, request: pytest.FixtureRequest) -> None:
     if not exchanges:
         request.getfixturevalue("two_steps")
-    write(target, "old")
-    write(target, "new", overwrite=True)
-    assert (target / "file").read_text() == "new"
-    assert entries(target.parent) == ["nemo"]
+    if there == "an empty directory":
+        target.mkdir()
+    elif there == "an old one":
+        write(target, "old")
+    write(target, "new", overwrite=there == "an old one")
+    assert_only(target, "new")
 
 
-@pytest.mark.parametrize("kind", ["directory", "file", "link", "link to a directory"])
-def test_what_has_come_into_being_meanwhile_is_not_touched(kind: str, target: Path) -> None:
-    def appear() -> None:
-        if kind == "directory":
-            target.mkdir()
-            (target / "mine").write_text("mine")
-        elif kind == "file":
-            target.write_text("mine")
-        elif kind == "link":
-            target.symlink_to("nowhere")
-        else:
-            (target.parent / "elsewhere").mkdir()
-            target.symlink_to("elsewhere")
+def directory_of_mine(target: Path) -> None:
+    target.mkdir()
+    (target / "mine").write_text("mine")
 
+
+@pytest.mark.parametrize(
+    "appear",
+    [
+        directory_of_mine,
+        lambda target: target.write_text("mine"),
+        lambda target: target.symlink_to("nowhere"),
+        lambda target: target.symlink_to(target.parent.parent),
+    ],
+)
+def test_what_has_come_into_being_meanwhile_is_not_touched(appear: Callable[[Path], object], target: Path) -> None:
     def write_while_it_appears() -> None:
         with Transaction(target) as work:
             (work.out / "file").write_text("new")
-            appear()
+            appear(target)
             work.publish(overwrite=False)
 
     with pytest.raises(UsageError, match="come into being"):
         write_while_it_appears()
-    assert entries(target.parent) == ([] if kind != "link to a directory" else ["elsewhere"]) + ["nemo"]
+    assert entries(target.parent) == ["nemo"]
     assert not (target / "file").exists()
 
 
@@ -131,9 +131,9 @@ def test_a_kill_while_an_unfinished_run_is_removed_leaves_no_journal_of_what_is_
     assert read_journals(control).pieces == {}
 
 
-def killed_in(monkeypatch: pytest.MonkeyPatch, target: Path, module: object, name: str, when: int) -> None:
+def killed_in(monkeypatch: pytest.MonkeyPatch, target: Path, name: str, when: int) -> None:
     """Overwrite `target`, and end as a kill would just before call number `when` of a function."""
-    whole, calls = getattr(module, name), []
+    whole, calls = getattr(transaction, name), []
 
     def count(*arguments: object) -> object:
         calls.append(arguments)
@@ -142,7 +142,7 @@ def killed_in(monkeypatch: pytest.MonkeyPatch, target: Path, module: object, nam
         return whole(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, name, count)
+        patched.setattr(transaction, name, count)
         patched.setattr(Transaction, "__exit__", lambda self, *_: os.close(self._lock._descriptor))
         with pytest.raises(Killed):
             write(target, "new", overwrite=True)
@@ -162,23 +162,17 @@ def kill_between_the_renames(monkeypatch: pytest.MonkeyPatch, target: Path) -> N
 
 
 @pytest.mark.usefixtures("two_steps")
-def test_a_kill_between_the_two_renames_is_healed(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by", ["heal", "the next writer"])
+def test_a_kill_between_the_two_renames_is_healed(by: str, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(target, "old")
     kill_between_the_renames(monkeypatch, target)
     assert not target.exists()
-    heal(target)
-    assert (target / "file").read_text() == "new"
-    assert entries(target.parent) == ["nemo"]
-
-
-@pytest.mark.usefixtures("two_steps")
-def test_the_next_writer_heals_before_it_writes(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(target, "old")
-    kill_between_the_renames(monkeypatch, target)
-    with pytest.raises(KeyError), Transaction(target):
-        raise KeyError
-    assert (target / "file").read_text() == "new"
-    assert entries(target.parent) == ["nemo"]
+    if by == "heal":
+        heal(target)
+    else:
+        with pytest.raises(KeyError), Transaction(target):
+            raise KeyError
+    assert_only(target, "new")
 
 
 def after_the_first_rename(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], times: int = 1) -> None:
@@ -224,28 +218,20 @@ def test_a_failure_between_the_two_renames_leaves_the_old_one(
 def test_neither_is_deleted_while_the_old_one_can_not_be_put_back(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     write(target, "old")
     with monkeypatch.context() as failing:
-        after_the_first_rename(failing, refuse, times=2)
+        after_the_first_rename(failing, refusing(errno.EIO), times=2)
         with pytest.raises(StorageError, match="can't publish the target"):
             write(target, "new", overwrite=True)
     assert not target.exists()
     heal(target)
-    assert (target / "file").read_text() == "new"
-    assert entries(target.parent) == ["nemo"]
+    assert_only(target, "new")
 
 
 @pytest.mark.usefixtures("two_steps")
 def test_what_appears_between_the_two_renames_is_not_touched(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def appear() -> None:
-        target.mkdir()
-        (target / "mine").write_text("mine")
-
     write(target, "old")
-    after_the_first_rename(monkeypatch, appear)
+    after_the_first_rename(monkeypatch, partial(directory_of_mine, target))
     with pytest.raises(UsageError, match="come into being"):
         write(target, "new", overwrite=True)
     assert entries(target) == ["mine"]
@@ -254,33 +240,31 @@ def test_what_appears_between_the_two_renames_is_not_touched(target: Path, monke
 
 def test_a_kill_after_the_exchange_is_healed(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(target, "old")
-    killed_in(monkeypatch, target, transaction, "sync_directory", 5)
+    killed_in(monkeypatch, target, "sync_directory", 5)
     assert (target / "file").read_text() == "new"
     assert remains(target) is not None
     heal(target)
-    assert (target / "file").read_text() == "new"
-    assert entries(target.parent) == ["nemo"]
+    assert_only(target, "new")
 
 
 def test_a_kill_before_the_exchange_leaves_the_old_one(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(target, "old")
-    killed_in(monkeypatch, target, transaction, "_replace", 1)
+    killed_in(monkeypatch, target, "_replace", 1)
     heal(target)
     assert (target / "file").read_text() == "old"
+    assert (control_directory(target) / "out/file").read_text() == "new", "a run that may still be resumed"
     assert clean(target) is not None
-    assert (target / "file").read_text() == "old"
-    assert entries(target.parent) == ["nemo"]
+    assert_only(target, "old")
 
 
 def test_a_torn_note_of_publishing_heals_nothing(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(target, "old")
-    killed_in(monkeypatch, target, transaction, "_replace", 1)
+    killed_in(monkeypatch, target, "_replace", 1)
     (control_directory(target) / "publishing").write_text('{"ino')
     heal(target)
     assert (target / "file").read_text() == "old"
     write(target, "newer", overwrite=True)
-    assert (target / "file").read_text() == "newer"
-    assert entries(target.parent) == ["nemo"]
+    assert_only(target, "newer")
 
 
 CONTROL = ".nemo.gemma4-moe"
@@ -318,16 +302,6 @@ def test_healing_brings_the_rename_to_the_device_first(target: Path, monkeypatch
     heal(target)
     assert order.calls[:2] == [("rename", f"{CONTROL}/out", "nemo"), ("fsync", ".")]
     assert order.calls[-1] == ("rmdir", CONTROL)
-
-
-def test_a_target_that_is_not_the_one_of_the_note_is_not_taken_for_published(
-    target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(target, "old")
-    killed_in(monkeypatch, target, transaction, "_replace", 1)
-    heal(target)
-    assert (control_directory(target) / "out/file").read_text() == "new", "what may still be gone on with"
-    assert (target / "file").read_text() == "old"
 
 
 def test_another_process_at_work_is_left_alone(target: Path) -> None:
@@ -381,11 +355,8 @@ def test_journals_that_contradict_each_other_can_be_removed(target: Path) -> Non
 
 
 def test_trouble_in_clearing_away_does_not_hide_the_error(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
     def fail() -> None:
-        monkeypatch.setattr(os, "rmdir", refuse)
+        monkeypatch.setattr(os, "rmdir", refusing(errno.EROFS))
         raise StorageError("the first error")
 
     with pytest.raises(StorageError, match="the first error") as caught, Transaction(target):

@@ -43,13 +43,6 @@ def write(path, arrays):
         file.write(SIZE, memoryview(b""))
 
 
-def test_safetensors_reads_what_was_written_at_positions(tmp_path, arrays):
-    write(tmp_path / "f.safetensors", arrays)
-    loaded = load_file(tmp_path / "f.safetensors")
-    assert all(np.array_equal(loaded[name], arrays[name]) for name in arrays)
-    assert (tmp_path / "f.safetensors").stat().st_size == SIZE
-
-
 def test_threads_write_one_file(tmp_path, arrays):
     a = ENTRIES[0]
     with SafetensorsWriter(tmp_path / "f", HEADER, SIZE) as file, ThreadPoolExecutor(8) as pool:
@@ -57,11 +50,14 @@ def test_threads_write_one_file(tmp_path, arrays):
     assert (tmp_path / "f").read_bytes()[a.start : a.end] == arrays["a"].tobytes()
 
 
-def test_calls_that_write_less_than_asked_go_on(tmp_path, arrays, monkeypatch):
+@pytest.mark.parametrize("most", [SIZE, 1000], ids=["whole writes", "writes of less than was asked"])
+def test_safetensors_reads_what_was_written_at_positions(tmp_path, arrays, monkeypatch, most):
     whole = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, view, offset: whole(fd, view[:1000], offset))
-    write(tmp_path / "f", arrays)
-    assert np.array_equal(load_file(tmp_path / "f")["a"], arrays["a"])
+    monkeypatch.setattr(os, "pwrite", lambda fd, view, offset: whole(fd, view[:most], offset))
+    write(tmp_path / "f.safetensors", arrays)
+    loaded = load_file(tmp_path / "f.safetensors")
+    assert all(np.array_equal(loaded[name], arrays[name]) for name in arrays)
+    assert (tmp_path / "f.safetensors").stat().st_size == SIZE
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
@@ -122,33 +118,15 @@ def test_writing_outside_of_the_file_is_a_mistake_of_the_caller(tmp_path):
     assert (tmp_path / "f").stat().st_size == SIZE
 
 
-def test_a_disk_that_fails_a_write_is_a_storage_error(tmp_path, monkeypatch):
-    def fail(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    file = SafetensorsWriter(tmp_path / "f", HEADER, SIZE)
-    with monkeypatch.context() as broken:
-        broken.setattr(os, "pwrite", fail)
-        with pytest.raises(StorageError, match="can't write the file: No space"):
-            file.write(0, memoryview(b"x"))
-    file.close()
-
-
 def test_a_failed_fsync_is_the_files_last_word(tmp_path, monkeypatch):
     calls = []
-
-    def fail_once(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 1:
-            raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", fail_once)
+    monkeypatch.setattr(os, "fsync", failing_after(0, errno.EIO, calls.append))
     file = SafetensorsWriter(tmp_path / "f", HEADER, SIZE)
     descriptor = file.fileno()
     for call in (file.sync, file.sync, file.close, file.close):
         with pytest.raises(StorageError, match="can't bring the file to the disk: Input/output error"):
             call()
-    assert calls == [descriptor]
+    assert calls == [], "it was synced again"
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
 
@@ -227,7 +205,8 @@ def test_a_write_that_stops_within_a_page_goes_on_buffered(tmp_path: Path, monke
     assert (tmp_path / "out").read_bytes() == CONTENT
 
 
-def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "pwrite", failing_after(1, errno.ENOSPC, os.pwrite))
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_full_disk_is_told(after, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", failing_after(after, errno.ENOSPC, os.pwrite))
     with pytest.raises(StorageError, match="can't write the file: No space"):
         write_in_pieces(tmp_path / "out", EDGES[1])
