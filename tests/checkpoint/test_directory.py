@@ -48,9 +48,8 @@ def test_a_checkpoint_of_two_files(directory):
         assert list(checkpoint.files) == [A, B]
         assert {name: t.file.path.name for name, t in checkpoint.tensors.items()} == {"a": A, "bb": A, "ccc": B}
         assert checkpoint.total_bytes == (1 + 2 + 3) * 3 * 4
-        assert checkpoint.index_bytes == (directory / INDEX).read_bytes()
         assert [path.name for path in checkpoint.side_files] == ["README.md", "config.json", "tokenizer.json"]
-        assert checkpoint.left_behind == ("modeling.py", "sub/", "training_args.bin")
+        assert checkpoint.skipped == ("modeling.py", "sub/", "training_args.bin")
         assert checkpoint.read_config().document == {}
         tensor = checkpoint.tensors["bb"]
         assert (tensor.name, tensor.dtype.name, tensor.shape, tensor.nbytes) == ("bb", "float32", (2, 3), 24)
@@ -78,7 +77,7 @@ def test_files_are_closed_at_the_end_and_after_an_error(directory):
 def test_a_single_file_needs_no_index_and_may_have_any_name(tmp_path):
     save_file(arrays("a"), tmp_path / "weights.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
-        assert (list(checkpoint.tensors), checkpoint.index_bytes) == (["a"], None)
+        assert list(checkpoint.tensors) == ["a"]
 
 
 def test_links_into_a_blob_store_are_fine(directory):

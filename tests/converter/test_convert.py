@@ -158,7 +158,7 @@ def test_side_files_are_copied_byte_for_byte_and_others_are_not(source: Path, tm
     (source / "modeling_custom.py").write_text("raise SystemExit")
     (source / "LICENSE").write_bytes(b"as it is\r\n")
     done = convert(source, tmp_path / "nemo")
-    assert done.left_behind == ("modeling_custom.py",)
+    assert done.skipped == ("modeling_custom.py",)
     assert sorted(path.name for path in (tmp_path / "nemo").iterdir()) == [
         "LICENSE",
         "config.json",

@@ -76,17 +76,15 @@ class Checkpoint:
         path: The directory.
         files: The safetensors files by name, sorted.
         tensors: The tensors by name, in the order of the files and of their data.
-        index_bytes: The index as it stands in the directory, or None where a single file needs none.
         side_files: What a conversion takes along unchanged, sorted.
-        left_behind: Names of all other entries but our manifest, sorted; those of directories end in "/".
+        skipped: Names of all other entries but our manifest, sorted; those of directories end in "/".
     """
 
     path: Path
     files: dict[str, SafetensorsFile]
     tensors: dict[str, StoredTensor]
-    index_bytes: bytes | None
     side_files: tuple[Path, ...]
-    left_behind: tuple[str, ...]
+    skipped: tuple[str, ...]
 
     @property
     def total_bytes(self) -> int:
@@ -158,7 +156,7 @@ def open_checkpoint(
     known = {*opened, INDEX_NAME, MANIFEST_NAME}
     left = [name for name in files if name not in known and not is_side_file(name)]
     left += [f"{name}/" for name in directories]
-    return Checkpoint(path, opened, tensors, index_bytes, side_files, tuple(sorted(left)))
+    return Checkpoint(path, opened, tensors, side_files, tuple(sorted(left)))
 
 
 def _entries(path: Path) -> tuple[list[str], list[str]]:

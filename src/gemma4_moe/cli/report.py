@@ -191,7 +191,7 @@ def conversion_json(conversion: Conversion) -> dict[str, Any]:
         "bytes": plan.target_bytes,
         "peak_memory_bytes": conversion.memory.peak_bytes,
         "notes": list(conversion.notes),
-        "skipped": list(conversion.left_behind),
+        "skipped": list(conversion.skipped),
     }
 
 

@@ -51,14 +51,14 @@ class Conversion:
         notes: Sentences on the values: scales that are zero, negative or not finite; experts that got the base's
             scale, or that without a base every scale is one; casts that round, tensors that are not cast, and finite
             values that became infinite.
-        left_behind: Names of files in the source directory that were not copied.
+        skipped: Names of files in the source directory that were not copied.
     """
 
     target: Path
     plan: Plan
     memory: Memory
     notes: tuple[str, ...]
-    left_behind: tuple[str, ...]
+    skipped: tuple[str, ...]
 
 
 def convert(
@@ -160,7 +160,7 @@ def convert(
                 job.check_unchanged()
                 if transaction is not None:
                     transaction.publish(overwrite=overwrite)
-        return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.left_behind)
+        return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.skipped)
 
 
 def _identities(commit: str | None, base: Checkpoint | None, base_commit: str | None) -> dict[str, Any]:

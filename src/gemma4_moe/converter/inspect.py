@@ -113,7 +113,7 @@ def _inspect(source: Path, checkpoint: Checkpoint) -> Inspection:
         folds=fold(tensors),
         groups=groups,
         problems=tuple(problems),
-        skipped=checkpoint.left_behind,
+        skipped=checkpoint.skipped,
     )
 
 

@@ -112,7 +112,7 @@ def plan(
                 [checkpoint, *([] if opened is None else [opened])], planned.target_bytes, disk, stream=stream
             ),
             side_files=tuple(file.name for file in checkpoint.side_files),
-            skipped=checkpoint.left_behind,
+            skipped=checkpoint.skipped,
             notes=cast_notes(planned),
             mesh=None if ranks is None else predict(planned, ranks),
         )

@@ -77,7 +77,7 @@ def _check_replaceable(target: Path) -> None:
     try:
         with open_checkpoint(target) as old, refusals("look at the target", target):
             directories = [f"{entry.name}/" for entry in target.iterdir() if entry.is_dir()]
-            unknown = tuple(dict.fromkeys([*old.left_behind, *directories]))
+            unknown = tuple(dict.fromkeys([*old.skipped, *directories]))
     except InputError as error:
         raise UsageError(
             f"the target is not a checkpoint that may be replaced: {error.problem}",
