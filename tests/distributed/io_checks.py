@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from distributed.placement_checks import CASES, is_expert, same, shard
-from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig, load_hf, save_hf
+from gemma4_moe import Gemma4MoEStateDictAdapter, load_hf, save_hf
+from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.errors import ParallelError, StorageError
 from support import forms
 from support.formulas import nemo_from_hf

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 
 from distributed import io_checks
-from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig, convert, inspect, load_hf
+from gemma4_moe import Gemma4MoEStateDictAdapter, convert, inspect, load_hf
+from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.converter import blocks
 from gemma4_moe.errors import (
     DuplicateTensorError,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, MoEConfig, convert, inspect, load_hf, plan, save_hf
+from gemma4_moe import Gemma4MoEStateDictAdapter, convert, inspect, load_hf, plan, save_hf
+from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.errors import TensorShapeError
 from gemma4_moe.refit import WeightStream
 from support.checkpoints import write_checkpoint
