@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from gemma4_moe import convert, plan, verify
 from gemma4_moe.converter import blocks, unfold
 from gemma4_moe.errors import SourceChangedError, TensorShapeError, UsageError
-from gemma4_moe.target import ledger
+from gemma4_moe.target import journal
 from support.checkpoints import contents, write_checkpoint
 from support.formulas import assert_same_tensors, hf_from_nemo
 from support.models import random_hf_state_dict, read_directory, respell_as_legacy
@@ -158,7 +158,7 @@ def test_the_base_of_a_conversion_to_nemo_and_a_base_in_nemo_are_refused(base: P
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", 4096)
+    monkeypatch.setattr(journal, "FLUSH_BYTES", 4096)
 
 
 def convert_most(source: Path, target: Path, base: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from gemma4_moe import convert, plan
 from gemma4_moe.converter import blocks
-from gemma4_moe.target import ledger
+from gemma4_moe.target import journal
 from support.checkpoints import contents, write_checkpoint
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
@@ -79,7 +79,7 @@ def test_blocks_and_resuming_do_not_show_in_the_counts(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", 4096)
+    monkeypatch.setattr(journal, "FLUSH_BYTES", 4096)
     source = write_checkpoint(tmp_path / "hf", state)
     whole = convert(source, tmp_path / "whole", dtype="float16")
     runs = 0

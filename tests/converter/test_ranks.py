@@ -15,7 +15,7 @@ import torch.distributed as dist
 from gemma4_moe import convert
 from gemma4_moe.converter import blocks
 from gemma4_moe.errors import ParallelError, StorageError
-from gemma4_moe.target import directory, ledger
+from gemma4_moe.target import directory, journal
 from gemma4_moe.target.recovery import remains
 from support import ranks
 from support.checkpoints import contents, flip_bit, write_checkpoint
@@ -32,7 +32,7 @@ OPTIONS = {"max_shard_size": 60_000, "max_memory": 70_000}
 
 def shrink() -> None:
     blocks.BLOCK_BYTES = 8192
-    ledger.FLUSH_BYTES = 8192
+    journal.FLUSH_BYTES = 8192
 
 
 def convert_on_all(source: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from gemma4_moe import convert
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.errors import CheckpointFormatError, SourceChangedError, UsageError
-from gemma4_moe.target import ledger
+from gemma4_moe.target import journal
 from gemma4_moe.target.recovery import clean
 from support.checkpoints import contents, write_checkpoint
 from support.interrupted import interrupt, resume
@@ -41,7 +41,7 @@ def test_it_writes_only_what_is_missing(source: Path, whole: dict[str, str], tmp
 def test_what_was_written_since_the_last_entry_is_not_lost_by_an_interrupt(
     source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", 2**30)
+    monkeypatch.setattr(journal, "FLUSH_BYTES", 2**30)
     interrupt(source, tmp_path / "nemo")
     seen = resume(source, tmp_path / "nemo")
     assert seen[-1][1] < sum(path.stat().st_size for path in (tmp_path / "nemo").glob("*.safetensors")) - 24_000

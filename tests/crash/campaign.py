@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from crash.cases import Case
 from gemma4_moe.converter import blocks
-from gemma4_moe.target import ledger
+from gemma4_moe.target import journal
 
 WRITES = ("pwrite64", "write", "sendfile", "copy_file_range", "fallocate", "ftruncate", "mkdir")
 OTHERS = ("fsync", "rename", "renameat2", "unlink", "unlinkat", "rmdir")
@@ -39,7 +39,7 @@ ONE_THREAD = Path(__file__).with_name("one_thread.py")
 
 def traced(case: Case, *strace: str) -> subprocess.CompletedProcess[str]:
     """Run the conversion of a case under strace."""
-    sizes = (case.options["max_shard_size"], case.options["max_memory"], blocks.BLOCK_BYTES, ledger.FLUSH_BYTES)
+    sizes = (case.options["max_shard_size"], case.options["max_memory"], blocks.BLOCK_BYTES, journal.FLUSH_BYTES)
     program = [sys.executable, ONE_THREAD, case.source, case.target, *sizes, case.options["overwrite"]]
     command = ["strace", "--follow-forks", "--seccomp-bpf", "--quiet=all", *strace, *map(str, program)]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}

@@ -14,7 +14,7 @@ from gemma4_moe.checkpoint.readers import allocate
 from gemma4_moe.converter import blocks as block_module
 from gemma4_moe.converter import write
 from gemma4_moe.errors import Gemma4MoEError
-from gemma4_moe.target import ledger
+from gemma4_moe.target import journal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,7 +36,7 @@ def terminated(*_: object) -> None:
 
 def main() -> int:
     source, target, shard_size, memory, block_bytes, flush_bytes, overwrite = sys.argv[1:]
-    block_module.BLOCK_BYTES, ledger.FLUSH_BYTES = int(block_bytes), int(flush_bytes)
+    block_module.BLOCK_BYTES, journal.FLUSH_BYTES = int(block_bytes), int(flush_bytes)
     write.run = run_in_order
     signal.signal(signal.SIGTERM, terminated)
     try:

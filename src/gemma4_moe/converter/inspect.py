@@ -16,7 +16,7 @@ from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.names import fold_names, lookup, natural_key
 from gemma4_moe.layout.table import Layout, Operation
 from gemma4_moe.sizes import format_size
-from gemma4_moe.target.publishing import check_published
+from gemma4_moe.target.recovery import check_published
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

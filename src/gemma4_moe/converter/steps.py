@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gemma4_moe.converter.unfold import Unfolding
     from gemma4_moe.layout import dtypes
     from gemma4_moe.layout.targets import Read
-    from gemma4_moe.target.ledger import Ledger
+    from gemma4_moe.target.journal import Ledger
     from gemma4_moe.target.writers import PageWriter
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -14,8 +14,8 @@ from gemma4_moe.converter.scales import given_back_scales, scales_with_base
 from gemma4_moe.converter.steps import ConversionSteps
 from gemma4_moe.converter.unfold import Unfolding
 from gemma4_moe.errors import Gemma4MoEError
-from gemma4_moe.target.journal import Journal, read_journals
-from gemma4_moe.target.ledger import Count, Ledger
+from gemma4_moe.target.journal import Journal, Ledger, read_journals
+from gemma4_moe.target.pieces import Count
 from gemma4_moe.target.writers import PageWriter, SafetensorsWriter
 
 if TYPE_CHECKING:

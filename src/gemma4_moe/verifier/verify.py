@@ -19,7 +19,7 @@ from gemma4_moe.hub.source import locate
 from gemma4_moe.layout.dtypes import FLOAT32
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.manifest import Recheck, check_manifest
-from gemma4_moe.target.publishing import check_published
+from gemma4_moe.target.recovery import check_published
 from gemma4_moe.verifier.arithmetic import reference, widen
 from gemma4_moe.verifier.comparison import (
     DEFAULT_MEMORY,
