@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma4_moe import convert, plan, verify
-from gemma4_moe.converter import blocks, unfold
+from gemma4_moe.converter import base as base_module
+from gemma4_moe.converter import blocks
 from gemma4_moe.errors import SourceChangedError, TensorShapeError, UsageError
 from gemma4_moe.target import journal
 from support.checkpoints import contents, write_checkpoint
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from gemma4_moe.converter.plan import PlannedTensor
     from gemma4_moe.converter.steps import Array
 
 LAYER = "model.language_model.layers.1."
@@ -63,8 +63,8 @@ def test_what_was_not_trained_comes_back_with_the_base_own_bits(
     pieces: bool, base: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if pieces:
-        monkeypatch.setattr(unfold, "_FIRST", 2 * 7)
-        monkeypatch.setattr(unfold, "_PIECE", 3 * 7)
+        monkeypatch.setattr(base_module, "_FIRST", 2 * 7)
+        monkeypatch.setattr(base_module, "_PIECE", 3 * 7)
     convert(base, tmp_path / "nemo")
     edit(tmp_path / "nemo", train)
     native = read_directory(tmp_path / "nemo")
@@ -191,11 +191,11 @@ def test_resuming_does_not_show_and_wants_the_same_base(
 def test_no_expert_is_judged_twice(base: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted at the first scale, when all experts are written: a resumed run knows them from the journal."""
     judged: list[tuple[str, int]] = []
-    whole = unfold.Unfolding.convert
+    whole = base_module.Unfolding.unfold
 
-    def noted(self: unfold.Unfolding, tensor: PlannedTensor, first: int, native: Array, out: Array) -> list[int]:
-        judged.extend((tensor.name, number) for number in range(first, first + len(native)))
-        return whole(self, tensor, first, native, out)
+    def noted(self: base_module.Unfolding, name: str, number: int, native: Array, out: Array) -> bool:
+        judged.append((name, number))
+        return whole(self, name, number, native, out)
 
     def stop(done: int, total: int) -> None:
         if done > total - 2 * 6 * 2:  # two scales of six experts in bf16
@@ -203,7 +203,7 @@ def test_no_expert_is_judged_twice(base: Path, state: State, tmp_path: Path, mon
 
     small_blocks(monkeypatch)
     convert(base, tmp_path / "nemo")
-    monkeypatch.setattr(unfold.Unfolding, "convert", noted)
+    monkeypatch.setattr(base_module.Unfolding, "unfold", noted)
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "nemo", tmp_path / "back", base=base, progress=stop)
     convert(tmp_path / "nemo", tmp_path / "back", base=base, resume=True)

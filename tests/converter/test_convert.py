@@ -26,7 +26,7 @@ from support.models import random_hf_state_dict, read_directory, respell_as_lega
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gemma4_moe.converter.job import Job
+    from gemma4_moe.converter.write import Job
 
 
 @pytest.fixture
@@ -359,3 +359,9 @@ def test_ranks_of_one_host_share_its_cores(
         monkeypatch.setenv("LOCAL_WORLD_SIZE", launched)
     convert(source, tmp_path / "nemo", workers=asked)
     assert used == [workers]
+
+
+def test_a_tilde_is_the_home_directory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert convert(source, "~/nemo").target == tmp_path / "nemo"
+    assert (tmp_path / "nemo/model.safetensors").is_file()

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gemma4_moe import plan
-from gemma4_moe.converter.mesh_preview import parse_mesh, predict
+from gemma4_moe.converter.preview import parse_mesh, predict
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layout.dtypes import BFLOAT16
 from support.checkpoints import write_checkpoint

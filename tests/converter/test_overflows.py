@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gemma4_moe.converter import overflows
-from gemma4_moe.converter.overflows import can_overflow, count_overflows
+from gemma4_moe.converter import steps
+from gemma4_moe.converter.steps import can_overflow, count_overflows
 from gemma4_moe.layout import dtypes
 
 COUNT = 6000
@@ -32,7 +32,7 @@ def counted(source: np.ndarray) -> int:
 def test_finite_values_that_became_infinite_are_counted(
     shape: tuple[int, ...], piece: int, source: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(overflows, "_PIECE", piece)
+    monkeypatch.setattr(steps, "_PIECE", piece)
     shaped = source.reshape(shape)
     with np.errstate(over="ignore"):
         result = shaped.astype(np.float16)

@@ -209,3 +209,14 @@ def test_clean_removes_what_is_left_and_nothing_else(source: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert contents(source) == before
     assert clean(tmp_path / "nemo") is None
+
+
+def test_clean_takes_a_tilde_for_the_home_directory(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    interrupt(source, tmp_path / "nemo")
+    found = clean("~/nemo")
+    assert found is not None
+    assert found.path == tmp_path / ".nemo.gemma4-moe"
+    assert not found.path.exists()

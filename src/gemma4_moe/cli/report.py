@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.converter.convert import Conversion
     from gemma4_moe.converter.inspect import Inspection
-    from gemma4_moe.converter.mesh_preview import Prediction
-    from gemma4_moe.converter.preview import Preview, Space
+    from gemma4_moe.converter.preview import Prediction, Preview, Space
     from gemma4_moe.demo.demo import Check
     from gemma4_moe.target.manifest import Recheck
     from gemma4_moe.target.recovery import Remains

@@ -5,20 +5,18 @@ One process does it, or all ranks of torch's default process group together, on 
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.converter import preview
+from gemma4_moe.converter.base import read_scale
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
-from gemma4_moe.converter.finish import finish
-from gemma4_moe.converter.job import Job
 from gemma4_moe.converter.notes import base_notes, cast_notes, overflow_notes, unusual_scales
 from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.converter.resume import is_made_already
-from gemma4_moe.converter.scales import read_scales
-from gemma4_moe.converter.write import write_weights
+from gemma4_moe.converter.write import Job, finish, write_weights
 from gemma4_moe.distributed.ranks import current, ranks_on_this_host
 from gemma4_moe.errors import StorageError
 from gemma4_moe.hub.source import check_streamed, on_hub, open_source
@@ -32,15 +30,14 @@ from gemma4_moe.target.recovery import clean, heal
 from gemma4_moe.target.transaction import Transaction
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
-    from gemma4_moe.checkpoint.directory import Checkpoint
-    from gemma4_moe.converter.scales import Scales
+    from gemma4_moe.converter.base import Scales
     from gemma4_moe.layout.table import Layout
     from gemma4_moe.sizes import Progress
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Conversion:
     """The result of `convert`.
 
@@ -59,6 +56,9 @@ class Conversion:
     memory: Memory
     notes: tuple[str, ...]
     skipped: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"<Conversion into {self.target}, {len(self.notes)} notes: {self.plan}>"
 
 
 def convert(
@@ -113,12 +113,12 @@ def convert(
         InputError: The source is not a checkpoint that can be converted; nothing was written.
         UsageError: The target may not be written; the budget is too small; there is an earlier run to go on with, or
             `resume` is given and it is another run.
-        StorageError: The disk or its permissions refused; the target is as it was.
+        StorageError: The disk or its permissions refused.
         TargetBusyError: Another process is writing the target.
-        SourceChangedError: The source changed while it was read; the target is as it was.
+        SourceChangedError: The source changed while it was read.
         ParallelError: Another rank failed.
     """
-    ranks, target = current(), Path(target)
+    ranks, target = current(), expanded(target)
     asked: dict[str, Any] = {"to": to, "dtype": dtype, "max_shard_size": max_shard_size}
     with ExitStack() as stack:
         with ranks.together("plan the conversion"):
@@ -128,18 +128,27 @@ def convert(
                 _check_before_a_fetch(source, target, max_memory=max_memory, revision=revision, base=base, **asked)
             checkpoint, commit = stack.enter_context(open_source(source, revision, stream=stream))
             check_place(target, checkpoint.path)
-            origin, origin_commit = stack.enter_context(_open_base(base, target, stream))
+            origin = origin_commit = None
+            if base is not None:
+                origin, origin_commit = stack.enter_context(open_source(base, stream=stream))
+                check_place(target, origin.path)
             plan = make_plan(checkpoint, base=origin, **asked)
             memory = plan_memory(plan, parse_size(max_memory))
-            scales = read_scales(plan)
+            scales = {name: read_scale(t.scale) for name, t in plan.tensors.items() if t.scale is not None}
             options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
-            options |= _identities(commit, origin, origin_commit)
+            headers = None if origin is None else {name: file.header.digest for name, file in origin.files.items()}
+            identities = {"commit": commit, "base": headers, "base_commit": origin_commit}
+            options |= {name: value for name, value in identities.items() if value is not None}
         transaction = None
         with ranks.together("take the target"):
-            known = resume and origin is None  # no manifest has hashes of a base
-            if ranks.is_first and not _is_made(target, plan, checkpoint, options, memory, known, break_lock):
-                check_existing(target, overwrite=overwrite)
-                transaction = stack.enter_context(Transaction(target, resume=resume, break_lock=break_lock))
+            if ranks.is_first:
+                heal(target)
+                known = resume and origin is None  # no manifest has hashes of a base
+                if known and is_made_already(target, plan, checkpoint, options, memory.peak_bytes):
+                    clean(target, break_lock=break_lock)
+                else:
+                    check_existing(target, overwrite=overwrite)
+                    transaction = stack.enter_context(Transaction(target, resume=resume, break_lock=break_lock))
         (out, *_) = ranks.everyones(None if transaction is None else transaction.out)
         if out is not None:
             job = Job(
@@ -163,20 +172,8 @@ def convert(
         return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.skipped)
 
 
-def _identities(commit: str | None, base: Checkpoint | None, base_commit: str | None) -> dict[str, Any]:
-    """Return the options that say which source and base it was: commits of the Hub, headers of the base."""
-    headers = None if base is None else {name: file.header.digest for name, file in base.files.items()}
-    found = {"commit": commit, "base": headers, "base_commit": base_commit}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def _check_before_a_fetch(source: str | Path, target: Path, **options: Any) -> None:
-    """Check by headers, before anything is brought into the Hub's cache, that all fits together and onto the disk.
-
-    Raises:
-        StorageError: There is no room for the model in the cache and for the target.
-        InputError, UsageError: See `plan`.
-    """
+    """Check by headers, before anything is brought into the Hub's cache, that all fits together and onto the disk."""
     space = preview.plan(source, target, **options).space
     if space.cache_bytes and space.missing_bytes:
         raise StorageError(
@@ -188,34 +185,6 @@ def _check_before_a_fetch(source: str | Path, target: Path, **options: Any) -> N
             if space.missing_without_cache
             else "give --stream: it keeps nothing of the model on this machine, and the target fits",
         )
-
-
-@contextmanager
-def _open_base(base: str | Path | None, target: Path, stream: bool) -> Iterator[tuple[Checkpoint | None, str | None]]:
-    """Open a base as `open_source` does, if there is one."""
-    if base is None:
-        yield None, None
-        return
-    with open_source(base, stream=stream) as (checkpoint, commit):
-        check_place(target, checkpoint.path)
-        yield checkpoint, commit
-
-
-def _is_made(
-    target: Path,
-    plan: Plan,
-    checkpoint: Checkpoint,
-    options: Mapping[str, object],
-    memory: Memory,
-    resume: bool,
-    break_lock: bool,
-) -> bool:
-    """Finish or delete the work of an earlier run, and return whether the target is complete."""
-    heal(target)
-    if not resume or not is_made_already(target, plan, checkpoint, options, memory.peak_bytes):
-        return False
-    clean(target, break_lock=break_lock)
-    return True
 
 
 def _notes(target: Path, plan: Plan, scales: Scales) -> tuple[str, ...]:
