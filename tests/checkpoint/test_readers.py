@@ -7,7 +7,7 @@ import os
 import random
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -19,9 +19,6 @@ from gemma4_moe.errors import CheckpointFormatError, StorageError
 from support.checkpoints import contents, write_checkpoint
 from support.direct_io import failing_after, works_here
 from support.models import random_hf_state_dict
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CONTENT = random.Random(1).randbytes(10 * PAGE + 123)
 
@@ -63,6 +60,25 @@ def test_where_direct_reading_is_refused_it_goes_on_buffered(file: Path, monkeyp
         for offset, size in RANGES:
             assert bytes(reader.read(offset, size, allocate(size + SLACK))) == CONTENT[offset : offset + size]
         assert reader._direct is None
+
+
+class Elsewhere:
+    """A file that is not on this machine: it has no descriptor."""
+
+    path = Path("elsewhere")
+
+    def fileno(self) -> int:
+        return -1
+
+    def read_into(self, offset: int, destination: memoryview) -> None:
+        destination[:] = CONTENT[offset : offset + len(destination)]
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_a_file_without_a_descriptor_is_read_by_its_own_means(buffered: bool) -> None:
+    with closing(PageReader(Elsewhere(), buffered=buffered)) as reader:
+        for offset, size in RANGES:
+            assert bytes(reader.read(offset, size, allocate(size + SLACK))) == CONTENT[offset : offset + size]
 
 
 def test_a_disk_that_fails_is_no_reason_to_go_on(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

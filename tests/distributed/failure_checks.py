@@ -57,14 +57,6 @@ def disagree_on_arguments(world: int) -> None:
         adapter().to_hf(state, gather=True, staging_bytes=1000 + dist.get_rank())
 
 
-def disagree_without_a_mesh() -> None:
-    """All ranks of the default group agree, or all raise."""
-    collectives.agree("save", None, {"dtype": "bfloat16"})
-    with pytest.raises(ParallelError, match="ranks disagree on what to save") as caught:
-        collectives.agree("save", None, {"dtype": "bfloat16" if dist.get_rank() == 1 else "float16"})
-    assert ("bfloat16" in caught.value.facts["found"]) == (dist.get_rank() == 1)
-
-
 def stay_away(world: int) -> None:
     """The last rank never calls: the others say so once the time limit is over."""
     state = model(world)

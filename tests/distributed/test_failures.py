@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from distributed import failure_checks
-from gemma4_moe.distributed.collectives import agree
 from support import ranks
 
 
 def test_ranks_that_disagree_fail_together() -> None:
     ranks.run(4, failure_checks.disagree, 4)
     ranks.run(2, failure_checks.disagree_on_arguments, 2)
-    ranks.run(3, failure_checks.disagree_without_a_mesh)
-
-
-def test_a_single_process_agrees_with_itself() -> None:
-    agree("save", None, {"dtype": "bfloat16"})
 
 
 def test_a_rank_that_stays_away_is_not_waited_for_forever() -> None:

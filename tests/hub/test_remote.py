@@ -317,6 +317,36 @@ def test_offline_a_model_must_be_in_the_cache(command: list[str], hub: Hub, tmp_
     assert "HF_HUB_OFFLINE" in done.stderr
 
 
+def test_a_conversion_asks_once_for_each_header(hub: Hub, source: Path, tmp_path: Path) -> None:
+    done = run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo")
+    assert done.returncode == 0, done.stderr
+    ranges = [asked for asked in hub.weight_requests if asked is not None]
+    assert len(ranges) == len(_weights(source)), "the download is not planned again over the network"
+    assert hub.weight_requests.count(None) == len(_weights(source))
+
+
+def test_a_file_in_the_cache_with_another_header_is_refused(hub: Hub, source: Path, tmp_path: Path) -> None:
+    assert run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo").returncode == 0
+    (damaged, *_) = (tmp_path / "cache").rglob("model-00001-of-00002.safetensors")
+    raw = damaged.read_bytes()
+    damaged.write_bytes(raw.replace(b'"BF16"', b' "F16"', 1))
+    done = run(hub, tmp_path, "convert", MODEL, tmp_path / "again")
+    assert done.returncode == 3
+    assert "the copy in the Hub's cache is not the file on the Hub" in done.stderr
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_revision_that_moves_before_the_download_is_told(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "cache" / ("f" * 40)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(moved))
+    done = run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo")
+    assert done.returncode == 3
+    assert "the model on the Hub changed while it was read" in done.stderr
+    assert not (tmp_path / "nemo").exists()
+
+
 def test_offline_nothing_can_be_streamed(hub: Hub, tmp_path: Path) -> None:
     done = run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo", "--stream", offline=True)
     assert done.returncode == 5

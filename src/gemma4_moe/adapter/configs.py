@@ -16,12 +16,9 @@ Conversion = Literal["auto", "cpu", "triton", "torch"]
 
 @dataclass(frozen=True, slots=True)
 class MoEConfig:
-    """The sizes of a mixture of experts, under NeMo AutoModel's names.
+    """The sizes E, H and I of a mixture of experts, under NeMo AutoModel's names.
 
-    Attributes:
-        n_routed_experts: E.
-        dim: H; None takes H from the model's config, or else from the tensors.
-        moe_inter_dim: I; None as for `dim`.
+    None takes a size from the model's config, or else from the tensors.
     """
 
     n_routed_experts: int
@@ -31,11 +28,7 @@ class MoEConfig:
 
 @dataclass(frozen=True, slots=True)
 class BackendConfig:
-    """The choice of kernel.
-
-    Attributes:
-        conversion: The kernel's name; "auto" chooses by device, dtype and layout.
-    """
+    """The name of the kernel; "auto" chooses by device, dtype and layout."""
 
     conversion: Conversion = "auto"
 
@@ -49,11 +42,7 @@ _FIELDS = {
 
 
 def axis_sizes(config: Any, moe_config: Any) -> dict[str, int]:
-    """Return the sizes of E, H and I that the two configs give.
-
-    Args:
-        config: A text config, a multimodal config that has one as `text_config`, or None.
-        moe_config: An object with `n_routed_experts`, or None.
+    """Return the sizes of E, H and I that the configs, if any, give.
 
     Raises:
         ConfigError: The configs disagree, or a size is not a positive integer.
@@ -66,12 +55,8 @@ def axis_sizes(config: Any, moe_config: Any) -> dict[str, int]:
             if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(
-                    f"{name} is no size",
-                    expected="a positive integer",
-                    found=repr(value),
-                    hint="give the model's own config",
-                )
+                hint = "give the model's own config"
+                raise ConfigError(f"{name} is no size", expected="a positive integer", found=repr(value), hint=hint)
             if sizes.setdefault(axis, value) != value:
                 raise ConfigError(
                     f"config and moe_config disagree about {axis}",
@@ -88,13 +73,8 @@ def conversion_of(backend: Any) -> Conversion:
     Raises:
         UsageError: There is no kernel of that name.
     """
-    name = getattr(backend, "conversion", "auto")
-    for known in get_args(Conversion):
-        if name == known:
-            return cast("Conversion", known)
-    raise UsageError(
-        "unknown kernel",
-        expected=f"one of {', '.join(get_args(Conversion))}",
-        found=repr(name),
-        hint="set backend.conversion to one of these, or leave it out",
-    )
+    name, known = getattr(backend, "conversion", "auto"), get_args(Conversion)
+    if name not in known:
+        hint = "set backend.conversion to one of these, or leave it out"
+        raise UsageError("unknown kernel", expected=f"one of {', '.join(known)}", found=repr(name), hint=hint)
+    return cast("Conversion", name)

@@ -10,7 +10,10 @@ model's values, since NaN there would cost one write of the whole model before e
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _MARK = "_gemma4_moe_destination_of"
 
@@ -34,13 +37,4 @@ def mark(view: torch.Tensor, native: torch.Tensor) -> torch.Tensor:
 
 def native_of(value: object) -> torch.Tensor | None:
     """Return the model's tensor behind a destination, None for any other value."""
-    found: _Mark | None = getattr(value, _MARK, None)
-    return None if found is None else found.native
-
-
-def unfilled_scale(native: torch.Tensor) -> torch.Tensor:
-    """Return a scale [E] of NaN for `native` [E, I, H].
-
-    It is fp32, so that no loaded scale is rounded.
-    """
-    return torch.full(native.shape[:1], float("nan"), dtype=torch.float32, device=native.device)
+    return getattr(getattr(value, _MARK, None), "native", None)

@@ -28,19 +28,12 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """One entry of a state dict.
+    """One entry of a state dict."""
 
-    Attributes:
-        parsed: The row and the layer of its name; None for a name that is the same in both layouts.
-        name: Its name.
-        value: Its value.
-        shape: The whole tensor's shape, even if the value is only a rank's shard of it.
-    """
-
-    parsed: MoEName | None
+    parsed: MoEName | None  # None for a name that is the same in both layouts
     name: str
     value: Any
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # the whole tensor's, even if the value is only a rank's shard of it
 
     @property
     def operation(self) -> Operation:
@@ -61,19 +54,8 @@ def checked(
     """Yield the entries of `state_dict` in its order, each checked against `inventory`.
 
     A mapping can be read twice, so all of it is checked before its first entry is given. Any other iterable is
-    consumed entry by entry, and no value is held once the next one is asked for.
-
-    Args:
-        state_dict: Names and values.
-        inventory: Knows the layout and the sizes, and takes in each entry.
-        mesh: The mesh over which plain values may be sharded.
-        excluded: Whether a name that the layout does not know is skipped instead of refused.
-
-    Raises:
-        IncompleteExpertsError: A layer lacks one of its expert tensors.
-        UsageError: A layer has destinations and ordinary tensors.
-        ParallelError: Nothing tells whether a plain tensor given with a mesh is whole.
-        UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`.
+    consumed entry by entry, and no value is held once the next one is asked for. Plain values may be sharded over
+    `mesh`. A name that the layout does not know is skipped if it is `excluded`, and else refused.
     """
     rules = EXPERT_RULES[inventory.layout]
     if isinstance(state_dict, Mapping):
@@ -111,13 +93,8 @@ def check(name: str, value: Any, inventory: Inventory, mesh: DeviceMesh | None =
     """Return one entry with its name, shape and dtype checked. Errors are those of `checked`."""
     is_lazy, layout = _is_lazy(value), inventory.layout
     if not is_lazy and not isinstance(value, torch.Tensor) and lookup(name, layout) is not None:
-        raise TensorShapeError(
-            "a value that is no tensor",
-            tensor=name,
-            expected="a torch tensor, or a lazy slice of safetensors",
-            found=type(value).__name__,
-            hint="give torch tensors",
-        )
+        expected = "a torch tensor, or a lazy slice of safetensors"
+        raise TensorShapeError("a value that is no tensor", tensor=name, expected=expected, found=type(value).__name__)
     shape = tuple(value.get_shape() if is_lazy else getattr(value, "shape", ()))
     if mesh is not None and not isinstance(value, DTensor):
         shape = _whole_shape(name, shape, inventory, mesh)

@@ -33,19 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FromHf:
-    """Converts entries of an hf state dict into tensors of the nemo layout.
-
-    Attributes:
-        kernel: The kernel that converts.
-        dtype: Dtype of new expert tensors.
-        mesh: The mesh over which plain values are to be sharded, or are a rank's shards of; None keeps them whole.
-        out: Native tensors to write into, by nemo name, instead of new ones.
-    """
+    """Converts entries of an hf state dict into tensors of the nemo layout."""
 
     kernel: str
-    dtype: torch.dtype
-    mesh: DeviceMesh | None
-    out: Mapping[str, torch.Tensor] | None
+    dtype: torch.dtype  # of new expert tensors
+    mesh: DeviceMesh | None  # over which plain values are to be sharded, or are a rank's shards of; None for whole ones
+    out: Mapping[str, torch.Tensor] | None  # native tensors, by nemo name, to write into instead of new ones
 
     def convert(self, entries: Iterable[Entry], inventory: Inventory) -> Iterator[tuple[str, Any]]:
         """Yield (nemo name, value); down_projs follow once both down_proj and its scale were given.
@@ -63,11 +56,10 @@ class FromHf:
                     if name.part == WHOLE:
                         yield name.nemo, self._expert(name, expert, scale)
                     else:
-                        native = natives.get(name.nemo)
-                        if native is None:
-                            native = natives[name.nemo] = self._empty(name, expert, inventory)
-                        write_part(native, expert, scale, self.kernel)
-                        yield name.nemo, native
+                        if name.nemo not in natives:
+                            natives[name.nemo] = self._empty(name, expert, inventory)
+                        write_part(natives[name.nemo], expert, scale, self.kernel)
+                        yield name.nemo, natives[name.nemo]
                     del expert, scale
             del entry  # or its value would stay alive while the next one is made
 
@@ -86,18 +78,13 @@ class FromHf:
         """Return the native tensor of gate_up_proj [E, 2I, H] or of down_proj [E, H, I]."""
         loaded = destinations.native_of(expert.value)
         if loaded is not None and self.out is not None:
-            raise UsageError(
-                "a destination can't be written to `out`: it is the model's own storage",
-                tensor=name.nemo,
-                hint="give no `out` with destinations",
-            )
+            problem = "a destination can't be written to `out`: it is the model's own storage"
+            raise UsageError(problem, tensor=name.nemo, hint="give no `out` with destinations")
         if loaded is not None:
             return loaded if scale is None else _folded_in_place(name, loaded, scale.value, self.kernel)
         operation = name.rule.operation
         shape = converted_shape(operation, expert.shape)
-        target = None if self.out is None else _out_tensor(self.out, name.nemo, shape)
-        if target is not None:
-            require_expert_dtype(name.nemo, str(target.dtype), "hold the experts in one of these dtypes")
+        target = self._target(name, shape)
         where = self._placed(name, expert, target)
         values = _shard(expert, where)
         factor = None if scale is None else _shard(scale, where and where.of_experts())
@@ -106,6 +93,14 @@ class FromHf:
             return target
         made: torch.Tensor = transpose_scale_cast(values, scale=factor, dtype=self.dtype, kernel=self.kernel)
         return made if where is None else where.converted(operation, len(shape)).wrap(made, shape)
+
+    def _target(self, name: MoEName, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """Return the tensor of `out` for native experts, None without `out`."""
+        if self.out is None:
+            return None
+        target = _out_tensor(self.out, name.nemo, shape)
+        require_expert_dtype(name.nemo, str(target.dtype), "hold the experts in one of these dtypes")
+        return target
 
     def _empty(self, name: MoEName, part: Entry, inventory: Inventory) -> torch.Tensor:
         """Return the native tensor that a part belongs to, without values: that of `out`, or a new one."""
@@ -117,9 +112,8 @@ class FromHf:
                 hint="give the adapter a moe_config, or give from_hf a mapping instead of an iterator",
             )
         shape = shape_of(name.rule, Layout.NEMO, sizes)
-        if self.out is not None:
-            target = _out_tensor(self.out, name.nemo, shape)
-            require_expert_dtype(name.nemo, str(target.dtype), "hold the experts in one of these dtypes")
+        target = self._target(name, shape)
+        if target is not None:
             return target
         if self.mesh is None:
             device = part.value.device if isinstance(part.value, torch.Tensor) else None
@@ -135,13 +129,7 @@ class FromHf:
         if isinstance(expert.value, DTensor):
             found = placed(expert.value, expert.name)
             if target is not None and found != wanted:
-                raise ParallelError(
-                    "a DTensor and the tensor to write it into have different placements",
-                    tensor=expert.name,
-                    expected=str(wanted),
-                    found=str(found),
-                    hint="redistribute one of them, or give the tensor whole",
-                )
+                raise _misplaced(expert, "the tensor to write it into", wanted, found)
             return found
         if target is not None or self.mesh is None:
             return wanted
@@ -174,12 +162,8 @@ class _Pairing:
 def _out_tensor(out: Mapping[str, torch.Tensor], nemo: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return the tensor of `out` for a nemo name and a shape."""
     if nemo not in out:
-        raise UsageError(
-            "no tensor to write into",
-            tensor=nemo,
-            expected="its nemo name in `out`",
-            hint="give `out` every tensor of the state dict",
-        )
+        hint = "give `out` every tensor of the state dict"
+        raise UsageError("no tensor to write into", tensor=nemo, expected="its nemo name in `out`", hint=hint)
     if tuple(out[nemo].shape) != shape:
         raise TensorShapeError(
             "the tensor to write into has another shape",
@@ -196,26 +180,24 @@ def _shard(entry: Entry, where: Placed | None) -> torch.Tensor:
 
     The entry's value may be whole, lazy, a shard already, or a DTensor of the same placements or of replicas.
     """
-    value = entry.value
+    value: Any = entry.read() if where is None else entry.value
     if where is None:
-        whole: torch.Tensor = entry.read()
-        return whole.detach()
+        return local_of(value)
     if isinstance(value, DTensor):
         found = placed(value, entry.name)
         if found == where:
             return local_of(value)
         if any(placement is not None for placement in found.placements):
-            raise ParallelError(
-                "a DTensor whose placements differ from those of its layer's experts",
-                tensor=entry.name,
-                expected=str(where),
-                found=str(found),
-                hint="redistribute it, or give it whole",
-            )
+            raise _misplaced(entry, "its layer's experts", where, found)
         value = local_of(value)
     is_whole = not isinstance(value, torch.Tensor) or tuple(value.shape) == entry.shape
     shard = take(value, where.runs(entry.shape)) if is_whole else value.detach()
     return shard if shard.is_meta else shard.to(where.mesh.device_type)
+
+
+def _misplaced(entry: Entry, other: str, wanted: Placed | None, found: Placed) -> ParallelError:
+    problem, hint = f"a DTensor whose placements differ from those of {other}", "redistribute it, or give it whole"
+    return ParallelError(problem, tensor=entry.name, expected=str(wanted), found=str(found), hint=hint)
 
 
 def _folded_in_place(name: MoEName, native: torch.Tensor, scale: torch.Tensor, kernel: str) -> torch.Tensor:

@@ -22,13 +22,9 @@ if TYPE_CHECKING:
 
 
 def write_part(native: torch.Tensor, entry: Entry, scale: Entry | None, kernel: str) -> None:
-    """Write one part of a role into the native tensor [E, C, R]: this rank's shard of it, if that is a DTensor.
+    """Write one part of a role into this rank's shard of the native tensor [E, C, R].
 
-    Args:
-        native: The native tensor.
-        entry: The part: [r, C] of one expert, or [E, r, C].
-        scale: per_expert_scale [E] for a part of down_proj, else None.
-        kernel: The kernel that converts.
+    The part is [r, C] of one expert, or [E, r, C]; the scale [E] is that of a part of down_proj, else None.
 
     Raises:
         ParallelError: The part or its scale is a DTensor.
@@ -43,9 +39,8 @@ def write_part(native: torch.Tensor, entry: Entry, scale: Entry | None, kernel: 
                 hint="give plain tensors, and `device_mesh` or `out`",
             )
     assert entry.parsed is not None, "an expert tensor"
-    shape, name, local = tuple(native.shape), entry.parsed.nemo, local_of(native)
-    whole = tuple((range(size),) for size in shape)
-    runs = placed(native, name).runs(shape) if isinstance(native, DTensor) else whole
+    shape, local, whole = tuple(native.shape), local_of(native), tuple((range(size),) for size in native.shape)
+    runs = placed(native, entry.parsed.nemo).runs(shape) if isinstance(native, DTensor) else whole
     experts, rows = entry.parsed.part.experts(shape[0]), entry.parsed.part.rows(shape[2])
     factors = None if scale is None else scale.read().detach().to(local.device)
     for held, some in overlaps(runs[0], *experts):

@@ -63,13 +63,10 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         self.dtype = dtype
         axis_sizes(config, moe_config)
         conversion_of(backend)
-        if str(dtype).removeprefix("torch.") not in {known.name for known in EXPERT_DTYPES}:
-            raise UsageError(
-                "no dtype for expert tensors",
-                expected=", ".join(f"torch.{known.name}" for known in EXPERT_DTYPES),
-                found=repr(dtype),
-                hint="give the dtype in which the model holds its experts",
-            )
+        known = [f"torch.{each.name}" for each in EXPERT_DTYPES]
+        if str(dtype) not in known:
+            hint = "give the dtype in which the model holds its experts"
+            raise UsageError("no dtype for expert tensors", expected=", ".join(known), found=repr(dtype), hint=hint)
 
     def from_hf(
         self,
@@ -147,18 +144,13 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
             UsageError: `quantization` is set, or both `gather` and `for_checkpoint_load`.
         """
         del kwargs
-        _refuse_quantization(quantization)
         if gather and for_checkpoint_load:
-            raise UsageError(
-                "a destination can't be gathered",
-                expected="gather or for_checkpoint_load",
-                found="both",
-                hint="leave one of them out",
-            )
+            asked = "gather or for_checkpoint_load"
+            raise UsageError("a destination can't be gathered", expected=asked, found="both", hint="leave one out")
         form: Form = "gathered" if gather else "destinations" if for_checkpoint_load else "sharded"
-        mesh, excluded = expert_mesh(device_mesh), excluding(exclude_key_regex)
-        found = entries.checked(state_dict, self._inventory(Layout.NEMO), mesh, lambda name: excluded(name, name))
-        return dict(ToHf(conversion_of(self.backend), mesh, excluded, form, staging_bytes).convert(found))
+        how = self._conversion(form, quantization, device_mesh, exclude_key_regex, staging_bytes)
+        inventory, excluded = self._inventory(Layout.NEMO), how.excluded
+        return dict(how.convert(entries.checked(state_dict, inventory, how.mesh, lambda name: excluded(name, name))))
 
     def convert_single_tensor_to_hf(
         self,
@@ -176,12 +168,10 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         device gives meta tensors without communication. Arguments and errors are those of `to_hf`.
         """
         del kwargs
-        _refuse_quantization(quantization)
-        mesh, excluded = expert_mesh(device_mesh), excluding(exclude_key_regex)
-        if excluded(fqn, fqn) and lookup(fqn, Layout.NEMO) is None:
+        how = self._conversion("gathered", quantization, device_mesh, exclude_key_regex, STAGING_BYTES)
+        if how.excluded(fqn, fqn) and lookup(fqn, Layout.NEMO) is None:
             return []
-        entry = entries.check(fqn, tensor, self._inventory(Layout.NEMO), mesh)
-        return list(ToHf(conversion_of(self.backend), mesh, excluded, "gathered").convert([entry]))
+        return list(how.convert([entries.check(fqn, tensor, self._inventory(Layout.NEMO), how.mesh)]))
 
     def get_hf_state_dict_keys(self, state_dict: StateDict) -> list[str]:
         """Return the names that `to_hf` gives, in its order, without reading a value."""
@@ -195,14 +185,7 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
     ) -> torch.Tensor:
         """Return a native expert tensor [n_experts, ...] whole on every rank.
 
-        Args:
-            tensor: A DTensor, a plain shard of `device_mesh`, or the whole tensor.
-            device_mesh: The mesh of a plain shard.
-            n_experts: E.
-
-        Raises:
-            TensorShapeError: The whole tensor does not have `n_experts` rows.
-            ParallelError: See `to_hf`.
+        It may be given as a DTensor, a plain shard of `device_mesh`, or whole.
         """
         mesh = expert_mesh(device_mesh)
         if mesh is not None and not isinstance(tensor, DTensor):
@@ -221,18 +204,21 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         if not isinstance(tensor, DTensor):
             return tensor
         where = placed(tensor, "experts")
-        agree("gather", where.mesh, [list(tensor.shape), str(where.placements), str(tensor.dtype)])
+        agree("gather", None, [(where.mesh, [list(tensor.shape), str(where.placements), str(tensor.dtype)])])
         return gather(local_of(tensor), where, tensor.shape)
 
     def _inventory(self, layout: Layout) -> Inventory:
         return Inventory(layout, axis_sizes(self.config, self.moe_config))
 
-
-def _refuse_quantization(quantization: bool) -> None:
-    if quantization:
-        raise UsageError(
-            "quantised hf output is not supported",
-            expected="quantization=False",
-            found="quantization=True",
-            hint="convert without it, then quantise the hf checkpoint with the tool of your engine",
-        )
+    def _conversion(
+        self, form: Form, quantization: bool, mesh: DeviceMesh | None, exclude: str | None, staging_bytes: int
+    ) -> ToHf:
+        """Return the conversion to the hf layout that a call asks for."""
+        if quantization:
+            raise UsageError(
+                "quantised hf output is not supported",
+                expected="quantization=False",
+                found="quantization=True",
+                hint="convert without it, then quantise the hf checkpoint with the tool of your engine",
+            )
+        return ToHf(conversion_of(self.backend), expert_mesh(mesh), excluding(exclude), form, staging_bytes)

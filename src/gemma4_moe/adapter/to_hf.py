@@ -6,6 +6,7 @@ results that are sharded, gathered, or destinations of a load.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,10 +15,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe.adapter import destinations
-from gemma4_moe.distributed.collectives import STAGING_BYTES, agree_by_mesh, gather
+from gemma4_moe.distributed.collectives import agree, gather
 from gemma4_moe.distributed.placements import local_of, placed, placed_on, transposed_view
 from gemma4_moe.errors import UsageError
-from gemma4_moe.kernels import scale_cast, transpose_scale_cast
+from gemma4_moe.kernels import transpose_scale_cast
 from gemma4_moe.layout.table import Operation, converted_shape
 from gemma4_moe.layout.targets import hf_tensors
 
@@ -31,33 +32,25 @@ if TYPE_CHECKING:
     #: Returns whether an entry is left out, given its hf name and its nemo name.
     Excluded = Callable[[str, str], bool]
 
+#: Of the results: with each tensor's placements, without communication; or whole; or views for a reader to fill.
 Form = Literal["sharded", "gathered", "destinations"]
 
 
 @dataclass(frozen=True, slots=True)
 class ToHf:
-    """Converts entries of a nemo state dict into tensors of the hf layout.
-
-    Attributes:
-        kernel: The kernel that converts.
-        mesh: The mesh over which plain values may be sharded.
-        excluded: Whether an hf name, given with its nemo name, is left out.
-        form: "sharded" keeps each tensor's placements, without communication. "gathered" gives whole tensors.
-            "destinations" gives views for a checkpoint reader to fill.
-        staging_bytes: The most bytes of staging that a gather takes.
-    """
+    """Converts entries of a nemo state dict into tensors of the hf layout."""
 
     kernel: str
-    mesh: DeviceMesh | None
+    mesh: DeviceMesh | None  # over which plain values may be sharded
     excluded: Excluded
     form: Form
-    staging_bytes: int = STAGING_BYTES
+    staging_bytes: int  # at most, in a gather
 
     def convert(self, entries: Iterable[Entry]) -> Iterator[tuple[str, Any]]:
         """Yield (hf name, value) in the order of the entries; ranks that gather agree first."""
         if self.form == "gathered":
             entries = list(entries)
-            agree_by_mesh("convert", self.staging_bytes, self._collectives(entries))
+            agree("convert", self.staging_bytes, self._collectives(entries))
         for entry in entries:
             wanted = self._wanted(entry)
             value = self._on_mesh(entry) if wanted else None  # a value that nobody wants is not read
@@ -86,74 +79,29 @@ class ToHf:
         return placed_on(self.mesh, entry.name).wrap(value, entry.shape)
 
     def _converted(self, operation: Operation, value: Any, entry: Entry) -> Any:
-        loading = self.form == "destinations"
-        if self.form == "gathered" and isinstance(value, DTensor):
-            return self._gathered(operation, value, entry)
+        gathered = self.form == "gathered" and isinstance(value, DTensor)
         if operation is Operation.KEEP:
-            return value
-        local = local_of(value)
+            return value.full_tensor() if gathered else value
+        local, loading = local_of(value), self.form == "destinations"
         if operation is Operation.FOLD:
-            scale = destinations.unfilled_scale(local) if loading else convert_block(operation, local)
-            if isinstance(value, DTensor):
+            shape = value.shape[:1] if gathered else local.shape[:1]
+            factor, dtype = (math.nan, torch.float32) if loading else (1, local.dtype)  # no loaded scale is rounded
+            scale = torch.full(shape, factor, dtype=dtype, device=local.device)
+            if isinstance(value, DTensor) and not gathered:
                 scale = placed(value, entry.name).of_experts().wrap(scale, value.shape[:1])
             return destinations.mark(scale, entry.value) if loading else scale
-        if loading:
-            return destinations.mark(transposed_view(value, entry.name), entry.value)
-        if isinstance(value, DTensor):
-            return transposed_view(value, entry.name)
-        return convert_block(operation, local, kernel=self.kernel)
-
-    def _gathered(self, operation: Operation, value: DTensor, entry: Entry) -> torch.Tensor:
-        """Return the whole tensor, gathered from shards that are in hf layout already."""
-        if operation is Operation.KEEP:
-            return value.full_tensor()
-        if operation is Operation.FOLD:
-            return torch.ones(value.shape[:1], dtype=value.dtype, device=local_of(value).device)
-        where = placed(value, entry.name).converted(operation, value.ndim)
-        shape = converted_shape(operation, entry.shape)
-        shard = convert_block(operation, local_of(value), kernel=self.kernel)
-        return shard.new_empty(shape) if shard.is_meta else gather(shard, where, shape, self.staging_bytes)
-
-
-def convert_block(
-    operation: Operation,
-    native: torch.Tensor,
-    *,
-    dtype: torch.dtype | None = None,
-    out: torch.Tensor | None = None,
-    kernel: str = "auto",
-) -> torch.Tensor:
-    """Return a block of a native tensor in hf layout.
-
-    Args:
-        operation: The operation between the native and the hf tensor. FOLD gives the scale [E] of `native` [E, I, H],
-            which is ones.
-        native: The native values, a plain tensor: [E, R, C] or [R, C] if the operation exchanges axes, else any shape.
-        dtype: Dtype of the result; by default that of `out`, or else that of `native`.
-        out: Where to write the result. By default new memory; for KEEP in its own dtype `native` itself.
-        kernel: The kernel that converts.
-    """
-    into = dtype or (native if out is None else out).dtype
-    if operation is Operation.FOLD:
-        return torch.ones(native.shape[:1], dtype=into, device=native.device) if out is None else out.fill_(1)
-    if operation is Operation.KEEP and native.dtype == into:
-        return native if out is None else out.copy_(native)
-    if operation is Operation.KEEP and native.ndim == 0:  # the kernels take at least one axis
-        out = None if out is None else out.view(1)
-        return convert_block(operation, native.view(1), dtype=dtype, out=out, kernel=kernel).view(())
-    convert = scale_cast if operation is Operation.KEEP else transpose_scale_cast
-    converted: torch.Tensor = convert(native, dtype=dtype, out=out, kernel=kernel)
-    return converted
+        if gathered:  # from shards that are in hf layout already
+            where = placed(value, entry.name).converted(operation, value.ndim)
+            shard, whole = transpose_scale_cast(local, kernel=self.kernel), converted_shape(operation, entry.shape)
+            return shard.new_empty(whole) if shard.is_meta else gather(shard, where, whole, self.staging_bytes)
+        if not loading and not isinstance(value, DTensor):
+            return transpose_scale_cast(local, kernel=self.kernel)
+        view = transposed_view(value, entry.name)
+        return destinations.mark(view, entry.value) if loading else view
 
 
 def excluding(regex: str | None) -> Excluded:
-    """Return a function that tells whether `regex` matches an hf or a nemo name.
-
-    Names are matched at their start, by `re.match`.
-
-    Raises:
-        UsageError: It is not a regular expression.
-    """
+    """Return a function that tells whether `regex` matches an hf or a nemo name."""
     if regex is None:
         return lambda _hf, _nemo: False
     try:

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json, and the few sizes in it that this package compares with the tensors."""
+"""A checkpoint's config.json, and its few sizes that are compared with the tensors."""
 
 from __future__ import annotations
 
@@ -20,21 +20,12 @@ LONGEST_CONFIG = 10 * 2**20
 #: The largest size that a config may claim: no axis of a tensor that this package converts comes near.
 LARGEST_SIZE = 2**20
 
-_HINT = "get the checkpoint's own config.json; it tells which sizes its tensors should have"
-
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """A config.json. A size that it lacks is None.
+    """A config.json: its document, model_type, sizes E, H, I and number of decoder layers.
 
-    Attributes:
-        path: The file.
-        document: The whole document.
-        model_type: The top level's model_type.
-        experts: E, `num_experts`.
-        hidden_size: H, `hidden_size`.
-        expert_size: I, `moe_intermediate_size`.
-        layers: The number of decoder layers, `num_hidden_layers`.
+    A field that the document lacks is None.
     """
 
     path: Path
@@ -53,7 +44,6 @@ def read_config(directory: Path) -> ConfigFile:
 
     Raises:
         ConfigError: The file is missing, too long, or not a JSON object; or a field that is used has no sensible value.
-        StorageError: The disk or its permissions refused.
     """
     path = directory / CONFIG_NAME
     document = _read_object(path)
@@ -63,35 +53,22 @@ def read_config(directory: Path) -> ConfigFile:
     text = document.get("text_config", document)
     if not isinstance(text, dict):
         raise _senseless(path, "text_config", "an object", text)
-    return ConfigFile(
-        path=path,
-        document=document,
-        model_type=model_type,
-        experts=_size(path, text, "num_experts"),
-        hidden_size=_size(path, text, "hidden_size"),
-        expert_size=_size(path, text, "moe_intermediate_size"),
-        layers=_size(path, text, "num_hidden_layers"),
-    )
+    fields = "num_experts", "hidden_size", "moe_intermediate_size", "num_hidden_layers"
+    return ConfigFile(path, document, model_type, *(_size(path, text, field) for field in fields))
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         raw = read_whole(path, LONGEST_CONFIG)
     except CheckpointFormatError as error:
-        raise ConfigError(
-            f"{CONFIG_NAME} can't be used: {error.problem}",
-            file=path,
-            expected=error.facts.get("expected"),
-            found=error.facts.get("found"),
-            hint=_HINT,
-        ) from error
+        expected, found = error.facts.get("expected"), error.facts.get("found")
+        raise _unusable(path, f"{CONFIG_NAME} can't be used: {error.problem}", expected, found) from error
     try:
         document = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{CONFIG_NAME} is not JSON", file=path, found=str(error)[:200], hint=_HINT) from error
+        raise _unusable(path, f"{CONFIG_NAME} is not JSON", None, str(error)[:200]) from error
     if not isinstance(document, dict):
-        found = type(document).__name__
-        raise ConfigError(f"{CONFIG_NAME} is not an object", file=path, expected="{...}", found=found, hint=_HINT)
+        raise _unusable(path, f"{CONFIG_NAME} is not an object", "{...}", type(document).__name__)
     return document
 
 
@@ -106,5 +83,9 @@ def _size(path: Path, text: dict[str, Any], field: str) -> int | None:
 
 def _senseless(path: Path, field: str, expected: str, value: object) -> ConfigError:
     found = f"{type(value).__name__} {value!r:.100}"
-    problem = f"{field} in {CONFIG_NAME} has no sensible value"
-    return ConfigError(problem, file=path, expected=expected, found=found, hint=_HINT)
+    return _unusable(path, f"{field} in {CONFIG_NAME} has no sensible value", expected, found)
+
+
+def _unusable(path: Path, problem: str, expected: str | None, found: str | None) -> ConfigError:
+    hint = "get the checkpoint's own config.json; it tells which sizes its tensors should have"
+    return ConfigError(problem, file=path, expected=expected, found=found, hint=hint)

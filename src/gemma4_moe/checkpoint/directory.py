@@ -1,4 +1,4 @@
-"""A checkpoint directory opened for reading: its safetensors files, checked against its index, and what lies beside.
+"""An open checkpoint directory: its safetensors files, checked against its index, and its other files.
 
 Only the directory's own entries count: subdirectories, `.cache` among them, are no part of a checkpoint.
 """
@@ -20,23 +20,21 @@ from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, command_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from types import TracebackType
+    from collections.abc import Callable, Collection, Mapping
 
     from gemma4_moe.checkpoint.header import TensorEntry
     from gemma4_moe.layout.dtypes import DType
 
 _SUFFIX = ".safetensors"
 
+_DIRECTORY = "a directory of safetensors files"
+
+_AGAIN = "get the whole checkpoint again"
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a checkpoint, and where it is.
-
-    Attributes:
-        entry: Its name, dtype, shape and bytes.
-        file: The file that holds it.
-    """
+    """One tensor of a checkpoint: its entry in a header, and that header's file."""
 
     entry: TensorEntry
     file: SafetensorsFile
@@ -76,7 +74,7 @@ class Checkpoint:
         path: The directory.
         files: The safetensors files by name, sorted.
         tensors: The tensors by name, in the order of the files and of their data.
-        side_files: What a conversion takes along unchanged, sorted.
+        side_files: The files that a conversion copies unchanged, sorted.
         skipped: Names of all other entries but our manifest, sorted; those of directories end in "/".
     """
 
@@ -94,9 +92,7 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -105,7 +101,7 @@ class Checkpoint:
             file.close()
 
     def read_config(self) -> ConfigFile:
-        """Read config.json; errors are those of `config_file.read_config`."""
+        """Read config.json. Raises what `config.read_config` raises."""
         return read_config(self.path)
 
     def check_unchanged(self) -> None:
@@ -117,31 +113,29 @@ class Checkpoint:
 def open_checkpoint(
     path: str | Path, elsewhere: Mapping[str, Callable[[], SafetensorsFile]] | None = None
 ) -> Checkpoint:
-    """Open a directory of safetensors files and check all that can be checked without reading a tensor.
+    """Open a directory of safetensors files, and check it without reading a tensor.
 
     Args:
         path: The directory.
-        elsewhere: Weight files that belong to it but are not in it: by name, what opens them.
+        elsewhere: Weight files that belong to it but are not in it: by name, the function that opens the file.
 
     Raises:
         CheckpointFormatError: The directory, its index or a header breaks a rule; or files, index and headers disagree.
         DuplicateTensorError: A tensor is in two files, or twice in one.
         TensorShapeError: A shape and dtype don't make the bytes that a header claims.
         UnsupportedCheckpointError: It is a known format of another kind.
-        StorageError: The disk or its permissions refused.
     """
     path, elsewhere = Path(path), elsewhere or {}
     files, directories = _entries(path)
     files = sorted({*files, *elsewhere})
     refuse_foreign_files(path, files)
     weights = [name for name in files if name.endswith(_SUFFIX)]
-    index_bytes = read_whole(path / INDEX_NAME, LONGEST_INDEX) if INDEX_NAME in files else None
     weight_map: dict[str, str] | None = None
-    if index_bytes is None:
-        _require_single_file(path, weights)
+    if INDEX_NAME in files:
+        weight_map = parse_index(read_whole(path / INDEX_NAME, LONGEST_INDEX), file=path / INDEX_NAME)
+        _compare_names(path / INDEX_NAME, set(weight_map.values()), set(weights))
     else:
-        weight_map = parse_index(index_bytes, file=path / INDEX_NAME)
-        _compare_names(path, set(weight_map.values()), set(weights))
+        _require_single_file(path, weights)
     side_files = tuple(path / name for name in files if is_side_file(name))
     for side_file in side_files:
         check_side_file(side_file)
@@ -151,16 +145,14 @@ def open_checkpoint(
         refuse_partial_tensors(path, opened)
         tensors = _collect(opened)
         if weight_map is not None:
-            _compare_tensors(path, weight_map, tensors)
+            _compare_tensors(path / INDEX_NAME, weight_map, tensors)
         stack.pop_all()
-    known = {*opened, INDEX_NAME, MANIFEST_NAME}
-    left = [name for name in files if name not in known and not is_side_file(name)]
-    left += [f"{name}/" for name in directories]
-    return Checkpoint(path, opened, tensors, side_files, tuple(sorted(left)))
+    known = {*opened, INDEX_NAME, MANIFEST_NAME, *(side_file.name for side_file in side_files)}
+    return Checkpoint(path, opened, tensors, side_files, tuple(sorted({*files, *directories} - known)))
 
 
 def _entries(path: Path) -> tuple[list[str], list[str]]:
-    """Return the names of `path`'s entries, sorted: those that are no directories, and those that are."""
+    """Return the names of the files in `path`, and of its directories. `.cache` is left out; others get a slash."""
     with refusals("look at the directory", path):
         exists, is_directory = path.exists(), path.is_dir()
         begun = not exists and control_directory(path).is_dir()
@@ -169,64 +161,46 @@ def _entries(path: Path) -> tuple[list[str], list[str]]:
         if begun:
             remove = command_line("gemma4-moe", "clean", path)
             hint = f"a conversion to it was not finished: convert with --resume, or remove it: {remove}"
-        raise CheckpointFormatError(
-            "no such directory", file=path, expected="a directory of safetensors files", hint=hint
-        )
+        raise CheckpointFormatError("no such directory", file=path, expected=_DIRECTORY, hint=hint)
     if not is_directory:
         refuse_foreign_files(path.parent, [path.name])
-        raise CheckpointFormatError(
-            "not a directory", file=path, expected="a directory of safetensors files", hint="name the file's directory"
-        )
+        hint = "name the file's directory"
+        raise CheckpointFormatError("not a directory", file=path, expected=_DIRECTORY, hint=hint)
     with refusals("list the directory", path):
-        entries = sorted(path.iterdir())
-        directories = {entry for entry in entries if entry.is_dir()}
-    files = [entry.name for entry in entries if entry not in directories]
-    return files, [entry.name for entry in entries if entry in directories and entry.name != ".cache"]
+        entries = {entry.name: entry.is_dir() for entry in path.iterdir()}
+    directories = [f"{name}/" for name, is_directory in entries.items() if is_directory and name != ".cache"]
+    return [name for name, is_directory in entries.items() if not is_directory], directories
 
 
 def _require_single_file(path: Path, weights: list[str]) -> None:
     if not weights:
-        raise CheckpointFormatError(
-            "no safetensors file in the directory",
-            file=path,
-            expected=f"{INDEX_NAME} and the files that it names, or one {_SUFFIX} file",
-            hint="name the directory that holds the weights",
-        )
+        expected = f"{INDEX_NAME} and the files that it names, or one {_SUFFIX} file"
+        hint = "name the directory that holds the weights"
+        raise CheckpointFormatError("no safetensors file in the directory", file=path, expected=expected, hint=hint)
     if len(weights) > 1:
-        raise CheckpointFormatError(
-            "several safetensors files, and no index that says which belong together",
-            file=path,
-            expected=INDEX_NAME,
-            found=_some(weights),
-            hint="get the index, or leave only the file that is meant",
-        )
+        problem = "several safetensors files, and no index that says which belong together"
+        hint = "get the index, or leave only the file that is meant"
+        raise CheckpointFormatError(problem, file=path, expected=INDEX_NAME, found=_some(weights), hint=hint)
 
 
-def _compare_names(path: Path, named: set[str], present: set[str]) -> None:
+def _compare_names(index: Path, named: set[str], present: set[str]) -> None:
     if named - present:
-        raise CheckpointFormatError(
-            "the index names a file that is not there",
-            file=path / INDEX_NAME,
-            expected=_some(named - present),
-            found=_some(present) if present else "no safetensors file",
-            hint="get the whole checkpoint again",
-        )
+        problem = "the index names a file that is not there"
+        found = _some(present) if present else "no safetensors file"
+        raise CheckpointFormatError(problem, file=index, expected=_some(named - present), found=found, hint=_AGAIN)
     if present - named:
-        raise CheckpointFormatError(
-            "a safetensors file that the index does not name",
-            file=path / INDEX_NAME,
-            expected="every safetensors file of the directory in the index",
-            found=_some(present - named),
-            hint="remove what is left over from another checkpoint: some readers ignore the index and would take it",
-        )
+        problem = "a safetensors file that the index does not name"
+        expected = "every safetensors file of the directory in the index"
+        hint = "remove what is left over from another checkpoint: some readers ignore the index and would take it"
+        raise CheckpointFormatError(problem, file=index, expected=expected, found=_some(present - named), hint=hint)
 
 
 def _collect(files: dict[str, SafetensorsFile]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for name, file in files.items():
         for entry in file.header.entries:
-            other = tensors.get(entry.name)
-            if other is not None:
+            other = tensors.setdefault(entry.name, StoredTensor(entry, file))
+            if other.file is not file:
                 raise DuplicateTensorError(
                     "two files hold one tensor",
                     tensor=entry.name,
@@ -235,34 +209,22 @@ def _collect(files: dict[str, SafetensorsFile]) -> dict[str, StoredTensor]:
                     found=f"{other.file.path.name} and {name}",
                     hint="remove the file that does not belong to the checkpoint",
                 )
-            tensors[entry.name] = StoredTensor(entry, file)
     return tensors
 
 
-def _compare_tensors(path: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
+def _compare_tensors(index: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
     for name, file in weight_map.items():
         place = tensors[name].file.path.name if name in tensors else "in no file"
         if place != file:
-            raise CheckpointFormatError(
-                "the index and the files disagree on where a tensor is",
-                tensor=name,
-                file=path / INDEX_NAME,
-                expected=file,
-                found=place,
-                hint="get the whole checkpoint again",
-            )
+            problem = "the index and the files disagree on where a tensor is"
+            raise CheckpointFormatError(problem, tensor=name, file=index, expected=file, found=place, hint=_AGAIN)
     for name, tensor in tensors.items():
         if name not in weight_map:
-            raise CheckpointFormatError(
-                "a tensor that the index does not name",
-                tensor=name,
-                file=tensor.file.path,
-                expected=f"every tensor in {INDEX_NAME}",
-                hint="get the whole checkpoint again",
-            )
+            problem, expected = "a tensor that the index does not name", f"every tensor in {INDEX_NAME}"
+            raise CheckpointFormatError(problem, tensor=name, file=tensor.file.path, expected=expected, hint=_AGAIN)
 
 
-def _some(names: set[str] | list[str]) -> str:
+def _some(names: Collection[str]) -> str:
     """Name a few of `names`, and how many more there are."""
     shown = sorted(names)[:5]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

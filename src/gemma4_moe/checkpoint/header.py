@@ -13,6 +13,8 @@ import hashlib
 import reprlib
 import struct
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.strict_json import LARGEST_INTEGER, check_name, is_unsigned, load_object, repeated_key
@@ -33,21 +35,13 @@ MOST_AXES = 64
 
 METADATA_KEY = "__metadata__"
 
-_DAMAGED = "the header is damaged, or was not written by the safetensors library: get the file again"
+_DAMAGED = "the header is damaged, or newer than this package: get the file again, or save it again with safetensors"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file.
-
-    Attributes:
-        name: Its name.
-        dtype: Its dtype.
-        shape: Its shape.
-        start: Offset of its first byte, counted from the start of the file.
-        end: Offset after its last byte, counted from the start of the file.
-    """
+    """One tensor of a file. Its bytes are [start, end), counted from the start of the file."""
 
     name: str
     dtype: DType
@@ -79,39 +73,29 @@ class Header:
 
 
 def header_size(prefix: bytes, file_size: int, *, file: object) -> int:
-    """Return the size in bytes of length and JSON together, from the first eight bytes of a file.
+    """Return the size in bytes of length and JSON, from a file's first eight bytes.
 
     Raises:
         CheckpointFormatError: There are fewer than eight bytes, or this file can't have a header of that length.
     """
     if len(prefix) < LENGTH.size:
-        raise CheckpointFormatError(
-            "too short for a safetensors file",
-            file=file,
-            expected="at least 8 bytes",
-            found=f"{file_size} bytes",
-            hint="the file is empty or was cut off: get it again",
-        )
+        hint = "the file is empty or was cut off: get it again"
+        raise _wrong_size("too short for a safetensors file", file, "at least 8", file_size, hint)
     (length,) = LENGTH.unpack_from(prefix)
     longest = min(LONGEST_HEADER, file_size - LENGTH.size)
     if length > longest:
-        raise CheckpointFormatError(
-            "the header is longer than the format, or the file, allows",
-            file=file,
-            expected=f"at most {longest} bytes",
-            found=f"{length} bytes",
-            hint="the file was cut off, or is not a safetensors file: get it again",
-        )
+        problem = "the header is longer than the format, or the file, allows"
+        hint = "the file was cut off, or is not a safetensors file: get it again"
+        raise _wrong_size(problem, file, f"at most {longest}", length, hint)
     return LENGTH.size + int(length)
 
 
-def parse_header(raw: bytes, file_size: int, *, file: object) -> Header:
-    """Return the header of a file.
+def _wrong_size(problem: str, file: object, expected: object, found: int, hint: str) -> CheckpointFormatError:
+    return CheckpointFormatError(problem, file=file, expected=f"{expected} bytes", found=f"{found} bytes", hint=hint)
 
-    Args:
-        raw: The first bytes of the file, at least to the end of the header.
-        file_size: Size of the whole file in bytes.
-        file: The file's name in errors.
+
+def parse_header(raw: bytes, file_size: int, *, file: object) -> Header:
+    """Return the header of a file. The first bytes `raw` go at least to the header's end.
 
     Raises:
         CheckpointFormatError: The header breaks a rule of the format.
@@ -134,13 +118,8 @@ def parse_header(raw: bytes, file_size: int, *, file: object) -> Header:
 def _metadata(value: object, file: object) -> dict[str, str]:
     pairs = value if isinstance(value, tuple) else None
     if pairs is None or repeated_key(pairs) is not None or not all(type(text) is str for _, text in pairs):
-        raise CheckpointFormatError(
-            "the metadata does not give each of its keys one string",
-            file=file,
-            expected="an object of strings",
-            found=reprlib.repr(value),
-            hint=_DAMAGED,
-        )
+        problem, found = "the metadata does not give each of its keys one string", reprlib.repr(value)
+        raise CheckpointFormatError(problem, file=file, expected="an object of strings", found=found, hint=_DAMAGED)
     return dict(pairs)
 
 
@@ -150,72 +129,14 @@ def _entry(name: str, value: object, data_start: int, file: object) -> TensorEnt
     fields = dict(pairs)
     if fields.keys() != _FIELDS or len(pairs) != len(_FIELDS):
         raise _bad_entry(name, file, "dtype, shape and data_offsets, each once", value)
-    dtype = _dtype(fields["dtype"], name, file)
-    shape = _integers(fields["shape"])
-    offsets = _integers(fields["data_offsets"])
+    tag, shape, offsets = fields["dtype"], _integers(fields["shape"]), _integers(fields["data_offsets"])
+    if not isinstance(tag, str) or tag not in dtypes.BY_TAG:
+        raise _bad_entry(name, file, f"a dtype of the format: {', '.join(dtypes.BY_TAG)}", tag)
     if shape is None or len(shape) > MOST_AXES:
         raise _bad_entry(name, file, f"a shape of at most {MOST_AXES} integers from 0 to 2^64 - 1", fields["shape"])
     if offsets is None or len(offsets) != 2:
         raise _bad_entry(name, file, "data_offsets of two integers from 0 to 2^64 - 1", fields["data_offsets"])
-    _check_size(name, dtype, shape, *offsets, file)
-    return TensorEntry(name, dtype, shape, data_start + offsets[0], data_start + offsets[1])
-
-
-def _bad_entry(name: str, file: object, expected: str, found: object) -> CheckpointFormatError:
-    return CheckpointFormatError(
-        "a tensor's entry is not what the format asks for",
-        tensor=name,
-        file=file,
-        expected=expected,
-        found=reprlib.repr(found),
-        hint=_DAMAGED,
-    )
-
-
-def _integers(value: object) -> tuple[int, ...] | None:
-    """Return an array of unsigned integers as a tuple, and anything else as None."""
-    return tuple(value) if isinstance(value, list) and all(map(is_unsigned, value)) else None
-
-
-def _dtype(tag: object, name: str, file: object) -> DType:
-    dtype = dtypes.BY_TAG.get(tag) if isinstance(tag, str) else None
-    if dtype is None:
-        raise CheckpointFormatError(
-            "a dtype that the format does not have",
-            tensor=name,
-            file=file,
-            expected=f"one of {', '.join(dtypes.BY_TAG)}",
-            found=reprlib.repr(tag),
-            hint="the file is damaged, or newer than this package: get it again, or save it in one of these dtypes",
-        )
-    return dtype
-
-
-def tensor_nbytes(name: str, dtype: DType, shape: tuple[int, ...], *, file: object = None) -> int:
-    """Return the size of a tensor in bytes.
-
-    Raises:
-        TensorShapeError: The tensor does not fill whole bytes, or a step of the product exceeds 64 bits.
-    """
-    bits = 1
-    for size in shape:
-        bits *= size
-        if bits > LARGEST_INTEGER:
-            break
-    bits *= dtype.bits
-    if bits > LARGEST_INTEGER or bits % 8:
-        raise TensorShapeError(
-            "a shape that does not fit 64 bits" if bits > LARGEST_INTEGER else "a shape that does not fill whole bytes",
-            tensor=name,
-            file=file,
-            expected="a size in bytes from 0 to 2^64 - 1",
-            found=f"{dtype.tag} {list(shape)}",
-            hint="give the tensor its real shape, or get the file that claims this one again",
-        )
-    return bits // 8
-
-
-def _check_size(name: str, dtype: DType, shape: tuple[int, ...], begin: int, end: int, file: object) -> None:
+    (begin, end), dtype = offsets, dtypes.BY_TAG[tag]
     nbytes = tensor_nbytes(name, dtype, shape, file=file)
     if end - begin != nbytes:
         raise TensorShapeError(
@@ -226,6 +147,37 @@ def _check_size(name: str, dtype: DType, shape: tuple[int, ...], begin: int, end
             found=f"{end - begin} bytes at [{begin}, {end})",
             hint=_DAMAGED,
         )
+    return TensorEntry(name, dtype, shape, data_start + begin, data_start + end)
+
+
+def _bad_entry(name: str, file: object, expected: str, found: object) -> CheckpointFormatError:
+    problem, found = "a tensor's entry is not what the format asks for", reprlib.repr(found)
+    return CheckpointFormatError(problem, tensor=name, file=file, expected=expected, found=found, hint=_DAMAGED)
+
+
+def _integers(value: object) -> tuple[int, ...] | None:
+    """Return an array of unsigned integers as a tuple, and anything else as None."""
+    return tuple(value) if isinstance(value, list) and all(map(is_unsigned, value)) else None
+
+
+def tensor_nbytes(name: str, dtype: DType, shape: tuple[int, ...], *, file: object = None) -> int:
+    """Return the size of a tensor in bytes.
+
+    Raises:
+        TensorShapeError: The tensor does not fill whole bytes, or a step of the product exceeds 64 bits.
+    """
+    steps: list[int] = [*accumulate((*shape, dtype.bits), mul)]
+    too_large = max(steps) > LARGEST_INTEGER
+    if too_large or steps[-1] % 8:
+        raise TensorShapeError(
+            f"a shape that does not {'fit 64 bits' if too_large else 'fill whole bytes'}",
+            tensor=name,
+            file=file,
+            expected="a size in bytes from 0 to 2^64 - 1",
+            found=f"{dtype.tag} {list(shape)}",
+            hint="give the tensor its real shape, or get the file that claims this one again",
+        )
+    return steps[-1] // 8
 
 
 def _check_coverage(entries: tuple[TensorEntry, ...], data_start: int, file_size: int, file: object) -> None:
@@ -242,10 +194,6 @@ def _check_coverage(entries: tuple[TensorEntry, ...], data_start: int, file_size
             )
         covered = entry.end
     if covered != file_size:
-        raise CheckpointFormatError(
-            "the file is cut off" if covered > file_size else "bytes after the last tensor",
-            file=file,
-            expected=f"{covered} bytes",
-            found=f"{file_size} bytes",
-            hint="the file is damaged or was not copied to its end: get it again",
-        )
+        problem = "the file is cut off" if covered > file_size else "bytes after the last tensor"
+        hint = "the file is damaged or was not copied to its end: get it again"
+        raise _wrong_size(problem, file, covered, file_size, hint)

@@ -38,14 +38,12 @@ def parse_index(raw: bytes, *, file: object) -> dict[str, str]:
         raise CheckpointFormatError("the index has one key twice", file=file, found=reprlib.repr(twice), hint=_DAMAGED)
     places = dict(members).get(_WEIGHT_MAP)
     if not isinstance(places, tuple) or not places:
+        expected, found = f'tensors under "{_WEIGHT_MAP}"', reprlib.repr(places)
         raise CheckpointFormatError(
-            "the index names no tensor",
-            file=file,
-            expected=f'tensors under "{_WEIGHT_MAP}"',
-            found=reprlib.repr(places),
-            hint=_DAMAGED,
+            "the index names no tensor", file=file, expected=expected, found=found, hint=_DAMAGED
         )
     for tensor, name in places:
+        check_name(tensor, file=file)
         _check_place(tensor, name, file)
     twice = repeated_key(places)
     if twice is not None:
@@ -54,7 +52,6 @@ def parse_index(raw: bytes, *, file: object) -> dict[str, str]:
 
 
 def _check_place(tensor: str, name: object, file: object) -> None:
-    check_name(tensor, file=file)
     if isinstance(name, str):
         check_name(name, file=file)
     if not isinstance(name, str) or not is_bare_name(name) or not name.endswith(".safetensors"):
@@ -69,16 +66,14 @@ def _check_place(tensor: str, name: object, file: object) -> None:
 
 
 def is_bare_name(name: str) -> bool:
-    """Return whether `name` can only mean an entry of the directory in which it is looked up."""
+    """Return whether `name` can only mean an entry of a directory itself."""
     return name not in ("", ".", "..") and not any(char in name for char in "/\\\0")
 
 
 def write_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
     """Return an index: the same bytes for the same tensors, in any order.
 
-    Args:
-        weight_map: The file name of each tensor.
-        total_size: Size of all tensors in bytes, headers not counted.
+    `weight_map` has the file name of each tensor. `total_size` is that of all tensors in bytes, headers not counted.
     """
     document = {"metadata": {"total_size": total_size}, _WEIGHT_MAP: dict(sorted(weight_map.items()))}
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

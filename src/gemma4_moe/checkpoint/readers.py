@@ -1,4 +1,4 @@
-"""Reading a file in large pieces: past the page cache, through it, or in the quicker of these two ways.
+"""Reading a file in large pieces: past the page cache, through it, or the quicker.
 
 Read-ahead keeps a device busy between two reads, and costs processor time. Which way is quicker depends on the device
 and on the work of other processes. Direct I/O asks that positions, sizes and memory are multiples of a page, so a
@@ -29,22 +29,22 @@ SLACK = 2 * PAGE
 
 
 class Reader(Protocol):
-    """Reads a file in large pieces."""
+    """A reader of a file in large pieces."""
 
     def read(self, offset: int, size: int, buffer: memoryview) -> memoryview:
-        """Return the file's bytes [offset, offset + size) somewhere in `buffer`, which has `SLACK` bytes more."""
+        """Return the file's bytes [offset, offset + size), somewhere in `buffer`. It has `SLACK` bytes more."""
 
     def close(self) -> None:
         """Close the descriptors that the reader has opened."""
 
 
-class OpenLocally(Protocol):
-    """A file of this machine that is open."""
+class ReadAt(Protocol):
+    """An open file that is read at positions."""
 
     path: Path
 
     def fileno(self) -> int:
-        """Return its descriptor."""
+        """Return its descriptor, or -1 for a file that is not on this machine."""
 
     def read_into(self, offset: int, destination: memoryview) -> None:
         """Fill `destination` with the bytes from `offset` on."""
@@ -61,15 +61,13 @@ def whole_pages(nbytes: int) -> int:
 
 
 class PageReader:
-    """Reads an open file into buffers. Close it after use."""
+    """Reads an open file into buffers. Close it after use, and before the file."""
 
-    def __init__(self, file: OpenLocally, *, buffered: bool = False) -> None:
-        """Take an open file, and drop its pages from the page cache, so that the device is read.
+    def __init__(self, file: ReadAt, *, buffered: bool = False) -> None:
+        """Take an open file, and drop its pages from the page cache.
 
-        Args:
-            file: The file; it must stay open.
-            buffered: Read through the page cache, and drop each range from it once it is read. Otherwise the file is
-                read past the page cache where the system and the filesystem can do that.
+        If `buffered`, each range is read through the page cache, and then dropped from it. Otherwise the file is read
+        past the page cache if the system and the filesystem can do that.
         """
         self._file = file
         drop_cache(file.fileno(), 0, 0)
@@ -82,49 +80,41 @@ class PageReader:
             self._direct = None
 
     def read(self, offset: int, size: int, buffer: memoryview) -> memoryview:
-        """Return the file's bytes [offset, offset + size) somewhere in `buffer`, which has `SLACK` bytes more.
-
-        Raises:
-            CheckpointFormatError: The file is too short: it was cut off after it was opened.
-            StorageError: The disk refused.
-        """
+        """Read as a `Reader` does. A file that was cut off after it was opened is a CheckpointFormatError."""
         lead = offset % PAGE
-        if self._direct is not None and self._read_pages(offset - lead, lead + size, buffer):
+        if self._direct is not None and self._read_pages(self._direct, offset - lead, lead + size, buffer):
             return buffer[lead : lead + size]
         into = buffer[:size]
         self._file.read_into(offset, into)
         drop_cache(self._file.fileno(), offset, size)
         return into
 
-    def _read_pages(self, start: int, size: int, buffer: memoryview) -> bool:
+    def _read_pages(self, descriptor: int, start: int, size: int, buffer: memoryview) -> bool:
         """Fill the start of `buffer` from the page at `start`. Return False if that can't be done this way."""
-        assert self._direct is not None, "the caller has looked"
         done = 0
         while done < size:
-            if done % PAGE:  # the file's end
-                return False
             try:
-                count = os.preadv(self._direct, [buffer[done : whole_pages(size)]], start + done)
+                count = os.preadv(descriptor, [buffer[done : whole_pages(size)]], start + done)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise refusal("read the file", self._file.path, error) from error
                 self.close()
                 return False
-            if count == 0:
-                return False
             done += count
+            if done < size and (count == 0 or done % PAGE):  # the file's end
+                return False
         return True
 
 
 def drop_cache(descriptor: int, offset: int, size: int) -> None:
-    """Ask the kernel to forget the pages of a range that are on the device; size 0 means to the end."""
-    if hasattr(os, "posix_fadvise"):
+    """Ask the kernel to forget a range's pages that are on the device. Size 0 means to the end."""
+    if descriptor >= 0 and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def reopen_direct(descriptor: int, flags: int) -> int | None:
-    """Return a second descriptor of an open file, for direct I/O, or None if there can't be one."""
-    if sys.platform != "linux":
+    """Return a second descriptor of an open file for direct I/O, or None if impossible."""
+    if descriptor < 0 or sys.platform != "linux":
         return None
     try:
         return os.open(f"/proc/self/fd/{descriptor}", flags | os.O_DIRECT | os.O_CLOEXEC)
@@ -139,16 +129,10 @@ TRIALS = 2
 
 
 class QuickerReader:
-    """Reads a file in two ways by turns, then in the one that took less time. For one thread; close it after use."""
+    """Reads a file in two ways by turns, then in the quicker one. For one thread; close it after use."""
 
     def __init__(self, direct: Reader, buffered: Reader, clock: Callable[[], float] = perf_counter) -> None:
-        """Take both readers.
-
-        Args:
-            direct: The one that is tried first, and chosen if both took the same time.
-            buffered: The other one.
-            clock: Returns the time in seconds.
-        """
+        """Take two readers and a clock in seconds. If both take the same time, `direct` is chosen."""
         self._ways = (direct, buffered)
         self._clock = clock
         self._bytes = [0, 0]
@@ -161,7 +145,7 @@ class QuickerReader:
             way.close()
 
     def read(self, offset: int, size: int, buffer: memoryview) -> memoryview:
-        """Return the file's bytes [offset, offset + size) somewhere in `buffer`. Raises as the readers do."""
+        """Read, and raise, as the two readers do."""
         if self._chosen is not None:
             return self._ways[self._chosen].read(offset, size, buffer)
         way = int(self._bytes[0] // TRIAL_BYTES > self._bytes[1] // TRIAL_BYTES)

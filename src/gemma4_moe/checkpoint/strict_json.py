@@ -1,4 +1,4 @@
-"""JSON of headers and indexes, read by the standard library and by no looser rules than RFC 8259.
+"""JSON of headers and indexes, read by the rules of RFC 8259, and none looser.
 
 Python's json takes NaN, keeps the last of two equal keys, lets lone surrogates pass and turns -0 into 0. Here NaN and
 surrogates are errors, -0 is no integer, and an object is a tuple of its (key, value) pairs, equal keys included.
@@ -35,33 +35,24 @@ _DAMAGED = "the file is damaged, or not what its name says: get it again"
 def load_object(raw: bytes, *, file: object, what: str) -> tuple[tuple[str, Any], ...]:
     """Return the (key, value) pairs of a JSON document that is an object.
 
-    In it, an object is a tuple of pairs too, and an array a list. Integers of more than 20 digits are floats.
-
-    Args:
-        raw: The document in UTF-8, from its first brace.
-        file: The name of its file in errors.
-        what: The name of the document in errors, e.g. "header".
+    In it, an object is a tuple of pairs too, and an array a list. Integers of more than 20 digits are floats. Errors
+    name the document by `what`, e.g. "header".
 
     Raises:
         CheckpointFormatError: It is not such a document.
     """
     try:
         text = raw.decode()
-        _check_start(text)
-        _check_count(text)
+        _check_text(text)
         members: tuple[tuple[str, Any], ...] = json.loads(
             text, object_pairs_hook=tuple, parse_int=_integer, parse_constant=_refuse_constant
         )
         if _SURROGATE.search(text):
             json.dumps(members, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise CheckpointFormatError(
-            f"the {what} is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"the {what} is not strict JSON",
-            file=file,
-            expected="one JSON object in UTF-8",
-            found=error,
-            hint=_DAMAGED,
-        ) from error
+        problem = f"the {what} is not {'UTF-8' if isinstance(error, UnicodeDecodeError) else 'strict JSON'}"
+        expected = "one JSON object in UTF-8"
+        raise CheckpointFormatError(problem, file=file, expected=expected, found=error, hint=_DAMAGED) from error
     return members
 
 
@@ -76,32 +67,20 @@ def repeated_key(members: Iterable[tuple[str, Any]]) -> str | None:
 
 
 def check_name(name: str, *, file: object) -> None:
-    """Check the length of the name of a tensor or of a file.
-
-    Raises:
-        CheckpointFormatError: It is longer than `LONGEST_NAME`.
-    """
+    """Raise a CheckpointFormatError if a tensor's or file's name is longer than `LONGEST_NAME`."""
     if len(name) > LONGEST_NAME:
-        raise CheckpointFormatError(
-            "a name that is too long",
-            file=file,
-            expected=f"at most {LONGEST_NAME} characters",
-            found=f"{len(name)} characters, {reprlib.repr(name)}",
-            hint=_DAMAGED,
-        )
+        expected, found = f"at most {LONGEST_NAME} characters", f"{len(name)} characters, {reprlib.repr(name)}"
+        raise CheckpointFormatError("a name that is too long", file=file, expected=expected, found=found, hint=_DAMAGED)
 
 
 def is_unsigned(value: object) -> bool:
-    """Return whether a value is an integer from 0 to `LARGEST_INTEGER`; true and false are none."""
+    """Return whether a value is an integer from 0 to `LARGEST_INTEGER`. True and false are none."""
     return type(value) is int and 0 <= value <= LARGEST_INTEGER
 
 
-def _check_start(text: str) -> None:
+def _check_text(text: str) -> None:
     if not text.startswith("{"):
         raise json.JSONDecodeError("Expecting '{'", text, 0)
-
-
-def _check_count(text: str) -> None:
     most = _FEW + len(text) // _LENGTH_OF_ONE
     count = text.count(",") + text.count("[") + text.count("{")
     if count > most:

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.paths import expanded
-from gemma4_moe.converter import preview
+from gemma4_moe.checkpoint.storage import resolved
 from gemma4_moe.converter.base import read_scale
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.converter.notes import base_notes, cast_notes, overflow_notes, unusual_scales
 from gemma4_moe.converter.plan import Plan, make_plan
+from gemma4_moe.converter.preview import measure_space
 from gemma4_moe.converter.resume import is_made_already
 from gemma4_moe.converter.write import Job, finish, write_weights
 from gemma4_moe.distributed.ranks import current, ranks_on_this_host
 from gemma4_moe.errors import StorageError
-from gemma4_moe.hub.source import check_streamed, on_hub, open_source
+from gemma4_moe.hub.remote import commit_of, download
+from gemma4_moe.hub.source import check_streamed, open_source
 from gemma4_moe.kernels.choice import allowed_cores
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.directory import TargetFiles
@@ -32,6 +34,7 @@ from gemma4_moe.target.transaction import Transaction
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from gemma4_moe.checkpoint.directory import Checkpoint
     from gemma4_moe.converter.base import Scales
     from gemma4_moe.layout.table import Layout
     from gemma4_moe.sizes import Progress
@@ -119,26 +122,27 @@ def convert(
         ParallelError: Another rank failed.
     """
     ranks, target = current(), expanded(target)
-    asked: dict[str, Any] = {"to": to, "dtype": dtype, "max_shard_size": max_shard_size}
     with ExitStack() as stack:
         with ranks.together("plan the conversion"):
             if stream:
                 check_streamed(source, base)
-            elif on_hub(source, base) and ranks.is_first and not resume:  # an earlier run may hold the space already
-                _check_before_a_fetch(source, target, max_memory=max_memory, revision=revision, base=base, **asked)
-            checkpoint, commit = stack.enter_context(open_source(source, revision, stream=stream))
-            check_place(target, checkpoint.path)
-            origin = origin_commit = None
-            if base is not None:
-                origin, origin_commit = stack.enter_context(open_source(base, stream=stream))
-                check_place(target, origin.path)
-            plan = make_plan(checkpoint, base=origin, **asked)
+            checkpoint = stack.enter_context(open_source(source, revision, stream=stream))
+            origin = None if base is None else stack.enter_context(open_source(base, stream=stream))
+            opened = [checkpoint] if origin is None else [checkpoint, origin]
+            for one in opened:
+                check_place(target, one.path)
+            plan = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=origin)
             memory = plan_memory(plan, parse_size(max_memory))
+            if ranks.is_first and not stream and not resume:  # an earlier run may hold the space already
+                _check_room(opened, plan, target)
+        with ranks.together("read the source"):
+            if not stream:
+                download(checkpoint, revision)
+                if origin is not None:
+                    download(origin)
             scales = {name: read_scale(t.scale) for name, t in plan.tensors.items() if t.scale is not None}
             options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
-            headers = None if origin is None else {name: file.header.digest for name, file in origin.files.items()}
-            identities = {"commit": commit, "base": headers, "base_commit": origin_commit}
-            options |= {name: value for name, value in identities.items() if value is not None}
+            options |= _identities(checkpoint, origin, stream=stream)
         transaction = None
         with ranks.together("take the target"):
             if ranks.is_first:
@@ -172,13 +176,20 @@ def convert(
         return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.skipped)
 
 
-def _check_before_a_fetch(source: str | Path, target: Path, **options: Any) -> None:
-    """Check by headers, before anything is brought into the Hub's cache, that all fits together and onto the disk."""
-    space = preview.plan(source, target, **options).space
+def _identities(source: Checkpoint, base: Checkpoint | None, *, stream: bool) -> dict[str, Any]:
+    """Return the options that say which source and base it was: commits of a stream, headers of the base."""
+    headers = None if base is None else {name: file.header.digest for name, file in base.files.items()}
+    commits = {"commit": commit_of(source), "base_commit": base and commit_of(base)} if stream else {}
+    return {name: value for name, value in {**commits, "base": headers}.items() if value is not None}
+
+
+def _check_room(opened: list[Checkpoint], plan: Plan, target: Path) -> None:
+    """Check that the disk has room for the models that would be downloaded, and for the target."""
+    space = measure_space(opened, plan.target_bytes, resolved(target).parent, stream=False)
     if space.cache_bytes and space.missing_bytes:
         raise StorageError(
             "the disk has no room for the model in the Hub's cache and for the target",
-            file=on_hub(source, options["base"])[0],
+            file=target,
             expected=f"{space.cache_bytes:,} bytes in the cache and {space.target_bytes:,} for the target",
             found=f"{space.missing_bytes:,} bytes too few",
             hint="free some space"

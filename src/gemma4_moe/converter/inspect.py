@@ -11,7 +11,7 @@ from gemma4_moe.checkpoint.config import ConfigFile
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.recognition import config_sizes, recognise, wrong_tensors
 from gemma4_moe.errors import ConfigError, InputError, UnsupportedCheckpointError
-from gemma4_moe.hub.source import is_hub_id, open_headers
+from gemma4_moe.hub.source import is_hub_id, open_source
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.names import fold_names, lookup, natural_key
 from gemma4_moe.layout.table import Layout, Operation
@@ -79,7 +79,7 @@ def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
         check_published(expanded(source))
     with ExitStack() as stack:
         try:
-            checkpoint = stack.enter_context(open_headers(source, revision))
+            checkpoint = stack.enter_context(open_source(source, revision))
         except UnsupportedCheckpointError as error:
             return Inspection(Path(source), None, error.form or "none", None, {}, 0, 0, 0, (), {}, (error,), ())
         return _inspect(Path(source), checkpoint)

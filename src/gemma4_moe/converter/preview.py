@@ -18,7 +18,7 @@ from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.distributed.sharding import NAMED_DIMENSIONS, count, local_runs
 from gemma4_moe.errors import UsageError
 from gemma4_moe.hub.remote import bytes_to_fetch, cache_directory
-from gemma4_moe.hub.source import check_streamed, is_hub_id, open_headers
+from gemma4_moe.hub.source import check_streamed, is_hub_id, open_source
 from gemma4_moe.layout.table import Layout, transposes
 from gemma4_moe.sizes import format_size, parse_size
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
@@ -106,8 +106,8 @@ def plan(
     if stream:
         check_streamed(source, base)
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_headers(source, revision))
-        bases = [] if base is None else [stack.enter_context(open_headers(base))]
+        checkpoint = stack.enter_context(open_source(source, revision))
+        bases = [] if base is None else [stack.enter_context(open_source(base))]
         planned = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=next(iter(bases), None))
         return Preview(
             source=Path(source),

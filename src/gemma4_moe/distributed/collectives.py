@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import contextmanager
 from datetime import timedelta
 from itertools import product
 from math import prod
@@ -19,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 from gemma4_moe.distributed.placements import Placed, as_bytes, take
+from gemma4_moe.distributed.ranks import failing_in_words
 from gemma4_moe.distributed.sharding import count, joined, part_of
 from gemma4_moe.errors import ParallelError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -40,29 +40,27 @@ STAGING_BYTES = 16 * 2**20
 AGREEMENT_SECONDS = 300.0
 
 
-def agree(action: str, mesh: DeviceMesh | None, plan: Any) -> None:
-    """Check that all ranks have the same plan; if one rank's differs, all ranks raise.
+def agree(action: str, common: Any, lines: Iterable[tuple[DeviceMesh, Any]]) -> None:
+    """Check that the ranks of each mesh have equal lines and an equal `common`.
 
-    Args:
-        action: A verb for the errors: "convert".
-        mesh: The ranks; None for all ranks of the default process group, if there is one.
-        plan: Everything that must be equal, as JSON can write it.
+    JSON can write both; `action` is a verb for the errors. A mesh without a line does not communicate.
 
     Raises:
-        ParallelError: A rank has another plan, or has not called within `AGREEMENT_SECONDS`.
+        ParallelError: On all ranks if one differs; or a rank has not called within `AGREEMENT_SECONDS`.
     """
-    groups: list[Any]
-    if mesh is not None:
-        groups, device = [mesh.get_group(dim) for dim in range(mesh.ndim)], mesh.device_type
-    elif dist.is_available() and dist.is_initialized():
-        groups, device = [dist.group.WORLD], "cuda" if dist.get_backend() == "nccl" else "cpu"
-    else:
-        return
-    text = json.dumps(plan, sort_keys=True, default=str)
-    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).to(device)
-    for group in groups:
+    plans: dict[DeviceMesh, list[Any]] = {}
+    for mesh, line in lines:
+        plans.setdefault(mesh, [common]).append(line)
+    for mesh, plan in plans.items():
+        _agree_on(mesh, action, json.dumps(plan, sort_keys=True, default=str))
+
+
+def _agree_on(mesh: DeviceMesh, action: str, text: str) -> None:
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    digest = digest.to(mesh.device_type)
+    for group in mesh.get_all_groups():
         digests = digest.new_empty((dist.get_world_size(group), len(digest)))
-        with _failing_in_words(f"agree on what to {action}"):
+        with failing_in_words(f"agree on what to {action}"):
             work = _ALL_GATHER(digests.view(-1), digest, group=group, async_op=True)
             work.wait(timedelta(seconds=AGREEMENT_SECONDS))
         if not bool((digests == digest).all()):
@@ -75,18 +73,6 @@ def agree(action: str, mesh: DeviceMesh | None, plan: Any) -> None:
             found=f"on rank {dist.get_rank()}: {text[:1000]}",
             hint="compare this message on all ranks, and call with the state of one model and the same arguments",
         )
-
-
-def agree_by_mesh(action: str, common: Any, lines: Iterable[tuple[DeviceMesh, Any]]) -> None:
-    """Check that the ranks of each mesh have an equal `common` and equal lines.
-
-    Arguments and errors are those of `agree`; a mesh without a line does not communicate.
-    """
-    plans: dict[DeviceMesh, list[Any]] = {}
-    for mesh, line in lines:
-        plans.setdefault(mesh, [common]).append(line)
-    for mesh, plan in plans.items():
-        agree(action, mesh, plan)
 
 
 def gather(
@@ -104,9 +90,6 @@ def gather(
         shape: The whole tensor's shape.
         staging_bytes: The most bytes of staging, unless one row on all ranks of a dimension is larger.
         out: Where to write the whole tensor: contiguous, of the shard's dtype. New memory by default.
-
-    Raises:
-        ParallelError: A collective failed.
     """
     if not where.is_cut:
         return local if out is None else out.copy_(local)
@@ -121,26 +104,18 @@ def gather(
 
 
 def broadcast(tensor: torch.Tensor, where: Placed, owner: Sequence[int]) -> None:
-    """Copy a contiguous tensor from its owner ranks to all ranks, in place.
+    """Copy a contiguous tensor of one expert in place from its owner ranks to all.
 
-    Args:
-        tensor: The tensor to send or to receive into.
-        where: The mesh and placements of the experts that the tensor is one of.
-        owner: The owner's coordinate in each dimension of the mesh that cuts axis 0; elsewhere any number.
-
-    Raises:
-        ParallelError: A collective failed.
+    `owner` is the owner's coordinate in each dimension of the mesh that cuts axis 0, and elsewhere any number.
     """
     for dim in where.expert_dims:
-        with _failing_in_words("broadcast a tensor"):
+        with failing_in_words("broadcast a tensor"):
             dist.broadcast(tensor.view(-1).view(torch.uint8), group=where.mesh.get_group(dim), group_src=owner[dim])
 
 
 def _held(where: Placed, shape: Sequence[int], dim: int, rank: int, gathered: Collection[int]) -> tuple[Runs, ...]:
     """Return the runs that a rank of `dim` holds once `gathered` dimensions are gathered."""
-    coordinate = where.mesh.get_coordinate()
-    assert coordinate is not None, "a rank of the mesh gathers"
-    ranges = [range(where.mesh.size(d)) if d in gathered else [own] for d, own in enumerate(coordinate)]
+    ranges = [range(where.mesh.size(d)) if d in gathered else [own] for d, own in enumerate(where.coordinate)]
     ranges[dim] = [rank]
     held: list[set[range]] = [set() for _ in shape]
     for ranks in product(*ranges):
@@ -161,7 +136,7 @@ def _exchange(whole: torch.Tensor, held: Sequence[tuple[Runs, ...]], own: int, g
         blocks = [(part_of(runs[0], first, first + step), *runs[1:]) for runs in held]
         mine = take(whole, blocks[own])
         send[: mine.numel()].view(mine.shape).copy_(mine)
-        with _failing_in_words("gather a tensor"):  # as bytes, which every backend can move, whatever the dtype
+        with failing_in_words("gather a tensor"):  # as bytes, which every backend can move, whatever the dtype
             _ALL_GATHER(as_bytes(staging), as_bytes(send), group)
         for rank, block in enumerate(blocks):
             if rank != own:
@@ -177,16 +152,3 @@ def _place(values: torch.Tensor, runs: Sequence[Runs], whole: torch.Tensor) -> N
                 _place(piece, [*runs[:axis], (run,), *runs[axis + 1 :]], whole)
             return
     whole[tuple(slice(own[0].start, own[0].stop) for own in runs)].copy_(values)
-
-
-@contextmanager
-def _failing_in_words(action: str) -> Iterator[None]:
-    """Turn a failed collective into a ParallelError that names the logs to read."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ParallelError(
-            f"ranks could not {action}: {str(error).splitlines()[0]}",
-            expected="every rank of the mesh to take part",
-            hint="read the first error in the logs of the other ranks: one failed, was killed or did not call",
-        ) from error

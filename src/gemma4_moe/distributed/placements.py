@@ -23,18 +23,13 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-#: Dimensions that shard no single layer: a pipeline stage holds whole layers of its own.
-_OUTSIDE = frozenset({"pp"})
+#: The dimension that shards no single layer: a pipeline stage holds whole layers of its own.
+_OUTSIDE = "pp"
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """The mesh and the placements of a sharded tensor.
-
-    Attributes:
-        mesh: The ranks.
-        placements: How each dimension of the mesh shards the tensor.
-    """
+    """The mesh of a sharded tensor, and the placement of each dimension of the mesh."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
@@ -54,36 +49,26 @@ class Placed:
         """Whether the ranks hold different shards. If not, each rank holds the whole tensor."""
         return bool(self.expert_dims or self.inner_dims)
 
+    @property
+    def coordinate(self) -> Sequence[int]:
+        """This rank's place in each dimension of the mesh."""
+        found = self.mesh.get_coordinate()
+        if found is None:
+            raise ParallelError("this rank is not in the tensor's mesh", found=self.mesh, hint="call on its ranks only")
+        return found
+
     def converted(self, operation: Operation, ndim: int) -> Placed:
         """Return the placements after `operation` on a tensor of `ndim` axes; no shard moves."""
-        return Placed(
-            self.mesh,
-            tuple(
-                None if p is None else Sharded(converted_axis(operation, p.axis, ndim), p.split_factor)
-                for p in self.placements
-            ),
-        )
+        moved = (p and Sharded(converted_axis(operation, p.axis, ndim), p.split_factor) for p in self.placements)
+        return Placed(self.mesh, tuple(moved))
 
     def of_experts(self) -> Placed:
         """Return the placement of a per-expert vector [E] that belongs to this tensor."""
         return Placed(self.mesh, tuple(p if p and p.axis == 0 else None for p in self.placements))
 
     def runs(self, shape: Sequence[int], coordinate: Sequence[int] | None = None) -> tuple[tuple[range, ...], ...]:
-        """Return the indices of each axis that a rank, by default this one, holds.
-
-        Raises:
-            ParallelError: This rank is not in the mesh.
-        """
-        if coordinate is None:
-            coordinate = self.mesh.get_coordinate()
-        if coordinate is None:
-            raise ParallelError(
-                "this rank is not in the tensor's mesh",
-                expected="a rank of the mesh",
-                found=str(self.mesh),
-                hint="call on the mesh's ranks only",
-            )
-        mesh_shape = tuple(self.mesh.shape)
+        """Return the indices of each axis that a rank, by default this one, holds."""
+        coordinate, mesh_shape = self.coordinate if coordinate is None else coordinate, tuple(self.mesh.shape)
         return tuple(local_runs(size, axis, mesh_shape, coordinate, self.placements) for axis, size in enumerate(shape))
 
     def local_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -91,30 +76,17 @@ class Placed:
         return tuple(map(count, self.runs(shape)))
 
     def wrap(self, local: torch.Tensor, shape: Sequence[int], stride: Sequence[int] | None = None) -> DTensor:
-        """Return this rank's shard as a DTensor of the given global shape, without communication.
-
-        Args:
-            local: The shard.
-            shape: The whole tensor's shape.
-            stride: The whole tensor's stride in elements; by default that of a contiguous tensor.
-        """
-        whole = torch.Size(shape)
-        return DTensor.from_local(
-            local,
-            self.mesh,
-            [_torch_placement(placement) for placement in self.placements],
-            run_check=False,
-            shape=whole,
-            stride=tuple(stride) if stride is not None else torch.empty(whole, device="meta").stride(),
-        )
+        """Return this rank's shard as a DTensor of this whole shape, by default contiguous."""
+        whole, placements = torch.Size(shape), [_torch_placement(placement) for placement in self.placements]
+        stride = torch.empty(whole, device="meta").stride() if stride is None else tuple(stride)
+        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=whole, stride=stride)
 
 
 def placed(tensor: DTensor, name: str) -> Placed:
     """Return the mesh and placements of a DTensor called `name`.
 
     Raises:
-        ParallelError: A placement is neither Shard, _StridedShard nor Replicate; or the local shard does not have the
-            size that the placements give it.
+        ParallelError: A placement is not known; or the local shard does not have the size that the placements give it.
     """
     found = Placed(tensor.device_mesh, tuple(_placement(p, name) for p in tensor.placements))
     local = tuple(local_of(tensor).shape)
@@ -131,9 +103,9 @@ def placed(tensor: DTensor, name: str) -> Placed:
 
 def expert_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
     """Return the submesh that shards one pipeline stage's experts; None for a single rank."""
-    names = None if mesh is None else mesh.mesh_dim_names
-    if mesh is not None and names is not None and _OUTSIDE & set(names):
-        inner = tuple(name for name in names if name not in _OUTSIDE)
+    names = () if mesh is None else mesh.mesh_dim_names or ()
+    if mesh is not None and _OUTSIDE in names:
+        inner = tuple(name for name in names if name != _OUTSIDE)
         mesh = mesh[inner] if inner else None
     return None if mesh is None or mesh.size() == 1 else mesh
 
@@ -164,27 +136,18 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 def whole_shape(
     shape: tuple[int, ...], axes: Sequence[str], sizes: Mapping[str, int], where: Placed, name: str
 ) -> tuple[int, ...]:
-    """Return the whole tensor's shape, given that of a plain tensor, maybe a shard.
+    """Return the whole shape of a plain tensor that may be a shard.
 
-    Args:
-        shape: The plain tensor's own shape.
-        axes: The letters of its axes, such as ("E", "H", "2I").
-        sizes: The known sizes among E, H and I.
-        where: How the mesh shards such a tensor.
-        name: Its name.
-
-    Returns:
-        `shape` itself for a whole tensor. Also for a tensor that is neither whole nor a shard, which the check of
-        shapes then refuses.
+    A tensor that is neither whole nor a shard keeps its shape, which the check of shapes then refuses. `axes` are the
+    letters of its axes, such as ("E", "H", "2I"), `sizes` the known sizes of E, H and I, `where` its placements.
 
     Raises:
-        ParallelError: The size of an axis that the mesh shards is not known: nothing tells a shard from the whole.
+        ParallelError: The size of an axis that the mesh shards is not known.
     """
     known = [2 * sizes["I"] if axis == "2I" and "I" in sizes else sizes.get(axis) for axis in axes]
-    sharded = {placement.axis for placement in where.placements if placement is not None}
     if len(shape) != len(axes) or shape == tuple(known):
         return shape
-    for axis in sharded & set(range(len(axes))):
+    for axis in {p.axis for p in where.placements if p}:
         if known[axis] is None:
             raise ParallelError(
                 "nothing tells whether a plain tensor given with a mesh is whole or a shard",
@@ -205,10 +168,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def take(value: Any, runs: Sequence[Sequence[range]]) -> torch.Tensor:
-    """Return a tensor's, or a lazy slice's, values at `runs` of each axis.
-
-    The result is a view if each axis has one run.
-    """
+    """Return a tensor's, or a lazy slice's, values at `runs` of each axis."""
     for axis in range(len(runs)):
         if len(runs[axis]) > 1:
             return torch.cat([take(value, [*runs[:axis], [run], *runs[axis + 1 :]]) for run in runs[axis]], axis)
@@ -227,11 +187,8 @@ def transposed_view(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _placement(placement: TorchPlacement, name: str) -> Placement:
-    # _StridedShard is no subclass of Shard.
-    if isinstance(placement, _StridedShard):
-        return Sharded(placement.dim, int(placement.split_factor))
-    if isinstance(placement, Shard):
-        return Sharded(placement.dim)
+    if isinstance(placement, Shard | _StridedShard):  # no subclass of Shard
+        return Sharded(placement.dim, getattr(placement, "split_factor", 1))
     if isinstance(placement, Replicate):
         return None
     raise ParallelError(

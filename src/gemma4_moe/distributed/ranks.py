@@ -19,14 +19,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+@contextmanager
+def failing_in_words(action: str) -> Iterator[None]:
+    """Turn a failed collective into a ParallelError that names the logs to read."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ParallelError(
+            f"ranks could not {action}: {str(error).splitlines()[0]}",
+            expected="every rank to take part",
+            hint="read the first error in the logs of the other ranks: one failed, was killed or did not call",
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The ranks that work together, as this process sees them.
-
-    Attributes:
-        rank: This process' number.
-        world: The number of ranks.
-    """
+    """This process among the ranks that work together: its rank, and their number."""
 
     rank: int = 0
     world: int = 1
@@ -37,35 +45,21 @@ class Ranks:
         return self.rank == 0
 
     def everyones(self, value: Any) -> list[Any]:
-        """Return each rank's value, in the order of ranks. All ranks must call.
-
-        Raises:
-            ParallelError: Another rank does not answer.
-        """
+        """Return each rank's value, in the order of ranks. All ranks must call."""
         if self.world == 1:
             return [value]
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.world
-        try:
+        with failing_in_words("meet"):
             dist.all_gather_object(values, value)
-        except RuntimeError as error:
-            raise ParallelError(
-                f"ranks could not meet: {str(error).splitlines()[0]}",
-                expected=f"{self.world} ranks",
-                hint="read the first error in the logs of the other ranks: one was killed or has ended",
-            ) from error
         return values
 
     @contextmanager
     def together(self, action: str) -> Iterator[None]:
-        """Run a `with` block on every rank; if one rank fails, all fail.
+        """Run a `with` block on every rank; if one fails, the others raise a ParallelError.
 
-        Args:
-            action: A verb with its object for the error on the other ranks: "write its tensors".
-
-        Raises:
-            ParallelError: Another rank failed; its own error is raised on that rank.
+        `action` is a verb with its object for that error: "write its tensors".
         """
         failure: Exception | None = None
         try:
@@ -77,9 +71,8 @@ class Ranks:
             raise failure
         for rank, message in enumerate(messages):
             if message is not None:
-                raise ParallelError(
-                    f"rank {rank} could not {action}", found=message.replace("\n", ";"), hint="read that rank's log"
-                )
+                found = message.replace("\n", ";")
+                raise ParallelError(f"rank {rank} could not {action}", found=found, hint="read that rank's log")
 
 
 def launched_as_one_of_several() -> bool:
@@ -117,6 +110,5 @@ def current() -> Ranks:
         return Ranks()
     import torch.distributed as dist
 
-    if not dist.is_available() or not dist.is_initialized():
-        return Ranks()
-    return Ranks(dist.get_rank(), dist.get_world_size())
+    started = dist.is_available() and dist.is_initialized()
+    return Ranks(dist.get_rank(), dist.get_world_size()) if started else Ranks()

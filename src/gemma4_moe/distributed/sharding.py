@@ -19,15 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """The placement of a mesh dimension that cuts an axis.
-
-    Attributes:
-        axis: The axis, counted from the front.
-        split_factor: 1 for `Shard`; for `StridedShard`, the number of pieces that it cuts first.
-    """
+    """The placement of a mesh dimension that cuts an axis, counted from the front."""
 
     axis: int
-    split_factor: int = 1
+    split_factor: int = 1  # for `StridedShard`, the number of pieces that it cuts first
 
 
 #: A mesh dimension cuts one axis of a tensor, or none (None: each rank has a replica).
@@ -48,15 +43,7 @@ NAMED_DIMENSIONS: dict[str, Placement] = {
 def local_runs(
     size: int, axis: int, mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
 ) -> tuple[range, ...]:
-    """Return the indices of `axis` that the rank at `coordinate` holds, as non-empty runs.
-
-    Args:
-        size: The axis' whole size.
-        axis: The axis.
-        mesh_shape: Ranks along each dimension of the mesh.
-        coordinate: The rank's index in each dimension.
-        placements: The placement of each dimension.
-    """
+    """Return the indices of an axis that the rank at `coordinate` holds, as non-empty runs."""
     runs = [range(size)]
     for ranks, index, placement in zip(mesh_shape, coordinate, placements, strict=True):
         if placement is not None and placement.axis == axis:

@@ -1,4 +1,4 @@
-"""A model on the Hugging Face Hub: read in place over HTTP, with nothing kept, or downloaded into the Hub's cache."""
+"""A model on the Hub: read in place over HTTP, or downloaded into a cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,24 +14,23 @@ from urllib.parse import quote
 
 from gemma4_moe.checkpoint.config import CONFIG_NAME, LONGEST_CONFIG
 from gemma4_moe.checkpoint.directory import Checkpoint, open_checkpoint
-from gemma4_moe.checkpoint.file import SafetensorsFile
+from gemma4_moe.checkpoint.file import FileIdentity, SafetensorsFile
+from gemma4_moe.checkpoint.header import header_size, parse_header
 from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, is_bare_name
-from gemma4_moe.checkpoint.side_files import LARGEST_SIDE_FILE, MANIFEST_NAME, PATTERNS, is_side_file
+from gemma4_moe.checkpoint.side_files import LARGEST_SIDE_FILE, PATTERNS, is_side_file
 from gemma4_moe.checkpoint.storage import FULL, temporary_directory
 from gemma4_moe.checkpoint.storage import refusals as disk_refusals
-from gemma4_moe.errors import StorageError
+from gemma4_moe.checkpoint.strict_json import is_unsigned
+from gemma4_moe.errors import SourceChangedError, StorageError
 from gemma4_moe.hub.requests import read_range, read_small, refusals, too_large, unreadable
-from gemma4_moe.target.manifest import LONGEST_MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gemma4_moe.checkpoint.readers import Reader
-
 _WEIGHTS = ".safetensors"
 
 #: The files that a plan needs besides the headers, and the most bytes of each that are read.
-_READ = {CONFIG_NAME: LONGEST_CONFIG, INDEX_NAME: LONGEST_INDEX, MANIFEST_NAME: LONGEST_MANIFEST}
+_READ = {CONFIG_NAME: LONGEST_CONFIG, INDEX_NAME: LONGEST_INDEX}
 
 #: The first piece of a file of weights that is read, in bytes: enough for most headers, so that each is one request.
 _HEAD = 2**16
@@ -48,115 +46,78 @@ _OS_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 
 
 class RemoteFile(SafetensorsFile):
-    """A safetensors file on the Hub, at one commit: its bytes never change, but its connection can fail."""
+    """A safetensors file on the Hub at one commit. After `read_from`, its copy is read.
+
+    Attributes:
+        repository: The model's id.
+        commit: The full hash of the commit.
+    """
 
     def __init__(self, repository: str, commit: str, name: str, size: int | None) -> None:
-        """Read the file's header.
-
-        Args:
-            repository: The model's id.
-            commit: The full hash of the commit.
-            name: The file's name.
-            size: Its size in bytes, where the Hub lists it.
-
-        Raises:
-            InputError: The header breaks a rule of the format.
-            StorageError: The Hub can't be reached, or refuses.
-        """
+        """Read the header of a file. Its size in bytes is asked for if the Hub does not list it."""
         from huggingface_hub import hf_hub_url
 
         self.path = Path(_place(repository, commit)) / name
-        self._repository, self._commit = repository, commit
+        self.repository, self.commit = repository, commit
         self._url = hf_hub_url(repository, name, revision=commit)
         self._descriptor = -1
         if size is None:
             size = read_range(self._url, 0, memoryview(bytearray(1)), file=self.path)
-        self._head = bytearray(min(size, _HEAD))
-        self.read_into(0, memoryview(self._head))
-        self._read_header(size, 0, 0)
-        self._head = bytearray()
+        raw = self._bytes(0, min(size, _HEAD))
+        raw += self._bytes(len(raw), header_size(raw, size, file=self.path))
+        self.header = parse_header(raw, size, file=self.path)
+        self.identity = FileIdentity(size, 0, 0, self.header.digest)
 
-    def reader(self, *, buffered: bool = False) -> Reader:  # noqa: ARG002 - no page cache is between
-        """Return the file itself: connections belong to the Hub's client, and a reader has nothing of its own."""
-        return self
+    def _bytes(self, start: int, end: int) -> bytes:
+        content = bytearray(max(0, end - start))
+        self.read_into(start, memoryview(content))
+        return bytes(content)
 
-    def quickest_reader(self) -> Reader:
-        """Return the file itself."""
-        return self
-
-    def read(self, offset: int, size: int, buffer: memoryview) -> memoryview:
-        """Read `size` bytes from `offset` on into the beginning of `buffer`, and return that part of it."""
-        self.read_into(offset, buffer[:size])
-        return buffer[:size]
-
-    def read_into(self, offset: int, destination: memoryview) -> None:
-        """Fill `destination` with the file's bytes from `offset` on, in one request.
+    def read_from(self, path: Path) -> None:
+        """Read the file from its copy at `path` from now on.
 
         Raises:
-            StorageError: The Hub can't be reached, refuses, or answers with something else.
+            SourceChangedError: The copy has another header.
+            InputError: The copy is no safetensors file.
         """
-        if destination.nbytes:
+        header = self.header
+        super().__init__(path)
+        if self.header != header:
+            problem = "the copy in the Hub's cache is not the file on the Hub"
+            raise SourceChangedError(problem, file=path, hint="remove the file from the cache, and start again")
+
+    def read_into(self, offset: int, destination: memoryview) -> None:
+        """Fill `destination` with the file's bytes from `offset` on. On the Hub, it takes one request."""
+        if self._descriptor >= 0:
+            super().read_into(offset, destination)
+        elif destination.nbytes:
             read_range(self._url, offset, destination, file=self.path)
 
     def check_unchanged(self) -> None:
-        """Return at once: the files of a commit never change."""
-
-    def is_cached(self) -> bool:
-        """Return whether the whole file is in the Hub's cache on this machine."""
-        from huggingface_hub import try_to_load_from_cache
-
-        return isinstance(try_to_load_from_cache(self._repository, self.path.name, revision=self._commit), str)
-
-    def _read(self, count: int) -> bytes:
-        more = bytearray(max(0, count - len(self._head)))
-        self.read_into(len(self._head), memoryview(more))
-        return bytes(self._head[:count] + more)
-
-
-@dataclass(frozen=True, slots=True)
-class _Listing:
-    """The Hub's answer about a revision of a model.
-
-    Attributes:
-        commit: The full hash of the commit that the revision names.
-        sizes: The size in bytes of each file of the model's own directory, or None where the Hub doesn't say.
-        directories: The names of the directories in it.
-    """
-
-    commit: str
-    sizes: dict[str, int | None]
-    directories: set[str]
+        """Check the copy on this machine; the files of a commit never change."""
+        if self._descriptor >= 0:
+            super().check_unchanged()
 
 
 @contextmanager
-def open_on_hub(
-    repository: str, revision: str | None = None, *, headers_only: bool = False
-) -> Iterator[tuple[Checkpoint, str]]:
-    """Open a model on the Hub as a checkpoint whose weights stay there, and yield it with its commit.
+def open_on_hub(repository: str, revision: str | None = None, *, headers_only: bool = False) -> Iterator[Checkpoint]:
+    """Open a model on the Hub as a checkpoint whose weights stay there until `download`.
 
-    Side files are downloaded into a temporary directory. Files that a conversion does not copy are empty there: their
-    names alone tell what else the model has.
-
-    Args:
-        repository: The model's id.
-        revision: Branch, tag or commit.
-        headers_only: Leave side files empty too, except for those that a plan needs.
+    Side files are downloaded into a temporary directory; if `headers_only`, only those that a plan needs. All other
+    files are empty there: their names alone tell what else the model has.
 
     Raises:
         InputError: There is no such model; or what `open_checkpoint` raises.
-        UsageError: huggingface_hub is not installed.
-        StorageError: The Hub can't be reached, or refuses.
     """
-    listing = _list(repository, revision)
-    commit = listing.commit
+    commit, sizes, directories = _list(repository, revision)
     with temporary_directory("gemma4-moe-") as temporary:
         directory = Path(temporary) / _place(repository, commit)  # so that errors name the model
         with disk_refusals("write", directory):
             directory.mkdir(parents=True)
-            for name in listing.directories:
+            for name in directories:
                 (directory / name).mkdir()
         weights = {}
-        for name, size in listing.sizes.items():
+        for name, size in sizes.items():
             if name.endswith(_WEIGHTS):
                 weights[name] = partial(RemoteFile, repository, commit, name, size)
             else:
@@ -164,11 +125,11 @@ def open_on_hub(
                 with disk_refusals("write", directory / name):
                     (directory / name).write_bytes(content)
         with open_checkpoint(directory, weights) as checkpoint:
-            yield checkpoint, commit
+            yield checkpoint
 
 
-def _list(repository: str, revision: str | None) -> _Listing:
-    """Ask the Hub for the commit and the files of a revision of a model."""
+def _list(repository: str, revision: str | None) -> tuple[str, dict[str, int | None], set[str]]:
+    """Return a revision's commit, the sizes of the files at its top (None if not listed), and the directories there."""
     with refusals(repository):
         from huggingface_hub import constants
     url = f"{constants.ENDPOINT}/api/models/{repository}/revision/{quote(revision or 'main', safe='')}?blobs=true"
@@ -176,35 +137,31 @@ def _list(repository: str, revision: str | None) -> _Listing:
     try:
         answer: Any = json.loads(raw)
         commit, files = answer["sha"], {file["rfilename"]: file.get("size") for file in answer["siblings"]}
-        known = re.fullmatch("[0-9a-f]{40}", commit) and all(
-            size is None or (type(size) is int and size >= 0) for size in files.values()
-        )
+        sizes = {name: size for name, size in files.items() if is_bare_name(name)}
         directories = {name.partition("/")[0] for name in files if "/" in name}
+        if re.fullmatch("[0-9a-f]{40}", commit) and all(size is None or is_unsigned(size) for size in sizes.values()):
+            return commit, sizes, set(filter(is_bare_name, directories))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        known = None
-    if not known:
-        raise StorageError(
-            "the Hub did not answer with a model's files",
-            file=repository,
-            expected="the commit, and name and size of each file",
-            found=repr(raw[:100]),
-            hint="check what HF_ENDPOINT names",
-        )
-    sizes = {name: size for name, size in files.items() if is_bare_name(name)}
-    return _Listing(commit, sizes, {name for name in directories if is_bare_name(name)})
+        pass
+    raise StorageError(
+        "the Hub did not answer with a model's files",
+        file=repository,
+        expected="the commit, and name and size of each file",
+        found=repr(raw[:100]),
+        hint="check what HF_ENDPOINT names",
+    )
 
 
 def _small_content(repository: str, commit: str, name: str, size: int | None, *, headers_only: bool) -> bytes:
-    """Return the content of a file without weights, or nothing if a conversion has no use for it."""
+    """Return the content of a file without weights, or nothing if it is of no use."""
     from huggingface_hub import hf_hub_url
 
-    most = _READ.get(name)
-    if most is None and not is_side_file(name):
+    if name not in _READ and not is_side_file(name):
         return b""
-    place, largest = f"{_place(repository, commit)}/{name}", most or LARGEST_SIDE_FILE
+    place, largest = f"{_place(repository, commit)}/{name}", _READ.get(name, LARGEST_SIDE_FILE)
     if size is not None and size > largest:
         raise too_large(place, largest, f"{size} bytes")
-    if most is None and headers_only:
+    if name not in _READ and headers_only:
         return b""
     return read_small(hf_hub_url(repository, name, revision=commit), largest, file=place)
 
@@ -217,54 +174,83 @@ def _place(repository: str, commit: str) -> str:
 def fetch(repository: str, revision: str | None = None, *, cached_only: bool = False) -> Path:
     """Download a model into the Hub's cache, and return its directory there.
 
-    Args:
-        repository: The model's id.
-        revision: Branch, tag or commit.
-        cached_only: Make no request: return the directory only if the cache has the model.
+    If `cached_only`, no request is made: the cache must have the model.
 
     Raises:
         InputError: There is no such model or revision, or not for this token.
-        UsageError: huggingface_hub is not installed.
-        StorageError: The Hub can't be reached, or the disk is full.
+        StorageError: Also if the disk refuses.
     """
-    with refusals(repository), _refusals_of_the_cache(repository):
+    with refusals(repository):
         from huggingface_hub import snapshot_download
 
-        place = snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=[f"*{_WEIGHTS}", *_READ, *PATTERNS],
-            ignore_patterns=["*/*"],  # a checkpoint has no subdirectories, and a pattern's * would match a slash
-            local_files_only=cached_only,
-        )
+        try:
+            place = snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=[f"*{_WEIGHTS}", *_READ, *PATTERNS],
+                ignore_patterns=["*/*"],  # a checkpoint has no subdirectories, and a pattern's * would match a slash
+                local_files_only=cached_only,
+            )
+        except (OSError, RuntimeError) as error:  # RuntimeError: any failure of the client for Xet
+            said = _OS_ERROR.search(str(error))
+            code = int(said[1]) if said else getattr(error, "errno", None)
+            if code in FULL + _NO_PLACE:
+                raise StorageError(
+                    f"can't bring the model into the Hub's cache: {os.strerror(code)}",
+                    file=cache_directory(),
+                    hint="free some space, let HF_HOME name a directory on another disk, or convert with --stream"
+                    if code in FULL
+                    else "check the directory and its permissions, or let HF_HOME name another one",
+                ) from error
+            if isinstance(error, OSError):
+                raise
+            raise unreadable(repository, error) from error
     return Path(place)
 
 
-@contextmanager
-def _refusals_of_the_cache(repository: str) -> Iterator[None]:
-    """Turn an error of the disk of the Hub's cache, in any form of the Hub's client, into a StorageError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # RuntimeError: any failure of the client for Xet
-        said = _OS_ERROR.search(str(error))
-        code = int(said[1]) if said else getattr(error, "errno", None)
-        if code in FULL + _NO_PLACE:
-            raise StorageError(
-                f"can't bring the model into the Hub's cache: {os.strerror(code)}",
-                file=cache_directory(),
-                hint="free some space, let HF_HOME name a directory on another disk, or convert with --stream"
-                if code in FULL
-                else "check the directory and its permissions, or let HF_HOME name another one",
-            ) from error
-        if isinstance(error, OSError):
-            raise
-        raise unreadable(repository, error) from error
+def _remote_files(checkpoint: Checkpoint) -> list[RemoteFile]:
+    return [file for file in checkpoint.files.values() if isinstance(file, RemoteFile)]
+
+
+def commit_of(checkpoint: Checkpoint) -> str | None:
+    """Return the commit of a model opened on the Hub, or None for a directory."""
+    return next((file.commit for file in _remote_files(checkpoint)), None)
+
+
+def download(checkpoint: Checkpoint, revision: str | None = None) -> None:
+    """Download a model opened on the Hub into its cache, and read the copy from now on.
+
+    A directory stays as it is. The cache remembers `revision`, with which the model was opened.
+
+    Raises:
+        SourceChangedError: The revision has moved to another commit since, or the cache has another file.
+        InputError, StorageError: As `fetch` raises them.
+    """
+    remote = _remote_files(checkpoint)
+    if not remote:
+        return
+    repository, commit = remote[0].repository, remote[0].commit
+    directory = fetch(repository, revision)
+    if directory.name != commit:
+        problem, found = "the model on the Hub changed while it was read", f"commit {directory.name}"
+        raise SourceChangedError(problem, file=repository, expected=f"commit {commit}", found=found, hint="start again")
+    for file in remote:
+        file.read_from(directory / file.path.name)
+    for path in checkpoint.side_files:
+        with disk_refusals("write", path):
+            path.unlink()
+            path.symlink_to(directory / path.name)
 
 
 def bytes_to_fetch(checkpoint: Checkpoint) -> int:
-    """Return how many bytes of weights `fetch` would download, for a model opened on the Hub."""
-    remote = [file for file in checkpoint.files.values() if isinstance(file, RemoteFile)]
-    return sum(file.size for file in remote if not file.is_cached())
+    """Return how many bytes of weights `download` would bring into the Hub's cache."""
+    remote = _remote_files(checkpoint)
+    if not remote:
+        return 0
+    from huggingface_hub import try_to_load_from_cache
+
+    places = [try_to_load_from_cache(file.repository, file.path.name, revision=file.commit) for file in remote]
+    return sum(file.size for file, place in zip(remote, places, strict=True) if not isinstance(place, str))
 
 
 def cache_directory() -> Path:

@@ -1,4 +1,4 @@
-"""Requests to the Hugging Face Hub: ranges of files and whole small ones, with this package's errors.
+"""Requests to the Hugging Face Hub: ranges of files, and whole small files.
 
 The connection, the token, redirects, and the retries for a busy server are the work of huggingface_hub. Here an answer
 is read as it comes and never beyond the bytes that were asked for, so that no server can fill the memory. A connection
@@ -20,23 +20,19 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-_REFUSED = (401, 403)
-
 #: How many times a request is made whose connection fails, and the longest pause before the next time, in seconds.
 _ATTEMPTS = 6
 _LONGEST_PAUSE = 8
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
-_LOG_IN = "check the name; a private or gated model needs `hf auth login`"
-
 
 def read_range(url: str, offset: int, destination: memoryview, *, file: object) -> int:
-    """Fill `destination` with the bytes of a file from `offset` on, and return the size of the whole file in bytes.
+    """Fill `destination` with a file's bytes from `offset` on, and return the file's size.
 
     Raises:
         InputError: There is no such file, or not for this token.
-        StorageError: The Hub can't be reached, refuses, or answers with another range.
+        StorageError: Also if the Hub answers with another range.
     """
     wanted = destination.cast("B")
     first, last = offset, offset + wanted.nbytes - 1
@@ -64,18 +60,11 @@ def read_range(url: str, offset: int, destination: memoryview, *, file: object) 
 
 
 def read_small(url: str, most: int, *, file: object, attempts: int = _ATTEMPTS) -> bytes:
-    """Return a whole file of at most `most` bytes.
-
-    Args:
-        url: Its address.
-        most: Its largest size in bytes.
-        file: Its name in errors.
-        attempts: How many times the request is made if its connection fails.
+    """Return a whole file of at most `most` bytes. A connection that fails is made `attempts` times.
 
     Raises:
         CheckpointFormatError: It is larger.
         InputError: There is no such file, or not for this token.
-        StorageError: The Hub can't be reached, or refuses.
     """
 
     def take(response: Any) -> bytes:
@@ -91,31 +80,24 @@ def read_small(url: str, most: int, *, file: object, attempts: int = _ATTEMPTS) 
 
 def too_large(file: object, most: int, found: str) -> CheckpointFormatError:
     """Return the error for a file without weights that has more than `most` bytes."""
-    return CheckpointFormatError(
-        "a file that is far larger than such a file can be", file=file, expected=f"at most {most} bytes", found=found
-    )
+    problem = "a file that is far larger than such a file can be"
+    return CheckpointFormatError(problem, file=file, expected=f"at most {most} bytes", found=found)
 
 
 def _receive(url: str, take: Callable[[Any], _T], *, file: object, attempts: int = _ATTEMPTS, **headers: str) -> _T:
-    """Return the result of `take` on the answer to a request; after a failure, on the whole of the next answer."""
+    """Return the result of `take` on the answer to a request. After a failure, it gets the whole next answer."""
     with refusals(file):
         from huggingface_hub import constants, utils
 
         client: Any = utils
         headers |= client.build_hf_headers(library_name="gemma4-moe", library_version=__version__)
         headers["accept-encoding"] = "identity"  # a range of an encoded file would be another one
+        options = {"headers": headers, "follow_redirects": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+        options["retry_on_exceptions"] = ()  # the client's own retries break where a connection fails within an answer
         failures = 0
         while True:
-            answering = client.http_stream_backoff(
-                "GET",
-                url,
-                headers=headers,
-                follow_redirects=True,
-                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-                retry_on_exceptions=(),  # the client's own retries break where a connection fails within an answer
-            )
             try:
-                with answering as response:
+                with client.http_stream_backoff("GET", url, **options) as response:
                     client.hf_raise_for_status(response)
                     return take(response)
             except client.httpx.TransportError:
@@ -127,21 +109,13 @@ def _receive(url: str, take: Callable[[Any], _T], *, file: object, attempts: int
 
 @contextmanager
 def refusals(file: object) -> Iterator[None]:
-    """Turn the errors of the Hub's client into this package's.
-
-    Raises:
-        UsageError: huggingface_hub is not installed.
-        InputError: There is no such model or revision, or not for this token.
-        StorageError: The Hub can't be reached, or refuses; or the disk does.
-    """
+    """Turn the errors of the Hub's client, and its absence, into this package's."""
     try:
         from huggingface_hub import errors, utils
     except ImportError as error:
-        raise UsageError(
-            "no such directory, and a model on the Hub needs huggingface_hub",
-            file=file,
-            hint="check the path, or: pip install 'gemma4-moe[hub]'",
-        ) from error
+        problem = "no such directory, and a model on the Hub needs huggingface_hub"
+        hint = "check the path, or: pip install 'gemma4-moe[hub]'"
+        raise UsageError(problem, file=file, hint=hint) from error
     client: Any = utils
     try:
         yield
@@ -155,31 +129,27 @@ def refusals(file: object) -> Iterator[None]:
         raise InputError("a gated model, which this token may not read", file=file, hint=hint) from error
     except errors.RepositoryNotFoundError as error:
         problem = "no such directory, and no such model on the Hub that this token may read"
-        raise InputError(problem, file=file, hint=_LOG_IN) from error
+        hint = "check the name; a private or gated model needs `hf auth login`"
+        raise InputError(problem, file=file, hint=hint) from error
     except errors.OfflineModeIsEnabled as error:
         hint = "unset HF_HUB_OFFLINE; without --stream, a model in the Hub's cache needs no connection"
         raise StorageError("the Hub may not be asked: HF_HUB_OFFLINE is set", file=file, hint=hint) from error
     except errors.LocalEntryNotFoundError as error:
-        raise StorageError(
-            "no such directory, and the Hub can't be reached",
-            file=file,
-            hint="check the path or the connection; with HF_HUB_OFFLINE, the model must be in the cache",
-        ) from error
+        hint = "check the path or the connection; with HF_HUB_OFFLINE, the model must be in the cache"
+        raise StorageError("no such directory, and the Hub can't be reached", file=file, hint=hint) from error
     except (client.httpx.HTTPError, OSError) as error:
         response = getattr(error, "response", None)
-        if response is not None and response.status_code in _REFUSED:
+        if response is not None and response.status_code in (401, 403):
             problem = f"the Hub refuses this token: status {response.status_code}"
             raise StorageError(problem, file=file, hint="`hf auth login` with a token that may read it") from error
         raise unreadable(file, error) from error
 
 
 def unreadable(file: object, error: BaseException) -> StorageError:
-    """Return the error for a connection that fails, or for an answer that makes no sense."""
-    problem = f"the Hub can't be read: {_first_line(error)}"
-    return StorageError(problem, file=file, hint="check the connection, and try again")
+    """Return the error for a connection that fails, or an answer without sense.
 
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing. Signatures of URLs stay out."""
+    It has the first line of `error`, or its kind if it says nothing. Signatures of URLs stay out.
+    """
     line = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
-    return re.sub(r"\?[^\s'\"]+", "?…", line)
+    problem = "the Hub can't be read: " + re.sub(r"\?[^\s'\"]+", "?…", line)
+    return StorageError(problem, file=file, hint="check the connection, and try again")

@@ -65,10 +65,7 @@ def uninstall() -> None:
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """Install for a `with` block; an installation from before the block stays.
-
-    Errors and warnings are those of `install`.
-    """
+    """Install for a `with` block; an installation from before the block stays."""
     was_installed = bool(_replaced)
     install()
     try:
@@ -85,11 +82,7 @@ def _replace(holder: Any, name: str, new: Any) -> None:
 
 @cache
 def adapter_class() -> type[Gemma4MoEStateDictAdapter]:
-    """Return our adapter's class, derived also from NeMo's `StateDictAdapter` and `MoESplitExpertsStateDictMixin`.
-
-    Raises:
-        UsageError: NeMo AutoModel is not installed.
-    """
+    """Return our adapter's class, derived also from NeMo's `StateDictAdapter` and `MoESplitExpertsStateDictMixin`."""
     nemo = nemo_contract.find()
 
     class Installed(Gemma4MoEStateDictAdapter, nemo.mixin, nemo.interface):  # type: ignore[misc, name-defined]
@@ -108,12 +101,7 @@ def adapter_class() -> type[Gemma4MoEStateDictAdapter]:
 
 
 def refusing_to_round_twice(read: Callable[..., Any], checkpointing: ModuleType) -> Callable[..., Any]:
-    """Return NeMo's `Checkpointer._do_load` with a check of the files' dtypes before it.
-
-    Args:
-        read: The method, which fills a state dict from a directory.
-        checkpointing: The module of the Checkpointer.
-    """
+    """Return NeMo's `Checkpointer._do_load` with a check of the files' dtypes before it."""
 
     @wraps(read)
     def guarded(
@@ -123,9 +111,8 @@ def refusing_to_round_twice(read: Callable[..., Any], checkpointing: ModuleType)
         if loaded:
             reader = checkpointing._maybe_msc_reader(path, storage_reader)
             metadata = checkpointing._get_checkpoint_metadata(path, reader).state_dict_metadata
-            refuse_two_roundings(
-                loaded, {name: metadata[name].properties.dtype for name in loaded if name in metadata}, path
-            )
+            dtypes_found = {name: metadata[name].properties.dtype for name in loaded if name in metadata}
+            refuse_two_roundings(loaded, dtypes_found, path)
         return read(checkpointer, state_dict, path, storage_reader, is_init_step)
 
     return guarded
@@ -134,15 +121,9 @@ def refusing_to_round_twice(read: Callable[..., Any], checkpointing: ModuleType)
 def refuse_two_roundings(
     loaded: Mapping[str, torch.Tensor], file_dtypes: Mapping[str, torch.dtype], path: object
 ) -> None:
-    """Check that reading into destinations and then folding the scale rounds only once.
+    """Check that reading a checkpoint into destinations and then folding the scale rounds only once.
 
-    Args:
-        loaded: Destinations by hf name.
-        file_dtypes: The dtypes in the checkpoint, by hf name. A missing tensor is for the reader to refuse.
-        path: The checkpoint.
-
-    Raises:
-        UsageError: A `down_proj` or a scale has a dtype whose values its destination can't hold.
+    Destinations and the checkpoint's dtypes are given by hf name. A missing tensor is for the reader to refuse.
     """
     for name, destination in loaded.items():
         found = lookup(name, Layout.HF)
@@ -156,6 +137,6 @@ def refuse_two_roundings(
                 file=path,
                 expected=f"a checkpoint whose values are all values of {model.name}",
                 found=file.name,
-                hint="load with gemma4_moe.load_hf, which rounds once; or make the model in "
-                f"{file.name}; or start from a checkpoint in {model.name}",
+                hint=f"load with gemma4_moe.load_hf, which rounds once; or make the model in {file.name}; "
+                f"or start from a checkpoint in {model.name}",
             )

@@ -33,19 +33,9 @@ _COMPONENTS = "nemo_automodel.components"
 
 @dataclass(frozen=True, slots=True)
 class Nemo:
-    """The parts of an installed NeMo AutoModel.
+    """The parts of an installed NeMo AutoModel: modules, and classes of them."""
 
-    Attributes:
-        version: Its version, without the local part of a development build.
-        model: The module of the Gemma 4 MoE model.
-        adapter_module: The module of NeMo's own adapter.
-        checkpointing: The module of the Checkpointer.
-        checkpointer: The class `Checkpointer`.
-        interface: The class `StateDictAdapter`.
-        mixin: The class `MoESplitExpertsStateDictMixin`.
-    """
-
-    version: str
+    version: str  # without the local part of a development build
     model: ModuleType
     adapter_module: ModuleType
     checkpointing: ModuleType
@@ -55,11 +45,7 @@ class Nemo:
 
 
 def find() -> Nemo:
-    """Return the parts, imported.
-
-    Raises:
-        UsageError: A part is missing.
-    """
+    """Return the parts, imported; a UsageError names one that is missing."""
     checkpointing = _module(f"{_COMPONENTS}.checkpoint.checkpointing")
     return Nemo(
         version=str(_part(_module("nemo_automodel"), "__version__")).partition("+")[0],
@@ -73,14 +59,7 @@ def find() -> Nemo:
 
 
 def check(nemo: Nemo) -> None:
-    """Check every part that the integration depends on.
-
-    Raises:
-        UsageError: A check failed; the message names the expectation.
-
-    Warns:
-        UserWarning: All checks passed on a version that is not the tested one.
-    """
+    """Check every part that the integration depends on; warn if another version passes."""
     passed = []
     for expected, is_so in _checks(nemo):
         if not is_so:
@@ -100,44 +79,28 @@ def check(nemo: Nemo) -> None:
 
 def _checks(nemo: Nemo) -> Iterator[tuple[str, bool]]:
     """Yield each expectation and whether it holds."""
-    theirs = getattr(nemo.adapter_module, ADAPTER, None)
+    theirs, read = getattr(nemo.adapter_module, ADAPTER, None), vars(nemo.checkpointer).get(READ)
+    same = inspect.isclass(theirs) and getattr(nemo.model, ADAPTER, None) is theirs
+    yield f"the model's module has the adapter's class of its adapter module as {ADAPTER}", same
+    arguments = _takes(theirs, "config", "moe_config", "backend", "dtype")
+    yield f"{ADAPTER} is made from config, moe_config, backend and dtype", arguments
     model = getattr(nemo.model, "Gemma4ForConditionalGeneration", None)
-    load = getattr(nemo.checkpointer, "load_model", None)
-    to_hf = getattr(nemo.checkpointing, "_maybe_adapt_state_dict_to_hf", None)
-    from_hf = getattr(nemo.checkpointing, "_maybe_adapt_state_dict_from_hf", None)
-    abstract: frozenset[str] = getattr(nemo.interface, "__abstractmethods__", frozenset())
-    yield (
-        f"the model's module has the adapter's class of its adapter module as {ADAPTER}",
-        inspect.isclass(theirs) and vars(nemo.model).get(ADAPTER) is theirs,
-    )
-    yield (
-        f"{ADAPTER} is made from config, moe_config, backend and dtype",
-        _takes(theirs, "config", "moe_config", "backend", "dtype"),
-    )
-    yield f"Gemma4ForConditionalGeneration looks {ADAPTER} up when it is built", _uses(model, "__init__", ADAPTER)
-    yield (
-        "no method of StateDictAdapter is abstract that our adapter lacks",
-        inspect.isclass(nemo.interface) and all(hasattr(Gemma4MoEStateDictAdapter, name) for name in abstract),
-    )
+    yield f"Gemma4ForConditionalGeneration looks {ADAPTER} up when it is built", _mentions(model, "__init__", ADAPTER)
+    abstract = getattr(nemo.interface, "__abstractmethods__", ())
+    known = inspect.isclass(nemo.interface) and all(hasattr(Gemma4MoEStateDictAdapter, name) for name in abstract)
+    yield "no method of StateDictAdapter is abstract that our adapter lacks", known
     yield "MoESplitExpertsStateDictMixin is a class", inspect.isclass(nemo.mixin)
-    yield (
-        f"Checkpointer.{READ} takes state_dict, path, storage_reader and is_init_step",
-        READ in vars(nemo.checkpointer)
-        and _takes(vars(nemo.checkpointer)[READ], "state_dict", "path", "storage_reader", "is_init_step"),
-    )
-    yield f"Checkpointer.load_model reads with {READ}", _uses(nemo.checkpointer, "load_model", READ)
-    yield (
-        "Checkpointer.load_model asks the adapter for destinations with for_checkpoint_load",
-        "for_checkpoint_load" in _constants(load),
-    )
-    yield "the checkpointing module calls to_hf of state_dict_adapter", {"to_hf"} <= _names(to_hf)
-    yield "the checkpointing module calls from_hf of state_dict_adapter", {"from_hf"} <= _names(from_hf)
+    arguments = _takes(read, "state_dict", "path", "storage_reader", "is_init_step")
+    yield f"Checkpointer.{READ} takes state_dict, path, storage_reader and is_init_step", arguments
+    yield f"Checkpointer.load_model reads with {READ}", _mentions(nemo.checkpointer, "load_model", READ)
+    asks = _mentions(nemo.checkpointer, "load_model", "for_checkpoint_load")
+    yield "Checkpointer.load_model asks the adapter for destinations with for_checkpoint_load", asks
+    for name in ("to_hf", "from_hf"):
+        calls = _mentions(nemo.checkpointing, f"_maybe_adapt_state_dict_{name}", name)
+        yield f"the checkpointing module calls {name} of state_dict_adapter", calls
     for name in ("_get_checkpoint_metadata", "_maybe_msc_reader"):
-        helper = getattr(nemo.checkpointing, name, None)
-        yield (
-            f"the checkpointing module has {name} of path and storage_reader",
-            _takes(helper, "path", "storage_reader"),
-        )
+        arguments = _takes(getattr(nemo.checkpointing, name, None), "path", "storage_reader")
+        yield f"the checkpointing module has {name} of path and storage_reader", arguments
 
 
 def _module(name: str) -> ModuleType:
@@ -154,11 +117,8 @@ def _module(name: str) -> ModuleType:
 
 def _part(module: ModuleType, name: str) -> Any:
     if not hasattr(module, name):
-        raise UsageError(
-            "a part of NeMo AutoModel is not where this integration expects it",
-            expected=f"{name} in {module.__name__}",
-            hint=f"use nemo-automodel {TESTED}",
-        )
+        problem, expected = "a part of NeMo AutoModel is not where it is expected", f"{name} in {module.__name__}"
+        raise UsageError(problem, expected=expected, hint=f"use nemo-automodel {TESTED}")
     return getattr(module, name)
 
 
@@ -166,21 +126,10 @@ def _takes(function: Any, *names: str) -> bool:
     return callable(function) and set(names) <= set(inspect.signature(function).parameters)
 
 
-def _uses(holder: Any, method: str, name: str) -> bool:
-    """Return whether a method's code looks up a global or an attribute of that name."""
-    return name in _names(getattr(holder, method, None))
-
-
-def _names(function: Any) -> set[str]:
-    return set(getattr(_code(function), "co_names", ()))
-
-
-def _constants(function: Any) -> set[str]:
-    """Return a function's constant strings and the names of keyword arguments that it passes."""
-    constants = getattr(_code(function), "co_consts", ())
-    inside = [item for constant in constants if isinstance(constant, tuple) for item in constant]
-    return {item for item in (*constants, *inside) if isinstance(item, str)}
-
-
-def _code(function: Any) -> Any:
-    return getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+def _mentions(holder: Any, method: str, name: str) -> bool:
+    """Return whether a method's code has a name as a lookup, keyword or string."""
+    code = getattr(inspect.unwrap(getattr(holder, method, None)), "__code__", None)  # type: ignore[arg-type]
+    if code is None:
+        return False
+    keywords = (each for constant in code.co_consts if isinstance(constant, tuple) for each in constant)
+    return name in (*code.co_names, *code.co_consts, *keywords)

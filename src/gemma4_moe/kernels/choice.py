@@ -1,4 +1,7 @@
-"""The choice of a kernel: which are available, why others are not, and which one a caller or the environment names."""
+"""The choice of a kernel: which are available, why others are not, and which one a caller or the environment names.
+
+Here are also the checks of arguments that hold for arrays and tensors alike.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import importlib.util
 import logging
 import os
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gemma4_moe.errors import UsageError
+from gemma4_moe.errors import TensorShapeError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 #: Takes the place of "auto" wherever the caller names no kernel.
 ENVIRONMENT = "GEMMA4_MOE_KERNEL"
@@ -19,12 +25,7 @@ _log = logging.getLogger("gemma4_moe")
 
 
 class Availability(NamedTuple):
-    """Whether a kernel can run in this process.
-
-    Attributes:
-        usable: Whether it can.
-        detail: The instruction set or device that it would use, or the reason why it can't run.
-    """
+    """Whether a kernel can run here; its instruction set or device, or why not."""
 
     usable: bool
     detail: str
@@ -35,54 +36,53 @@ def available() -> dict[str, Availability]:
     return {"cpu": cpu(), "triton": triton(), "torch": _module("torch"), "numpy": Availability(True, "always there")}
 
 
-def for_array(kernel: str, supported: bool) -> str:
-    """Return "cpu" or "numpy" for a NumPy array.
+def check_arguments(
+    x: Any, factors: Any, out: Any, strides: Sequence[int] | None, target: Any, *, rounds: bool
+) -> None:
+    """Check that factors and `out` fit a product of x [E, ...] in `target`.
 
-    Args:
-        kernel: The kernel that the caller asked for.
-        supported: Whether the compiled kernels know the dtypes.
-
-    Raises:
-        UsageError: The kernel asked for is not available, or doesn't work on arrays.
+    `strides` are those of `out`, None if it can't be written. `rounds` tells whether kernels round to `target`.
     """
+    if out.shape != x.shape or out.dtype != target:
+        expected, found = f"{target} {tuple(x.shape)}", f"{out.dtype} {tuple(out.shape)}"
+        raise TensorShapeError("out does not fit the result", expected=expected, found=found)
+    if strides is None or any(stride == 0 and size > 1 for stride, size in zip(strides, out.shape, strict=True)):
+        raise TensorShapeError("out can't be written", expected="writable memory, each element its own")
+    if factors is not None and factors.shape != x.shape[:1]:
+        raise TensorShapeError("one scale an expert is needed", expected=tuple(x.shape[:1]), found=tuple(factors.shape))
+    if not rounds and (factors is not None or target != x.dtype):
+        raise UsageError(
+            "no kernel rounds to this dtype",
+            expected="bfloat16, float16 or float32",
+            found=target,
+            hint="take one of these dtypes, or leave both the scale and the dtype out: then bits are copied",
+        )
+
+
+def for_array(kernel: str, supported: bool) -> str:
+    """Return "cpu" or "numpy" for a NumPy array, given whether compiled kernels know the dtypes."""
     asked = _asked(kernel)
     if asked == "triton":
         raise UsageError("the kernel can't work on this", expected="a CUDA tensor for triton", found="a NumPy array")
     if asked == "cpu":
-        _require(asked, cpu())
-    if asked in ("torch", "numpy") or not supported:
-        return "numpy"
-    return "cpu" if _extension_or_say_so() else "numpy"
+        _require(asked)
+    return "cpu" if asked in ("auto", "cpu") and supported and _extension_or_say_so() else "numpy"
 
 
 def for_tensor(kernel: str, device: str, supported: bool) -> str:
-    """Return "cpu", "triton" or "torch" for a tensor.
-
-    Args:
-        kernel: The kernel that the caller asked for.
-        device: The device's type, e.g. "cuda".
-        supported: Whether the compiled kernels know the dtypes and the kind of tensor.
-
-    Raises:
-        UsageError: The kernel asked for is not available, or doesn't work on that device.
-    """
+    """Return "cpu", "triton" or "torch", given whether compiled kernels know dtypes and class."""
     asked = _asked(kernel)
     if device == "meta" or asked in ("torch", "numpy"):
         return "torch"
-    if asked == "cpu":
-        _require(asked, cpu())
-    if asked == "triton":
-        _require(asked, triton())
-    serves = {"cpu": "cpu", "cuda": "triton"}.get(device)
-    if asked != "auto" and asked != serves and not (asked == "triton" and interpreted()):
+    if asked != "auto":
+        _require(asked)
+    serves = "triton" if asked == "triton" and interpreted() else {"cpu": "cpu", "cuda": "triton"}.get(device)
+    if asked not in ("auto", serves):
         raise UsageError("the kernel can't work on this", expected=f"a tensor for {asked}", found=f"one on {device}")
     if not supported or serves is None:
         return "torch"
-    if asked == "triton":
-        return "triton"
-    if serves == "cpu":
-        return "cpu" if _extension_or_say_so() else "torch"
-    return "triton" if triton().usable else "torch"
+    usable = _extension_or_say_so() if serves == "cpu" else triton().usable
+    return serves if usable else "torch"
 
 
 @cache
@@ -111,26 +111,14 @@ def triton() -> Availability:
     return Availability(True, torch.cuda.get_device_name())
 
 
-def no_result(dtype: object) -> UsageError:
-    """Return the error for a product or a cast into a dtype that no kernel rounds to."""
-    return UsageError(
-        "no kernel rounds to this dtype",
-        expected="bfloat16, float16 or float32",
-        found=dtype,
-        hint="take one of these dtypes, or leave both the scale and the dtype out: then bits are copied",
-    )
-
-
 def interpreted() -> bool:
-    """Return whether Triton runs its kernels in its interpreter, which works on CPU tensors and serves tests."""
+    """Return whether Triton runs in its interpreter, which works on CPU tensors and serves tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def allowed_cores() -> int:
     """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _asked(kernel: str) -> str:
@@ -140,13 +128,11 @@ def _asked(kernel: str) -> str:
     return asked
 
 
-def _require(name: str, found: Availability) -> None:
+def _require(name: str) -> None:
+    found = cpu() if name == "cpu" else triton()
     if not found.usable:
-        raise UsageError(
-            f"the kernel {name} is not available",
-            found=found.detail,
-            hint='choose "auto", or see gemma4_moe.kernels.available()',
-        )
+        hint = 'choose "auto", or see gemma4_moe.kernels.available()'
+        raise UsageError(f"the kernel {name} is not available", found=found.detail, hint=hint)
 
 
 @cache

@@ -12,11 +12,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 @np.errstate(over="ignore", invalid="ignore")  # Inf and NaN are values like others
 def scale_cast(x: Array, factors: Array | None, out: Array) -> Array:
     """Write x [E, ...] to out, each x[e] times factors[e] (fp32), or as it is; return out."""
-    if factors is None and x.dtype == out.dtype:
-        out[...] = x
-        return out
     if factors is None:
-        _round(x.astype(np.float32), x, out)
+        if x.dtype == out.dtype:
+            out[...] = x
+        else:
+            _round(x.astype(np.float32), x, out)
         return out
     for expert in range(x.shape[0]):  # one at a time: an fp32 copy of one expert is all the memory that it takes
         one, into = x[expert : expert + 1], out[expert : expert + 1]

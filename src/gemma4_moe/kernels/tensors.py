@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from gemma4_moe.errors import TensorShapeError
 from gemma4_moe.kernels import choice, torch_kernel
 
 #: The compiled kernels' numbers for the dtypes that they read and write.
@@ -24,57 +23,34 @@ def scale_cast(
 ) -> torch.Tensor:
     """Return x [E, ...], each x[e] times scale[e], in `dtype`, written to `out` if it is given."""
     target = dtype or (x.dtype if out is None else out.dtype)
-    x = x.detach()
-    fresh = out is None
-    out = torch.empty(x.shape, dtype=target, device=x.device) if out is None else _checked(out, x.shape, target)
-    if scale is not None and scale.shape != x.shape[:1]:
-        raise TensorShapeError("one scale an expert is needed", expected=tuple(x.shape[:1]), found=tuple(scale.shape))
+    x, fresh = x.detach(), out is None
+    out = torch.empty(x.shape, dtype=target, device=x.device) if out is None else out
     factors = None if scale is None else scale.detach().to(x.device, torch.float32).contiguous()
-    if target not in _CODES and (factors is not None or target != x.dtype):
-        raise choice.no_result(target)
-    chosen = choice.for_tensor(kernel, x.device.type, _supported(x, out))
+    choice.check_arguments(x, factors, out, out.stride(), target, rounds=target in _CODES)
+    plain = type(x) in _PLAIN and type(out) in _PLAIN and x.layout == out.layout == torch.strided
+    supported = plain and x.device == out.device and x.dtype in _CODES and target in _CODES
+    chosen = choice.for_tensor(kernel, x.device.type, supported)
     if chosen == "triton":
         from gemma4_moe.kernels import triton_kernel
 
         triton_kernel.scale_cast(x, factors, out.detach())
     elif chosen == "cpu":
-        _on_cpu(x, factors, out, choice.allowed_cores() if threads is None else threads, fresh=fresh)
+        from gemma4_moe.kernels import _cpu
+
+        if fresh:
+            _cpu.advise_large_pages(out.data_ptr(), out.nbytes)  # NumPy does so for its arrays by itself
+        _cpu.scale_cast(
+            x.shape,
+            x.data_ptr(),
+            _CODES[x.dtype],
+            [stride * x.itemsize for stride in x.stride()],
+            out.data_ptr(),
+            _CODES[target],
+            [stride * out.itemsize for stride in out.stride()],
+            0 if factors is None else factors.data_ptr(),
+            choice.allowed_cores() if threads is None else threads,
+            "",
+        )
     else:
         torch_kernel.scale_cast(x, factors, out.detach())
-    return out
-
-
-def _on_cpu(x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor, threads: int, *, fresh: bool) -> None:
-    from gemma4_moe.kernels import _cpu
-
-    if fresh:
-        _cpu.advise_large_pages(out.data_ptr(), out.nbytes)  # NumPy does so for its arrays by itself
-    _cpu.scale_cast(
-        x.shape,
-        x.data_ptr(),
-        _CODES[x.dtype],
-        [stride * x.itemsize for stride in x.stride()],
-        out.data_ptr(),
-        _CODES[out.dtype],
-        [stride * out.itemsize for stride in out.stride()],
-        0 if factors is None else factors.data_ptr(),
-        threads,
-        "",
-    )
-
-
-def _supported(x: torch.Tensor, out: torch.Tensor) -> bool:
-    plain = type(x) in _PLAIN and type(out) in _PLAIN and x.layout == out.layout == torch.strided
-    return plain and x.device == out.device and x.dtype in _CODES and out.dtype in _CODES
-
-
-def _checked(out: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    if out.shape != shape or out.dtype != dtype:
-        raise TensorShapeError(
-            "out does not fit the result",
-            expected=f"{dtype} {tuple(shape)}",
-            found=f"{out.dtype} {tuple(out.shape)}",
-        )
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), shape, strict=True)):
-        raise TensorShapeError("out can't be written", expected="each element its own memory")
     return out

@@ -6,9 +6,8 @@ stream-ordered, read the scale on the device and never synchronise, so they may 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from math import prod
-from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -16,23 +15,15 @@ import triton.language as tl
 
 from gemma4_moe.kernels.choice import interpreted
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 _Four = tuple[int, int, int, int]
 
 #: The formats' numbers inside the kernel, and the integers of their size.
 _FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _CODES = {2: torch.int16, 4: torch.int32}
 
-#: Rows (along the output's contiguous axis), columns (along the input's) and warps of a tile, by the bytes of an input
-#: and an output element. Measured on an H100; see docs/benchmarks.md.
-_TILES = {
-    (2, 2): (64, 64, 8),
-    (2, 4): (64, 64, 16),
-    (4, 2): (64, 64, 16),
-    (4, 4): (64, 64, 16),
-}
+#: Rows (along the output's contiguous axis) and columns (along the input's) of a tile, and its warps: fewer where an
+#: element of the input and one of the output take two bytes each. Measured on an H100; see docs/benchmarks.md.
+_SIDE, _FEW_WARPS, _WARPS = 64, 8, 16
 
 #: Triton asks for the interpreter once, too: when the kernel below is made.
 _INTERPRETED = interpreted()
@@ -53,9 +44,13 @@ def scale_cast(x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor)
             scale_cast(x.select(1, index), factors, out.select(1, index))
         return
     shape, x_stride, out_stride = _matrices(x, out, scaled=factors is not None)
-    rows, columns, warps = _tile(shape, out_stride, x.itemsize, out.itemsize)
-    tiles = prod(shape[:2]) * _ceil_div(shape[2], rows) * _ceil_div(shape[3], columns)
-    with _on_device(x):
+    rows, columns, warps = _SIDE, _SIDE, _FEW_WARPS if x.itemsize == out.itemsize == 2 else _WARPS
+    if out_stride[3] == 1:
+        columns = min(_ROW_ELEMENTS, _power_of_2(shape[3]))
+        rows, warps = min(_ROW_ELEMENTS // columns, _power_of_2(shape[2])), _ROW_WARPS
+    tiles = prod(shape[:2]) * -(-shape[2] // rows) * -(-shape[3] // columns)  # triton.cdiv takes several us
+    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else nullcontext():
         _move[(tiles,)](
             x.view(_CODES[x.itemsize]),
             x if factors is None else factors,
@@ -97,32 +92,12 @@ def _matrices(x: torch.Tensor, out: torch.Tensor, *, scaled: bool) -> tuple[_Fou
     return tuple(shape), tuple(x_stride), tuple(out_stride)  # type: ignore[return-value]
 
 
-def _tile(shape: _Four, out_stride: _Four, in_bytes: int, out_bytes: int) -> tuple[int, int, int]:
-    if out_stride[3] == 1:
-        columns = min(_ROW_ELEMENTS, _power_of_2(shape[3]))
-        return min(_ROW_ELEMENTS // columns, _power_of_2(shape[2])), columns, _ROW_WARPS
-    return _TILES[in_bytes, out_bytes]
-
-
-# triton.cdiv and triton.next_power_of_2 serve kernels, too, and take the host several us a call: a launch makes four.
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _power_of_2(size: int) -> int:
-    """Return the least power of two that is no smaller."""
+    """Return the least power of two that is no smaller; triton.next_power_of_2 takes several us."""
     return 1 << (size - 1).bit_length()
 
 
-def _on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else nullcontext()
-
-
-def _jit(function: Callable[..., Any]) -> Any:
-    return triton.jit(function)
-
-
-@_jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _move(  # type: ignore[no-untyped-def]
     x_ptr,
     factor_ptr,
@@ -177,7 +152,7 @@ def _move(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + (r * out_stride_r + c * out_stride_c), result, mask=inside)
 
 
-@_jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _decode(codes, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
     if FORMAT == 0:
         return (codes.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -187,7 +162,7 @@ def _decode(codes, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
         return codes.to(tl.float32, bitcast=True)
 
 
-@_jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _encode(value, negative, FORMAT: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
     if FORMAT == 0:
         if INTERPRETED:  # it cuts bits off where the device rounds

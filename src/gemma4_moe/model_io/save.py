@@ -1,8 +1,7 @@
 """Write a sharded native model as an hf directory: each rank its own experts, at their place in the final files.
 
-There is no second copy and no step that puts parts together: names, shapes and dtypes alone say where every byte goes,
-so every rank knows all files before any is written. Experts that are cut along an inner axis are made whole among the
-ranks that share them, a block at a time, and each of these ranks writes some of the blocks.
+Names, shapes and dtypes alone say where every byte goes, so every rank knows all files before any is written. Experts
+that are cut along an inner axis are made whole a block at a time by the ranks that share them.
 """
 
 from __future__ import annotations
@@ -15,22 +14,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
-from gemma4_moe.adapter.to_hf import convert_block
 from gemma4_moe.checkpoint.config import read_config
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.recognition import check_layer_count, config_sizes
 from gemma4_moe.checkpoint.side_files import check_side_file, is_side_file
 from gemma4_moe.checkpoint.storage import refusals
 from gemma4_moe.converter.blocks import BLOCK_BYTES, row_bytes, rows_at_once
-from gemma4_moe.distributed.collectives import agree, gather
+from gemma4_moe.distributed.collectives import gather
 from gemma4_moe.distributed.placements import Placed, as_bytes, local_of, placed
 from gemma4_moe.distributed.ranks import current
 from gemma4_moe.distributed.sharding import part_of
 from gemma4_moe.errors import ParallelError, UnknownTensorError
+from gemma4_moe.kernels import scale_cast, transpose_scale_cast
 from gemma4_moe.layout.dtypes import DType, named, target_dtype
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.names import natural_key
-from gemma4_moe.layout.table import CHECKPOINT_RULES, DOWN, Layout
+from gemma4_moe.layout.table import CHECKPOINT_RULES, DOWN, Layout, Operation, transposes
 from gemma4_moe.layout.targets import Target, targets_of
 from gemma4_moe.model_io.load import state_of, storage_key
 from gemma4_moe.sizes import format_size, parse_size
@@ -42,7 +41,7 @@ from gemma4_moe.target.transaction import Transaction
 from gemma4_moe.target.writers import SafetensorsWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from gemma4_moe.target.pieces import Piece
@@ -71,10 +70,7 @@ class Saved:
 
 @dataclass(slots=True)
 class Native:
-    """A native tensor as all ranks see it, with its whole shape.
-
-    `mesh` are the ranks of its mesh, none for a plain tensor. `ranks` are those that have it, or a part of it.
-    """
+    """A native tensor as all ranks see it: `mesh` are the ranks of its mesh, if any, and `ranks` those with a part."""
 
     name: str
     shape: tuple[int, ...]
@@ -129,8 +125,7 @@ def save_hf(
         shard_bytes = parse_size(max_shard_size)
         described = _describe(state, ranks.rank)
     called = [str(target.absolute()), str(config_from.absolute()), shard_bytes, dtype, overwrite, read_back]
-    agree("save", None, called)
-    tensors = _union_of(ranks.everyones(described))
+    tensors = _union_of(ranks.everyones((called, described)))
     with ranks.together("plan the checkpoint"):
         targets = _make_targets(tensors, config_from, dtype)
         files = layout_files([(t.name, t.dtype, t.shape) for t in targets.values()], shard_bytes)
@@ -184,10 +179,18 @@ def _describe(state: Mapping[str, torch.Tensor], rank: int) -> list[Native]:
     return found
 
 
-def _union_of(described: Iterable[list[Native]]) -> dict[str, Native]:
-    """Return every tensor that any rank has, by name; an error if ranks disagree on one, or one lacks its part."""
+def _union_of(given: Sequence[tuple[list[object], list[Native]]]) -> dict[str, Native]:
+    """Return every tensor that any rank has, by name, from each rank's arguments and tensors, which must agree."""
+    for rank, (called, _) in enumerate(given):
+        if called != given[0][0]:
+            raise ParallelError(
+                "ranks disagree on what to save",
+                expected=f"{given[0][0]}, as on rank 0",
+                found=f"{called} on rank {rank}",
+                hint="call with the same arguments on all ranks",
+            )
     union: dict[str, Native] = {}
-    for own in (native for natives in described for native in natives):
+    for own in (native for _, natives in given for native in natives):
         known = union.setdefault(own.name, own)
         if (known.shape, known.dtype, known.placements) != (own.shape, own.dtype, own.placements):
             raise ParallelError(
@@ -256,7 +259,7 @@ def _rows(
     """Yield the first row, and the rows in the target's layout and dtype, of every run that a rank writes.
 
     A whole tensor is written by one rank, chosen by `number`, and of replicas by the rank at 0. Ranks that hold parts
-    of the same rows make them whole, and write the blocks by turns.
+    of the same rows make them whole, in steps that follow from the whole rows, and write the blocks by turns.
     """
     writers, dtype = target.origin.writers, getattr(torch, target.dtype.name)
     if rank not in writers:
@@ -277,14 +280,21 @@ def _rows(
             sharers, turn = sharers * where.mesh.size(dim), turn * where.mesh.size(dim) + coordinate[dim]
     elif writers[number % len(writers)] != rank:
         return
-    # Of the whole rows, so that ranks that share uneven parts of them take the same steps.
     step = rows_at_once(prod(tensor.shape[1:]) * tensor.element_size())
     for count, first in enumerate(range(0, len(local), step)):
         block = local[first : first + step]
         if along is not None:
             block = gather(block, along, (len(block), *tensor.shape[1:]), BLOCK_BYTES)
         if count % sharers == turn:
-            converted = convert_block(target.operation, block, dtype=dtype)
+            block = _converted(block, target.operation, dtype)
             for run in part_of(runs, first, first + len(block)):
-                yield run.start, converted[: len(run)]
-                converted = converted[len(run) :]
+                yield run.start, block[: len(run)]
+                block = block[len(run) :]
+
+
+def _converted(block: torch.Tensor, operation: Operation, dtype: torch.dtype) -> torch.Tensor:
+    if transposes(operation):
+        block = transpose_scale_cast(block, dtype=dtype)
+    elif block.dtype != dtype:
+        block = scale_cast(block, dtype=dtype)
+    return block

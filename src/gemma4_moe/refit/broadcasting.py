@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 
 
 def send(stream: WeightStream, group: dist.ProcessGroup | None = None) -> None:
-    """Broadcast one pass of a stream to ranks of a group that call `receive`.
+    """Broadcast one pass of a stream to the ranks of a group that call `receive`.
 
-    Args:
-        stream: The weights. A trainer rank that gets no tensors only takes part in the gathers, and need not be in the
-            group.
-        group: This rank and the receivers; all ranks by default.
+    The default is the group of all ranks. A trainer rank that gets no tensors only takes part in the gathers, and need
+    not be in the group.
     """
     for bucket in stream.buckets():
         _broadcast_entries(bucket.entries, dist.get_rank(), group, bucket.buffer.device)
@@ -35,15 +33,11 @@ def receive(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (hf name, tensor) of one pass, each valid until the next is asked for.
 
-    Args:
-        src: The sender's rank.
-        group: The sender and the receivers; all ranks by default.
-        device: The buffer's device, one that the group's backend serves.
+    The sender's rank is `src`. The buffer is on `device`, which the group's backend must serve.
     """
     buffer = torch.empty(0, dtype=torch.uint8, device=device)
     while (entries := _broadcast_entries(None, src, group, torch.device(device))) is not None:
-        last = entries[-1]
-        size = last.offset + aligned(last.nbytes)
+        size = entries[-1].offset + aligned(entries[-1].nbytes)
         if buffer.numel() < size:
             buffer = torch.empty(size, dtype=torch.uint8, device=device)
         dist.broadcast(buffer[:size], src=src, group=group)

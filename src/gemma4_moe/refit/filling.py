@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
-from gemma4_moe.adapter.to_hf import convert_block
 from gemma4_moe.distributed.collectives import broadcast, gather
 from gemma4_moe.distributed.placements import Placed, local_of, placed
-from gemma4_moe.distributed.sharding import Sharded
+from gemma4_moe.kernels import scale_cast, transpose_scale_cast
 from gemma4_moe.layout.spellings import WHOLE
-from gemma4_moe.layout.table import Operation
+from gemma4_moe.layout.table import Operation, converted_shape
 from gemma4_moe.refit.buckets import unpack
 
 if TYPE_CHECKING:
@@ -26,28 +25,18 @@ _OWN_LAUNCH_BYTES = 4 << 20
 
 
 class Filler:
-    """Fills the tensors of one pass.
-
-    Args:
-        kernel: The kernel that converts.
-        keeps: Whether this rank keeps the results. If not, it only takes part in collectives.
-    """
+    """Fills the tensors of one pass, or only takes part in collectives."""
 
     def __init__(self, kernel: str, *, keeps: bool) -> None:
         self._kernel = kernel
         self._keeps = keeps
         self._owners: dict[Placed, list[tuple[tuple[int, ...], int]]] = {}
-        self._outs: list[torch.Tensor] = []
-        self._sources: list[torch.Tensor] = []
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def fill(self, item: Item, value: torch.Tensor, out: torch.Tensor) -> None:
-        """Write one item, made from `value`, into `out`.
+        """Write one item, made from `value`, into `out`, which is contiguous.
 
-        `out` is contiguous, of the item's shape and dtype. A small copy without conversion waits for `flush`. All ranks
-        of a DTensor's mesh must call.
-
-        Raises:
-            ParallelError: A collective failed, or a placement is not known.
+        A small copy without conversion waits for `flush`. All ranks of a DTensor's mesh must call.
         """
         local = local_of(value)
         if item.operation is Operation.FOLD:
@@ -57,24 +46,16 @@ class Filler:
         if where is None or not where.is_cut:
             small = item.operation is Operation.KEEP and local.dtype == out.dtype and item.nbytes < _OWN_LAUNCH_BYTES
             if self._keeps and small:
-                self._outs.append(out)
-                self._sources.append(local)
+                self._copies.append((out, local))
             elif self._keeps:
                 self._convert(item, _part(local if item.part.expert is None else local[item.part.expert], item), out)
-        elif item.part == WHOLE:
-            moved = where.converted(item.operation, value.ndim)
-            shard = self._convert(item, local, out.new_empty(moved.local_shape(item.shape)))
-            gather(shard, moved, item.shape, out=out)
         elif item.part.expert is None:
             self._fill_rows(item, tuple(value.shape), local, where, out)
         else:
-            self._fill_expert(item, tuple(value.shape), local, where, out)
+            self._fill_expert(item, item.part.expert, tuple(value.shape), local, where, out)
 
     def fill_batch(self, batch: Batch, value: torch.Tensor, bucket: Bucket) -> None:
-        """Write a batch of items, made from `value`, to their places in a bucket.
-
-        Errors are those of `fill`.
-        """
+        """Write a batch of items, made from `value`, to their places in a bucket."""
         items = batch.items
         if items[0].part.expert is None:
             self.fill(items[0], value, bucket.view_of(batch))
@@ -88,55 +69,49 @@ class Filler:
 
     def flush(self) -> None:
         """Make all small copies that wait, in one launch."""
-        if self._outs:
-            torch._foreach_copy_(self._outs, self._sources)
-            self._outs, self._sources = [], []
+        if self._copies:
+            outs, sources = zip(*self._copies, strict=True)
+            torch._foreach_copy_(outs, sources)
+            self._copies = []
 
     def _convert(self, item: Item, native: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return convert_block(item.operation, native, out=out, kernel=self._kernel)
+        """Write native values into `out` in hf layout, and return it; FOLD gives ones."""
+        if item.operation is Operation.FOLD:
+            return out.fill_(1)
+        if item.operation is not Operation.KEEP:
+            transpose_scale_cast(native, out=out, kernel=self._kernel)
+        elif native.dtype == out.dtype:
+            out.copy_(native)
+        else:
+            one = native.ndim == 0  # the kernels take at least one axis
+            scale_cast(native[None] if one else native, out=out[None] if one else out, kernel=self._kernel)
+        return out
 
     def _fill_expert(
-        self, item: Item, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
+        self, item: Item, expert: int, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
     ) -> None:
         """Write one expert's part on the owner ranks, and broadcast it to the others."""
-        assert item.part.expert is not None, "an item of one expert"
-        owner, position = self._owners_of(where, shape[0])[item.part.expert]
-        coordinate = where.mesh.get_coordinate()
-        assert coordinate is not None, "a rank that holds a DTensor is in its mesh"
-        if all(coordinate[dim] == owner[dim] for dim in where.expert_dims):
-            self._fill_owned(item, shape, local[position], where, out)
+        owner, position = self._owners_of(where, shape[0])[expert]
+        if all(where.coordinate[dim] == owner[dim] for dim in where.expert_dims):
+            along = Placed(where.mesh, tuple(p if p and p.axis != 0 else None for p in where.placements))
+            self._fill_rows(item, (1, *shape[1:]), local[position : position + 1], along, out[None])
         broadcast(out, where, owner)
-
-    def _fill_owned(
-        self, item: Item, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
-    ) -> None:
-        """Write one expert's part, of which each owner rank has `local` [rows, columns] in native layout."""
-        inner = tuple(Sharded(2 - p.axis, p.split_factor) if p and p.axis != 0 else None for p in where.placements)
-        along = Placed(where.mesh, inner)
-        if not along.is_cut:
-            self._convert(item, _part(local, item), out)
-        elif 0 in (p.axis for p in inner if p) and item.part.slots > 1:
-            # Gate and up are on different ranks: the expert is gathered whole.
-            shard = self._convert(item, local, out.new_empty(local.shape[1], local.shape[0]))
-            start, end = item.part.rows(shape[2])
-            out.copy_(gather(shard, along, (shape[2], shape[1]))[start:end])
-        else:
-            mine = _part(local, item)
-            gather(self._convert(item, mine, out.new_empty(mine.shape[1], mine.shape[0])), along, item.shape, out=out)
 
     def _fill_rows(
         self, item: Item, shape: tuple[int, ...], local: torch.Tensor, where: Placed, out: torch.Tensor
     ) -> None:
-        """Write a run of rows of all experts, of which each rank has `local` [experts, columns, rows]."""
+        """Write all, or a run of rows of each expert, of a native tensor of which each rank has `local`."""
         moved = where.converted(item.operation, len(shape))
-        if any(p is not None and p.axis == 1 for p in moved.placements):
+        if not where.is_cut:
+            self._convert(item, _part(local, item), out)
+        elif item.part.slots > 1 and any(p and p.axis == 1 for p in moved.placements):
             # Gate and up are on different ranks: the experts are gathered whole.
-            whole, (start, end) = (shape[0], shape[2], shape[1]), item.part.rows(shape[2])
+            whole, (start, end) = converted_shape(item.operation, shape), item.part.rows(shape[2])
             shard = self._convert(item, local, out.new_empty(moved.local_shape(whole)))
             out.copy_(gather(shard, moved, whole)[:, start:end])
         else:
-            shard = self._convert(item, _part(local, item), out.new_empty(moved.local_shape(item.shape)))
-            gather(shard, moved, item.shape, out=out)
+            shard = self._convert(item, _part(local, item), out.new_empty(moved.local_shape(out.shape)))
+            gather(shard, moved, out.shape, out=out)
 
     def _owners_of(self, where: Placed, experts: int) -> list[tuple[tuple[int, ...], int]]:
         """Return, for each expert, its owner's coordinate in the mesh and its position on that rank."""

@@ -21,39 +21,33 @@ if TYPE_CHECKING:
 
     from gemma4_moe.refit.stream import WeightStream
 
-_DONE = "done"
-
 
 def send(stream: WeightStream, connection: Connection) -> None:
     """Send one pass of a stream; return when the receiver has read all of it.
 
     The receiver reads one bucket while the next one is filled. A rank that gets no tensors only takes part in gathers.
     """
-    unread = 0
+    sent = False
     for bucket in stream.buckets():
         _wait_for(bucket.buffer)  # the other process doesn't see this process' CUDA streams
         connection.send((bucket.buffer, bucket.entries))
-        unread += 1
-        if unread == 2:
-            connection.recv()
-            unread -= 1
-    for _ in range(unread):
+        if sent:
+            connection.recv()  # the bucket before this one is read
+        sent = True
+    if sent:
         connection.recv()
     if stream.keeps:
         connection.send(None)
 
 
 def receive(connection: Connection) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (hf name, tensor) of one pass, each valid until the next is asked for.
-
-    The tensors are views of the sender's memory.
-    """
+    """Yield (hf name, view of the sender's memory), valid until the next is asked for."""
     while (received := connection.recv()) is not None:
         buffer, entries = received
         yield from unpack(buffer, entries)
         _wait_for(buffer)
         del received, buffer
-        connection.send(_DONE)
+        connection.send("done")
 
 
 def _wait_for(buffer: torch.Tensor) -> None:

@@ -18,54 +18,34 @@ Tensors = Mapping[str, Any]
 State = torch.nn.Module | Tensors | Iterable[Tensors]
 
 
-def check_readable_again(state: State) -> None:
-    """Check that a state can be read on more than one pass.
-
-    Raises:
-        UsageError: The state is an iterator, which ends after one pass.
-    """
-    if isinstance(state, Iterator):
-        raise UsageError(
-            "a state that can be read only once",
-            expected="a module, a mapping, or an iterable that can be read again, such as a list",
-            found=type(state).__name__,
-            hint="give an object whose __iter__ is the generator, instead of the generator itself",
-        )
-
-
 def mappings_of(state: State) -> Iterator[Tensors]:
     """Yield the mappings of a state, in its order."""
     if isinstance(state, torch.nn.Module):
         yield state.state_dict()
     elif isinstance(state, Mapping):
         yield state
+    elif isinstance(state, Iterator):
+        raise UsageError(
+            "a state that can be read only once",
+            expected="a module, a mapping, or an iterable that can be read again, such as a list",
+            found=type(state).__name__,
+            hint="give an object whose __iter__ is the generator, instead of the generator itself",
+        )
     else:
         yield from state
 
 
 def sources_of(tensors: Tensors) -> tuple[dict[str, TensorFacts], dict[str, str]]:
     """Return each tensor's source, and for each alias of one its first name."""
-    sources: dict[str, TensorFacts] = {}
-    aliases: dict[str, str] = {}
+    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
     first: dict[object, str] = {}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        same = first.setdefault(_identity(tensor), name) if local_of(tensor).numel() else name
-        if same == name:
-            sources[name] = TensorFacts.of(tensor)
-        else:
-            aliases[name] = same
-    return sources, aliases
+    same = {name: first.setdefault(_identity(tensor) or name, name) for name, tensor in tensors.items()}
+    sources = {name: TensorFacts.of(tensors[name]) for name in same if same[name] == name}
+    return sources, {name: same[name] for name in same if same[name] != name}
 
 
 class StatePass:
-    """One pass over a state, whose tensors must still be as planned.
-
-    Args:
-        state: The state.
-        sources: The sources of each of its mappings, as planned.
-    """
+    """One pass over a state, whose tensors must still be as planned."""
 
     def __init__(self, state: State, sources: Sequence[Mapping[str, TensorFacts]]) -> None:
         self._mappings = mappings_of(state)
@@ -75,58 +55,43 @@ class StatePass:
         self._checked: dict[str, torch.Tensor] = {}
 
     def tensor(self, mapping: int, name: str) -> torch.Tensor:
-        """Return a tensor of a mapping.
-
-        Mappings must be asked for in order; each is dropped at the next.
-
-        Raises:
-            InputError: The tensor is missing, or has another shape, dtype, mesh or placement than planned.
-        """
+        """Return a tensor of a mapping; each mapping is dropped at the next."""
         while self._number < mapping:
             self._tensors, self._checked = next(self._mappings, {}), {}
             self._number += 1
         if name not in self._checked:
-            self._checked[name] = _checked(self._tensors, name, self._sources[mapping][name])
+            tensor, source = self._tensors.get(name), self._sources[mapping][name]
+            found = TensorFacts.of(tensor) if isinstance(tensor, torch.Tensor) else None
+            if tensor is None or found != source:
+                raise InputError(
+                    "a tensor that has changed since the stream was planned",
+                    tensor=name,
+                    expected=_text(source),
+                    found="absent" if found is None else _text(found),
+                    hint="make a new WeightStream after the model has changed",
+                )
+            self._checked[name] = tensor
         return self._checked[name]
 
     def finish(self) -> None:
-        """Check that the state has no further mappings.
-
-        Raises:
-            InputError: The state has more mappings than planned.
-        """
+        """Check that the state has no further mappings."""
         self._tensors, self._checked = {}, {}
-        rest = len(self._sources) - 1 - self._number
-        found = sum(1 for _ in self._mappings)
-        if found > rest:
+        found = self._number + 1 + sum(1 for _ in self._mappings)
+        if found > len(self._sources):
             raise InputError(
                 "a state of more parts than it had when the stream was planned",
                 expected=f"{len(self._sources)} mappings",
-                found=f"{self._number + 1 + found}",
+                found=f"{found}",
                 hint="make a new WeightStream after the model has changed",
             )
-
-
-def _checked(tensors: Tensors, name: str, source: TensorFacts) -> torch.Tensor:
-    tensor = tensors.get(name)
-    found = TensorFacts.of(tensor) if isinstance(tensor, torch.Tensor) else None
-    if found != source:
-        raise InputError(
-            "a tensor that has changed since the stream was planned",
-            tensor=name,
-            expected=_text(source),
-            found="absent" if found is None else _text(found),
-            hint="make a new WeightStream after the model has changed",
-        )
-    assert isinstance(tensor, torch.Tensor), "a source is of a tensor"
-    return tensor
 
 
 def _text(source: TensorFacts) -> str:
     return f"{source.dtype} {list(source.shape)} {source.placements}".rstrip()
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return a key that is equal for two names of one tensor, meta tensors included."""
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """Return a key that is equal for two names of one tensor; None if it is empty."""
     local = local_of(tensor)
-    return (*storage_key(tensor), local.untyped_storage()._cdata if local.is_meta else None)
+    key = (*storage_key(tensor), local.untyped_storage()._cdata if local.is_meta else None)
+    return key if local.numel() else None

@@ -10,7 +10,7 @@ import torch
 
 from gemma4_moe.adapter.configs import axis_sizes, conversion_of
 from gemma4_moe.adapter.to_hf import excluding
-from gemma4_moe.distributed.collectives import agree_by_mesh
+from gemma4_moe.distributed.collectives import agree
 from gemma4_moe.distributed.placements import local_of
 from gemma4_moe.distributed.ranks import current
 from gemma4_moe.errors import UsageError
@@ -21,7 +21,7 @@ from gemma4_moe.refit.buckets import Buffers, aligned, plan_buckets
 from gemma4_moe.refit.filling import Filler, holds_all
 from gemma4_moe.refit.items import form_of, items_of, only_layers
 from gemma4_moe.refit.preflight import check_against
-from gemma4_moe.refit.state import StatePass, check_readable_again, mappings_of, sources_of
+from gemma4_moe.refit.state import StatePass, mappings_of, sources_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -75,16 +75,15 @@ class WeightStream:
         dst: int | None = None,
     ) -> None:
         form = form_of(experts)
-        _check_choice("oversize", oversize, ("error", "own"))
+        if oversize not in ("error", "own"):
+            raise UsageError("no such value of oversize", expected="error or own", found=repr(oversize))
         if bucket_bytes < 1:
             raise UsageError("a bucket without room", expected="bucket_bytes of 1 or more", found=bucket_bytes)
         ranks = current()
         if dst is not None and not 0 <= dst < ranks.world:
             raise UsageError("no such rank", expected=f"dst from 0 to {ranks.world - 1}", found=dst)
-        check_readable_again(state)
-        self.experts = experts
-        self.bucket_bytes = bucket_bytes
-        self.oversize = oversize
+        self._bucket_bytes = bucket_bytes
+        self._oversize = oversize
         self.dst = dst
         self.keeps = dst is None or dst == ranks.rank
         self._kernel = conversion_of(adapter.backend)
@@ -106,18 +105,15 @@ class WeightStream:
         self._call = [digest, str(into), experts, bucket_bytes, oversize, exclude_key_regex, sorted(layers or ())]
 
     def plan(self) -> list[Planned]:
-        """Return name, shape, dtype and size of each tensor of a pass, in order.
-
-        Nothing is converted, and nothing communicates.
-        """
+        """Return name, shape, dtype and size of each tensor in order; nothing communicates."""
         return [item.planned for item in self._items]
 
     def preflight(self, reference: str | Path | Iterable[Any]) -> None:
         """Compare the plan with the engine's tensors, which most engines don't.
 
         Args:
-            reference: An hf directory, of which only headers are read; or hf names, or (name, shape) pairs. Fused
-                experts are compared with per-expert ones by the same table.
+            reference: An hf directory, of which only headers are read; or hf names, or (name, shape) pairs. Experts may
+                be fused or not.
 
         Raises:
             DifferenceError: The stream lacks a tensor, has one too many, or one of another shape; all are named.
@@ -145,20 +141,17 @@ class WeightStream:
         A bucket is good until the one after the next is asked for; see `Bucket`. Buffers are on the tensors' device.
 
         Raises:
-            UsageError: A tensor is larger than a bucket; this is raised before any copy. Or tensors are on several
-                devices; or, in debug mode, the consumer keeps a bucket too long.
+            UsageError: A tensor is larger than a bucket; or tensors are on several devices; or, in debug mode, the
+                consumer keeps a bucket too long.
             InputError, ParallelError: As in an iteration.
         """
         if self._buckets is None:
-            self._buckets = plan_buckets(self._items, self.bucket_bytes, self.oversize)
+            self._buckets = plan_buckets(self._items, self._bucket_bytes, self._oversize)
         filler, state = self._begin()
-        buffers: Buffers | None = None
+        device = next((state.tensor(item.mapping, item.native).device for item in self._items), torch.device("cpu"))
+        sizes = (planned.size for planned in self._buckets)
+        buffers = Buffers(device, max((size for size in sizes if size <= aligned(self._bucket_bytes)), default=0))
         for planned in self._buckets:
-            if buffers is None:
-                first = planned.batches[0].items[0]
-                device = local_of(state.tensor(first.mapping, first.native)).device
-                most = aligned(self.bucket_bytes)
-                buffers = Buffers(device, max((p.size for p in self._buckets if p.size <= most), default=0))
             bucket = buffers.take(planned)
             for batch in planned.batches:
                 item = batch.items[0]
@@ -182,13 +175,9 @@ class WeightStream:
 
     def _begin(self) -> tuple[Filler, StatePass]:
         """Start a pass once all ranks agree on the call, the plan and placements."""
-        placements = [
-            (source.mesh, [name, source.placements])
-            for mapping in self._sources
-            for name, source in mapping.items()
-            if source.mesh is not None
-        ]
-        agree_by_mesh("stream", self._call, placements)
+        sources = [pair for mapping in self._sources for pair in mapping.items()]
+        placements = [(source.mesh, [name, source.placements]) for name, source in sources if source.mesh is not None]
+        agree("stream", self._call, placements)
         return Filler(self._kernel, keeps=self.keeps), StatePass(self._state, self._sources)
 
 
@@ -198,8 +187,3 @@ def _fresh(item: Item, state: StatePass, filler: Filler) -> torch.Tensor:
     filler.fill(item, value, out)
     filler.flush()
     return out
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UsageError(f"no such value of {name}", expected=" or ".join(known), found=repr(value))

@@ -24,12 +24,22 @@ def vllm_source(stream: WeightStream) -> Any:
     Raises:
         UsageError: The stream has several dtypes: vLLM packs tensors without alignment. Or the stream has a `dst`:
             vLLM's sender is always the first rank, and all ranks iterate.
-        ModuleNotFoundError: vLLM is not installed.
     """
-    _check(stream)
+    if stream.dst is not None:
+        raise UsageError("a stream for one rank", expected="dst=None", found=f"dst={stream.dst}", hint="leave dst out")
+    plan = {planned.name: planned for planned in stream.plan()}
+    first = next(iter(plan.values()))
+    for other in plan.values():
+        if other.dtype != first.dtype:
+            raise UsageError(
+                "a stream of several dtypes, which vLLM can't pack",
+                tensor=other.name,
+                expected=f"{first.dtype}, as {first.name}",
+                found=other.dtype,
+                hint='set dtype, e.g. WeightStream(..., dtype="bfloat16"), and exclude_key_regex for other tensors',
+            )
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, layerwise_groups
 
-    plan = {planned.name: planned for planned in stream.plan()}
     names = [name for group in layerwise_groups(list(plan)) for name in group]
 
     class Source(WeightSource):  # type: ignore[misc]
@@ -44,18 +54,3 @@ def vllm_source(stream: WeightStream) -> Any:
                 yield name, early.pop(name)
 
     return Source()
-
-
-def _check(stream: WeightStream) -> None:
-    if stream.dst is not None:
-        raise UsageError("a stream for one rank", expected="dst=None", found=f"dst={stream.dst}", hint="leave dst out")
-    first = stream.plan()[0]
-    other = next((planned for planned in stream.plan() if planned.dtype != first.dtype), None)
-    if other is not None:
-        raise UsageError(
-            "a stream of several dtypes, which vLLM can't pack",
-            tensor=other.name,
-            expected=f"{first.dtype}, as {first.name}",
-            found=other.dtype,
-            hint='set dtype, e.g. WeightStream(..., dtype="bfloat16"), and exclude_key_regex for other tensors',
-        )

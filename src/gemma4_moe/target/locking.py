@@ -1,8 +1,9 @@
-"""The lock of a target: one process writes it at a time, and an error names that process.
+"""The lock of a target: one process writes it at a time, and errors name it.
 
 On one host the lock is `flock`'s, which dies with its process. Not every shared filesystem carries it from host to
 host, and some have no locks at all. So the owner also writes its name into the file, and removes it when it is done. A
 name that `flock` can't vouch for counts as an owner until a user says, with `--break-lock`, that its process is gone.
+A disk that refuses is a StorageError everywhere.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import socket
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -32,22 +34,15 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The process that holds a target, or was killed while it held it.
-
-    Attributes:
-        pid: Its number on its host.
-        host: The host's name.
-        since: When it took the target, in seconds since the epoch.
-    """
+    """The process that holds a target, or was killed meanwhile. `since` is in seconds since the epoch."""
 
     pid: int
     host: str
     since: float
 
     def __str__(self) -> str:
-        return (
-            f"process {self.pid} on {self.host}, since {datetime.fromtimestamp(self.since, UTC):%Y-%m-%d %H:%M:%S} UTC"
-        )
+        since = datetime.fromtimestamp(self.since, UTC)
+        return f"process {self.pid} on {self.host}, since {since:%Y-%m-%d %H:%M:%S} UTC"
 
 
 class Lock:
@@ -63,47 +58,27 @@ class Lock:
 
         Raises:
             TargetBusyError: Another process has it.
-            StorageError: The disk or its permissions refused.
         """
         self.path = path
         for _ in range(_ATTEMPTS):
-            descriptor = self._open_and_lock(break_lock=break_lock)
-            if descriptor is not None:
-                self._descriptor = descriptor
-                try:
-                    self._name = self._sign()
-                except BaseException:
-                    self.forget()
-                    raise
+            taken = _take(path, break_lock=break_lock)
+            if taken is not None:
+                self._descriptor, self._name = taken
                 return
         raise _busy(path, _read_owner(path), breakable=False)
 
     def confirm(self) -> None:
-        """Check that the lock was not broken.
-
-        Raises:
-            TargetBusyError: Another process has broken it.
-            StorageError: The disk or its permissions refused.
-        """
+        """Raise a TargetBusyError if another process has broken the lock."""
         if self.is_broken():
-            raise TargetBusyError(
-                "another process has broken this lock and taken the target",
-                file=self.path,
-                found=_read_owner(self.path) or "no lock",
-                hint="let only one of them run",
-            )
+            problem = "another process has broken this lock and taken the target"
+            found = _read_owner(self.path) or "no lock"
+            raise TargetBusyError(problem, file=self.path, found=found, hint="let only one of them run")
 
     def is_broken(self) -> bool:
-        """Return whether the file no longer holds our name: what the lock guards is then another process's.
-
-        Raises:
-            StorageError: The disk or its permissions refused.
-        """
-        with refusals("look at the lock", self.path):
-            try:
-                return self.path.read_bytes() != self._name
-            except FileNotFoundError:
-                return True
+        """Return whether the file has lost our name. Another process then owns what the lock guards."""
+        with refusals("look at the lock", self.path), suppress(FileNotFoundError):
+            return self.path.read_bytes() != self._name
+        return True
 
     def release(self) -> None:
         """Release the lock and remove our name."""
@@ -111,51 +86,51 @@ class Lock:
             with refusals("release the lock", self.path):
                 os.ftruncate(self._descriptor, 0)
         finally:
-            os.close(self._descriptor)
+            self.forget()
 
     def forget(self) -> None:
         """Release the lock after its file was removed."""
         os.close(self._descriptor)
 
-    def _open_and_lock(self, *, break_lock: bool) -> int | None:
-        """Return the locked descriptor. None asks for another attempt: the file was exchanged, or the lock broken."""
-        with refusals("open the lock", self.path):
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            locked = _try_lock(descriptor, self.path)
-            if locked and not _is_at(descriptor, self.path):
-                return None
-            owner = _read_owner(self.path)
-            breakable = owner is not None and (locked is None or owner.host != socket.gethostname())
-            if locked is not False and not breakable:
-                taken, descriptor = descriptor, -1
-                return taken
-            if not (breakable and break_lock):
-                raise _busy(self.path, owner, breakable=breakable)
-            with refusals("break the lock", self.path):
-                self.path.unlink(missing_ok=True)
-            return None
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
 
-    def _sign(self) -> bytes:
-        """Write our name and return it. A full disk has no room for it, and must not keep `clean` from making some."""
-        name = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-        content = json.dumps(name).encode()
-        with refusals("sign the lock", self.path):
-            os.ftruncate(self._descriptor, 0)
-            try:
-                os.pwrite(self._descriptor, content, 0)
-            except OSError as error:
-                if error.errno not in FULL:
-                    raise
-                return b""
-        return content
+def _take(path: Path, *, break_lock: bool) -> tuple[int, bytes] | None:
+    """Return the locked descriptor and our name. None asks for another attempt: the file was removed or replaced."""
+    with ExitStack() as stack:
+        with refusals("open the lock", path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        stack.callback(os.close, descriptor)
+        locked = _try_lock(descriptor, path)
+        if locked and not _is_at(descriptor, path):
+            return None
+        owner = _read_owner(path)
+        breakable = owner is not None and (locked is None or owner.host != socket.gethostname())
+        if locked is not False and not breakable:
+            name = _sign(descriptor, path)
+            stack.pop_all()
+            return descriptor, name
+        if not (breakable and break_lock):
+            raise _busy(path, owner, breakable=breakable)
+        with refusals("break the lock", path):
+            path.unlink(missing_ok=True)
+        return None
+
+
+def _sign(descriptor: int, path: Path) -> bytes:
+    """Write our name and return it. A full disk has no room for it, and must not keep `clean` from making some."""
+    content = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}).encode()
+    with refusals("sign the lock", path):
+        os.ftruncate(descriptor, 0)
+        try:
+            os.pwrite(descriptor, content, 0)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            return b""
+    return content
 
 
 def _try_lock(descriptor: int, path: Path) -> bool | None:
-    """Return whether the lock was free, and is now ours; None if the filesystem has no locks."""
+    """Return whether the lock was free, and is now ours. None means that the filesystem has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -169,17 +144,13 @@ def _try_lock(descriptor: int, path: Path) -> bool | None:
 
 def _is_at(descriptor: int, path: Path) -> bool:
     """Return whether `path` still names the open file."""
-    with refusals("look at the lock", path):
-        try:
-            there = path.stat()
-        except FileNotFoundError:
-            return False
-        here = os.fstat(descriptor)
-    return (here.st_ino, here.st_dev) == (there.st_ino, there.st_dev)
+    with refusals("look at the lock", path), suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
 
 
 def _read_owner(path: Path) -> Owner | None:
-    """Return the process whose name is in the lock, or None if there is none or it makes no sense."""
+    """Return the process whose name is in the lock, or None without a sensible name."""
     try:
         name: dict[str, Any] = json.loads(path.read_bytes())
         return Owner(int(name["pid"]), str(name["host"]), float(name["since"]))
@@ -188,11 +159,8 @@ def _read_owner(path: Path) -> Owner | None:
 
 
 def _busy(path: Path, owner: Owner | None, *, breakable: bool) -> TargetBusyError:
-    return TargetBusyError(
-        "another process is writing this target",
-        file=path.parent,
-        found=owner or "a process that has not given its name yet",
-        hint="if that process is gone, give --break-lock"
-        if breakable
-        else "wait until it has ended, or name another target",
-    )
+    found = owner or "a process that has not given its name yet"
+    hint = "wait until it has ended, or name another target"
+    if breakable:
+        hint = "if that process is gone, give --break-lock"
+    return TargetBusyError("another process is writing this target", file=path.parent, found=found, hint=hint)

@@ -11,19 +11,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-_EXCHANGE = 2
-_AT_FDCWD = -100
+_EXCHANGE, _AT_FDCWD = 2, -100
 
 #: What a kernel or a filesystem answers if it does not know the flag.
 _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange two directories in one step. Return False, with nothing done, if the filesystem can't.
-
-    Raises:
-        OSError: The disk or its permissions refused.
-    """
+    """Exchange two directories in one step. Return False if the filesystem can't; any other refusal is an OSError."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 is None:
         return False
