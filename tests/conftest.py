@@ -39,4 +39,4 @@ def source(tmp_path: Path) -> Path:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convert and journal by blocks of two pages, so that a small model has several of them."""
     monkeypatch.setattr("gemma4_moe.converter.blocks.BLOCK_BYTES", 8192)
-    monkeypatch.setattr("gemma4_moe.target.ledger.FLUSH_BYTES", 8192)
+    monkeypatch.setattr("gemma4_moe.target.journal.FLUSH_BYTES", 8192)

@@ -48,7 +48,7 @@ def test_a_checkpoint_of_two_files(directory):
         assert {name: t.file.path.name for name, t in checkpoint.tensors.items()} == PLACES
         assert checkpoint.total_bytes == (1 + 2 + 3) * 3 * 4
         assert [path.name for path in checkpoint.side_files] == ["README.md", "config.json", "tokenizer.json"]
-        assert checkpoint.left_behind == ("modeling.py", "sub/", "training_args.bin")
+        assert checkpoint.skipped == ("modeling.py", "sub/", "training_args.bin")
         assert checkpoint.read_config().document == {}
         tensor = checkpoint.tensors["bb"]
         assert (tensor.name, tensor.dtype.name, tensor.shape, tensor.nbytes) == ("bb", "float32", (2, 3), 24)

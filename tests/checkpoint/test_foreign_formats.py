@@ -58,4 +58,4 @@ def test_what_lies_beside_whole_safetensors_is_left_behind(tmp_path, name):
     save_file(ARRAYS, tmp_path / "model.safetensors")
     (tmp_path / name).touch()
     with open_checkpoint(tmp_path) as checkpoint:
-        assert checkpoint.left_behind == (name,)
+        assert checkpoint.skipped == (name,)

@@ -110,13 +110,13 @@ INTERRUPTED = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
 from gemma4_moe.cli import commands
-from gemma4_moe.target import ledger
-original = ledger.Ledger.wrote
+from gemma4_moe.target import journal
+original = journal.Ledger.wrote
 def wrote(self, *arguments):
     original(self, *arguments)
     if self._count._done > 4096:
         os.kill(os.getpid(), int(os.environ["SIGNAL"]))
-ledger.Ledger.wrote = wrote
+journal.Ledger.wrote = wrote
 commands.main(sys.argv[1:])
 """
 

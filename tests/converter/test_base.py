@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma4_moe import convert, plan, verify
-from gemma4_moe.converter import unfold
+from gemma4_moe.converter import base as base_module
 from gemma4_moe.errors import SourceChangedError, TensorShapeError, UsageError
 from support.checkpoints import contents, write_checkpoint
 from support.formulas import assert_same_tensors, hf_from_nemo
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from gemma4_moe.converter.plan import PlannedTensor
     from gemma4_moe.converter.steps import Array
 
 LAYER = "model.language_model.layers.1."
@@ -62,8 +61,8 @@ def test_what_was_not_trained_comes_back_with_the_base_own_bits(
     pieces: bool, base: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if pieces:
-        monkeypatch.setattr(unfold, "_FIRST", 2 * 7)
-        monkeypatch.setattr(unfold, "_PIECE", 3 * 7)
+        monkeypatch.setattr(base_module, "_FIRST", 2 * 7)
+        monkeypatch.setattr(base_module, "_PIECE", 3 * 7)
     convert(base, tmp_path / "nemo")
     edit(tmp_path / "nemo", train)
     native = read_directory(tmp_path / "nemo")
@@ -168,14 +167,14 @@ def test_resuming_does_not_show_and_wants_the_same_base(base: Path, tmp_path: Pa
 def test_no_expert_is_judged_twice(base: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted at the first scale, when all experts are written: a resumed run knows them from the journal."""
     judged: list[tuple[str, int]] = []
-    whole = unfold.Unfolding.convert
+    whole = base_module.Unfolding.unfold
 
-    def noted(self: unfold.Unfolding, tensor: PlannedTensor, first: int, native: Array, out: Array) -> list[int]:
-        judged.extend((tensor.name, number) for number in range(first, first + len(native)))
-        return whole(self, tensor, first, native, out)
+    def noted(self: base_module.Unfolding, name: str, number: int, native: Array, out: Array) -> bool:
+        judged.append((name, number))
+        return whole(self, name, number, native, out)
 
     convert(base, tmp_path / "nemo")
-    monkeypatch.setattr(unfold.Unfolding, "convert", noted)
+    monkeypatch.setattr(base_module.Unfolding, "unfold", noted)
     interrupt(tmp_path / "nemo", tmp_path / "back", base, last=2 * 6 * 2)  # two scales of six experts in bf16
     convert(tmp_path / "nemo", tmp_path / "back", base=base, resume=True)
     assert len(judged) == len(set(judged)) == 2 * 6

@@ -17,7 +17,7 @@ from gemma4_moe.converter import blocks as block_module
 from gemma4_moe.converter.blocks import MOST_BUFFERS, blocks, plan_memory
 from gemma4_moe.converter.plan import make_plan
 from gemma4_moe.errors import UsageError
-from gemma4_moe.target import ledger
+from gemma4_moe.target import journal
 from support.checkpoints import write_checkpoint
 from support.interrupted import interrupt
 from support.models import random_hf_state_dict
@@ -64,7 +64,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_module, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", 8192)
+    monkeypatch.setattr(journal, "FLUSH_BYTES", 8192)
 
 
 @pytest.mark.parametrize("budget", [LEAST, 60_000, 100_000, 2**20])

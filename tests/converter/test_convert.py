@@ -26,7 +26,7 @@ from support.models import random_hf_state_dict, read_directory, respell_as_lega
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gemma4_moe.converter.job import Job
+    from gemma4_moe.converter.write import Job
 
 
 State = dict[str, torch.Tensor]
@@ -133,7 +133,7 @@ def test_side_files_are_copied_byte_for_byte_and_others_are_not(source: Path, tm
     (source / "modeling_custom.py").write_text("raise SystemExit")
     (source / "LICENSE").write_bytes(b"as it is\r\n")
     done = convert(source, tmp_path / "nemo")
-    assert done.left_behind == ("modeling_custom.py",)
+    assert done.skipped == ("modeling_custom.py",)
     copied = {"LICENSE", "config.json", "tokenizer.json"}
     assert contents(tmp_path / "nemo").keys() == copied | {"gemma4_moe.json", "model.safetensors"}
     for name in copied:
@@ -272,3 +272,15 @@ def test_ranks_of_one_host_share_its_cores(
         monkeypatch.setenv("LOCAL_WORLD_SIZE", launched)
     convert(source, tmp_path / "nemo", workers=asked)
     assert used == [workers]
+
+
+def test_a_tilde_is_the_home_directory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert convert(source, "~/nemo").target == tmp_path / "nemo"
+    assert (tmp_path / "nemo/model.safetensors").is_file()
+
+
+def test_a_tilde_is_the_home_directory(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert convert(source, "~/nemo").target == tmp_path / "nemo"
+    assert (tmp_path / "nemo/model.safetensors").is_file()

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gemma4_moe import convert, plan
-from gemma4_moe.converter.mesh_preview import parse_mesh, predict
+from gemma4_moe.converter.preview import parse_mesh, predict
 from gemma4_moe.errors import UsageError
 from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict

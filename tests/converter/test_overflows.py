@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gemma4_moe import convert, plan
-from gemma4_moe.converter import overflows
-from gemma4_moe.converter.overflows import can_overflow, count_overflows
+from gemma4_moe.converter import steps
+from gemma4_moe.converter.steps import can_overflow, count_overflows
 from gemma4_moe.layout import dtypes
 from gemma4_moe.target.manifest import read_manifest
 from support.checkpoints import contents, flip_bit, write_checkpoint
@@ -42,7 +42,7 @@ def counted_in_turn(values: np.ndarray) -> int:
 def test_finite_values_that_became_infinite_are_counted(
     shape: tuple[int, ...], piece: int, values: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(overflows, "_PIECE", piece)
+    monkeypatch.setattr(steps, "_PIECE", piece)
     shaped = values.reshape(shape)
     with np.errstate(over="ignore"):
         result = shaped.astype(np.float16)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from gemma4_moe.converter.blocks import Memory
-from gemma4_moe.converter.pipeline import run
+from gemma4_moe.converter.steps import run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

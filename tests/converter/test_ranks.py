@@ -16,7 +16,7 @@ import torch.distributed as dist
 from gemma4_moe import convert
 from gemma4_moe.converter import blocks
 from gemma4_moe.errors import ParallelError, StorageError
-from gemma4_moe.target import directory, ledger
+from gemma4_moe.target import directory, journal
 from gemma4_moe.target.recovery import remains
 from support import ranks
 from support.checkpoints import contents, flip_bit, write_checkpoint
@@ -43,7 +43,7 @@ def fail_on_the_last(source: Path, target: Path) -> None:
 
 
 def convert_small(source: Path, target: Path, **options: Any) -> None:
-    blocks.BLOCK_BYTES = ledger.FLUSH_BYTES = 8192
+    blocks.BLOCK_BYTES = journal.FLUSH_BYTES = 8192
     convert(source, target, **OPTIONS | options)
 
 

@@ -12,7 +12,7 @@ import pytest
 from gemma4_moe import convert
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.errors import CheckpointFormatError, SourceChangedError, UsageError
-from gemma4_moe.target import ledger
+from gemma4_moe.target import journal
 from gemma4_moe.target.recovery import clean
 from support.checkpoints import contents, flip_bit
 from support.interrupted import interrupt, resume
@@ -33,7 +33,7 @@ def whole(source: Path, tmp_path: Path) -> dict[str, str]:
 def test_it_writes_only_what_is_missing(
     flush_bytes: int, source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", flush_bytes)
+    monkeypatch.setattr(journal, "FLUSH_BYTES", flush_bytes)
     interrupt(source, tmp_path / "nemo")
     total = sum(path.stat().st_size for path in (tmp_path / "undisturbed").glob("*.safetensors"))
     seen = resume(source, tmp_path / "nemo")
@@ -120,3 +120,21 @@ def test_clean_removes_what_is_left_and_nothing_else(source: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert contents(source) == before
     assert clean(tmp_path / "nemo") is None
+
+
+def test_clean_takes_a_tilde_for_the_home_directory(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    interrupt(source, tmp_path / "nemo")
+    found = clean("~/nemo")
+    assert found is not None
+    assert found.path == tmp_path / ".nemo.gemma4-moe"
+    assert not found.path.exists()
+
+
+def test_clean_takes_a_tilde_for_the_home_directory(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    interrupt(source, tmp_path / "nemo")
+    assert clean("~/nemo").path == tmp_path / ".nemo.gemma4-moe"
+    assert not (tmp_path / ".nemo.gemma4-moe").exists()

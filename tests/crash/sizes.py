@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gemma4_moe.converter import blocks
-from gemma4_moe.target import ledger
+from gemma4_moe.target import journal
 
 #: Several weight files, whole pages and odd bytes in each; blocks of one or two experts.
 OPTIONS: dict[str, Any] = {"max_shard_size": 25_000, "max_memory": 30_000, "workers": 1}
@@ -14,4 +14,4 @@ OPTIONS: dict[str, Any] = {"max_shard_size": 25_000, "max_memory": 30_000, "work
 def shrink() -> None:
     """Make blocks and journal entries small."""
     blocks.BLOCK_BYTES = 4096
-    ledger.FLUSH_BYTES = 8192
+    journal.FLUSH_BYTES = 8192

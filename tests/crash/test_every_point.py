@@ -15,7 +15,7 @@ import pytest
 from crash.cases import Case
 from crash.faults import Fault, convert_with
 from gemma4_moe.converter import blocks
-from gemma4_moe.target import ledger
+from gemma4_moe.target import journal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,7 @@ KINDS = ("kill", "tear", "ENOSPC", "EIO", "term")
 @pytest.fixture(autouse=True)
 def sizes_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", blocks.BLOCK_BYTES)
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", ledger.FLUSH_BYTES)
+    monkeypatch.setattr(journal, "FLUSH_BYTES", journal.FLUSH_BYTES)
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])

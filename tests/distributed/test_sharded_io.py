@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ def test_save_gives_the_same_bytes_on_any_ranks(source: Path, tmp_path: Path) ->
         ranks.run(world, io_checks.check_save, world, source, tmp_path)
     ranks.run(2, io_checks.check_save_pipeline, source, tmp_path / "pipeline")
     ranks.run(4, io_checks.check_save_groups, source, tmp_path / "groups")
+    ranks.run(2, io_checks.check_save_uneven, source, tmp_path / "uneven")
     expected = hf_from_nemo({name: tensor.bfloat16() for name, tensor in io_checks.native().items()})
     found = read_directory(tmp_path / "1-0")
     assert found.keys() == expected.keys()
@@ -55,7 +57,7 @@ def test_save_gives_the_same_bytes_on_any_ranks(source: Path, tmp_path: Path) ->
     first = without_manifest(tmp_path / "1-0")
     assert "tokenizer.json" in first
     directories = sorted(tmp_path.iterdir())
-    assert len(directories) == 2 + 3 + 6 + 2
+    assert len(directories) == 2 + 3 + 6 + 3
     for directory in directories:
         assert without_manifest(directory) == first, directory
         assert check_manifest(directory).wrong == (), directory
@@ -225,3 +227,19 @@ def test_a_plain_fsdp_program_saves_the_model_that_it_loaded(tmp_path: Path) -> 
         assert without_manifest(tmp_path / f"{world}-{ep}") == without_manifest(tmp_path / "1-1")
     result = Gemma4ForConditionalGeneration.from_pretrained(tmp_path / "4-2")
     assert (logits(result) - logits(model)).abs().max() < 5e-6
+
+
+def test_a_tilde_is_the_home_directory_and_results_say_in_a_line_what_was_done(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = io_checks.native()
+    shutil.copytree(source, tmp_path / "hf")
+    saved = save_hf(model, "~/saved", config_from="~/hf")
+    assert (tmp_path / "saved/model.safetensors").is_file()
+    size = (tmp_path / "saved/model.safetensors").stat().st_size / 1000
+    assert repr(saved).startswith(f"<Saved in {tmp_path}/saved: {len(model) + 2} tensors, 1 files, {size:.2f} kB; ")
+    loaded = load_hf({name: tensor for name, tensor in model.items() if "layers.1." in name}, "~/saved")
+    assert re.fullmatch(rf"<Loaded {len(loaded.filled)} tensors, [\d.]+ kB; {len(loaded.unused)} unused>", repr(loaded))
+    assert loaded.filled
+    assert loaded.unused

@@ -58,9 +58,16 @@ def test_a_comparison_fits_on_a_screen(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
     other = write_checkpoint(tmp_path / "other", random_hf_state_dict(seed=1))
     assert_fits(diff(source, other), [str(other), "17 tensors, 0 equal, 17 different"])
-    convert(source, tmp_path / "nemo")
+    done = convert(source, tmp_path / "nemo")
+    planned = f"<Plan hf (current) → nemo, 15 tensors, 1 files, {done.plan.target_bytes / 1000:.2f} kB>"
+    assert repr(done) == f"<Conversion into {tmp_path / 'nemo'}, 0 notes: {planned}>"
+    name, router = next((name, tensor) for name, tensor in done.plan.tensors.items() if "gate.proj" in name)
+    assert repr(router) == f"<Target {name}: bfloat16 {list(router.shape)}, keep>"
     assert_fits(verify(source, tmp_path / "nemo"), ["15 tensors, 15 equal, 0 different"])
-    assert_fits(verify(tmp_path / "nemo"), [str(tmp_path / "nemo")])
+    found = verify(tmp_path / "nemo")
+    assert (
+        repr(found) == f"<Recheck of {tmp_path / 'nemo'}: {found.files} files, {found.nbytes / 1000:.2f} kB, 0 wrong>"
+    )
 
 
 def assert_fits(result: object, words: list[str]) -> None:

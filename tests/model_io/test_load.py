@@ -10,9 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gemma4_moe import load_hf, plan
-from gemma4_moe.converter import mesh_preview
-from gemma4_moe.converter.mesh_preview import predict
-from gemma4_moe.model_io import load
+from gemma4_moe.converter import blocks
+from gemma4_moe.converter.preview import predict
 from support.checkpoints import write_checkpoint
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
@@ -44,8 +43,7 @@ def test_the_prediction_is_what_a_load_takes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(load, "BLOCK_BYTES", block)
-    monkeypatch.setattr(mesh_preview, "BLOCK_BYTES", block)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
     state = {name: tensor.to(stored) for name, tensor in random_hf_state_dict(E=E, H=H, I=I).items()}
     if beside is not None:
         state["model.vision_tower.position_embedding_table"] = torch.rand(beside).to(stored)
@@ -59,5 +57,5 @@ def test_the_prediction_is_what_a_load_takes(
 
 
 def test_rows_at_once_fill_a_block_and_are_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "BLOCK_BYTES", 100)
-    assert [load.rows_at_once(row) for row in (0, 1, 33, 50, 100, 101, 10**9)] == [100, 100, 3, 2, 1, 1, 1]
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100)
+    assert [blocks.rows_at_once(row) for row in (0, 1, 33, 50, 100, 101, 10**9)] == [100, 100, 3, 2, 1, 1, 1]

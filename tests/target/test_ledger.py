@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from gemma4_moe.errors import SourceChangedError, StorageError
-from gemma4_moe.target import ledger
-from gemma4_moe.target.journal import Journalled
-from gemma4_moe.target.ledger import Count, Ledger
-from gemma4_moe.target.pieces import Piece
+from gemma4_moe.target import journal
+from gemma4_moe.target.journal import Journalled, Ledger
+from gemma4_moe.target.pieces import Count, Piece
 
 
 class Disk:
@@ -52,7 +51,7 @@ def told() -> list[tuple[int, int]]:
 @pytest.fixture
 def book(disk: Disk, told: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> Ledger:
     """A ledger in which a piece of (700, 760) is known from before."""
-    monkeypatch.setattr(ledger, "FLUSH_BYTES", 100)
+    monkeypatch.setattr(journal, "FLUSH_BYTES", 100)
     known = Journalled()
     known.add(piece(700, 760, tensor="x", source="before"))
     return Ledger(disk, known, disk.check, Count(1000, lambda *seen: told.append(seen)))
@@ -76,7 +75,7 @@ def test_bytes_come_to_the_device_before_their_piece_is_journalled(book: Ledger,
 
 
 def test_time_passes_too(book: Ledger, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(journal, "FLUSH_SECONDS", 0.0)
     book.wrote(disk, piece(0, 1))
     assert [call[0] for call in disk.calls] == ["sync", "check", "append"]
 

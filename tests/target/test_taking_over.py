@@ -11,7 +11,7 @@ import pytest
 from gemma4_moe import convert
 from gemma4_moe.cli import commands
 from gemma4_moe.errors import TargetBusyError
-from gemma4_moe.target import directory, ledger
+from gemma4_moe.target import directory, journal
 from gemma4_moe.target.recovery import clean, remains
 from gemma4_moe.target.transaction import Transaction
 from support.checkpoints import contents
@@ -104,7 +104,7 @@ def test_a_run_that_is_broken_into_stops_and_leaves_the_other_alone(
 
     monkeypatch.setattr(directory, "copy_files", copied)
     if when == "before anything is journalled":
-        monkeypatch.setattr(ledger, "FLUSH_BYTES", 2**30)
+        monkeypatch.setattr(journal, "FLUSH_BYTES", 2**30)
     with pytest.raises(TargetBusyError, match="has broken this lock") as caught:
         convert(source, tmp_path / "nemo", max_shard_size=60_000, max_memory=60_000, progress=progress)
     assert f"process {os.getpid()} on " in caught.value.facts["found"]

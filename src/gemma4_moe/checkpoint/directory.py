@@ -75,14 +75,14 @@ class Checkpoint:
         files: The safetensors files by name, sorted.
         tensors: The tensors by name, in the order of the files and of their data.
         side_files: The files that a conversion copies unchanged, sorted.
-        left_behind: Names of all other entries but our manifest, sorted; those of directories end in "/".
+        skipped: Names of all other entries but our manifest, sorted; those of directories end in "/".
     """
 
     path: Path
     files: dict[str, SafetensorsFile]
     tensors: dict[str, StoredTensor]
     side_files: tuple[Path, ...]
-    left_behind: tuple[str, ...]
+    skipped: tuple[str, ...]
 
     @property
     def total_bytes(self) -> int:

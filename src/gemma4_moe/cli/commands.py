@@ -139,8 +139,8 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
     ):
         done = convert.convert(source, target, read_back=not no_read_back, progress=progress, **arguments)
     output.say(*(f"note: {note}" for note in done.notes))
-    if done.left_behind:
-        output.say(f"skipped: {', '.join(done.left_behind)}")
+    if done.skipped:
+        output.say(f"skipped: {', '.join(done.skipped)}")
     output.give(report.conversion(done))
     revision = [] if arguments["revision"] is None else ["--revision", arguments["revision"]]
     compared = [str(target)] if arguments["stream"] else [*revision, source, str(target)]

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.converter.convert import Conversion
     from gemma4_moe.converter.inspect import Inspection
-    from gemma4_moe.converter.mesh_preview import Prediction
-    from gemma4_moe.converter.preview import Preview, Space
+    from gemma4_moe.converter.preview import Prediction, Preview, Space
     from gemma4_moe.demo.demo import Check
     from gemma4_moe.target.manifest import Recheck
     from gemma4_moe.target.recovery import Remains
@@ -50,7 +49,7 @@ def inspection(found: Inspection) -> Report:
         "parameters": found.parameters,
         "bytes": found.bytes,
         "groups": found.groups,
-        "folds": [asdict(row) for row in found.folds],
+        "folds": [row._asdict() for row in found.folds],
         "problems": [
             {"kind": type(error).__name__, "problem": error.problem, **error.facts, "next": error.hint}
             for error in found.problems
@@ -174,7 +173,7 @@ def conversion(done: Conversion) -> Report:
         "bytes": plan.target_bytes,
         "peak_memory_bytes": done.memory.peak_bytes,
         "notes": list(done.notes),
-        "skipped": list(done.left_behind),
+        "skipped": list(done.skipped),
     }
     written = f"{len(plan.tensors):,} tensors in {_files(len(plan.files))}, {plan.target_bytes:,} bytes"
     return Report(data, _facts(("target", f"{done.target}: {plan.target_layout}"), ("", written)))

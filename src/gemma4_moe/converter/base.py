@@ -1,33 +1,67 @@
-"""The base of a conversion to hf: an hf checkpoint whose experts the model may still hold, folded."""
+"""The base of a conversion to hf: an hf checkpoint whose experts the model may still hold, folded.
+
+The base's expert is folded again, and its bits are compared with the native ones. An expert that is still the base's
+gets the base's weights and scale. An expert that differs keeps its own bits, and its scale is one.
+
+An expert is judged once, while its block is converted. The outcome is a fact of the block in the journal; the
+scales [E] are written after all blocks, from the facts of all ranks and runs.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from gemma4_moe import kernels
+from gemma4_moe.checkpoint.readers import allocate
 from gemma4_moe.checkpoint.recognition import checkpoint_targets, recognise
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout import dtypes
-from gemma4_moe.layout.table import Layout
+from gemma4_moe.layout.names import lookup
+from gemma4_moe.layout.table import SCALE, Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+    from concurrent.futures import Executor
+    from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+    from gemma4_moe.checkpoint.readers import Reader
     from gemma4_moe.layout.targets import Source, Target
+    from gemma4_moe.target.pieces import Piece
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+    Scales = Mapping[str, Array]
+
+_NAME_IT = "name the checkpoint that the model was made from, or leave --base out"
+
+#: How many elements of an expert are looked at first: they tell most of those that can't be unfolded.
+_FIRST = 2**12
+
+#: How many elements are computed at once; a thread has up to 17 bytes for each.
+_PIECE = 2**17
+
+
+def read_scale(stored: StoredTensor) -> Array:
+    """Return a `per_expert_scale` [E] with its own bits. Raises what reading the file raises."""
+    raw = np.empty(stored.nbytes, np.uint8)
+    stored.read_into(raw.data)
+    return raw.view(stored.dtype.numpy())
 
 
 @dataclass(frozen=True, slots=True)
 class BaseExperts:
-    """The experts of one layer of a base.
-
-    Attributes:
-        weights: Its `down_proj` [E, H, I], in whatever tensors it is stored.
-        scale: Its `per_expert_scale` [E].
-    """
+    """The experts of one layer of a base: its `down_proj` [E, H, I] and its `per_expert_scale` [E]."""
 
     weights: Source[StoredTensor]
     scale: StoredTensor
+
+    def read_scale(self) -> Array:
+        """Return the scale [E] in fp32."""
+        return read_scale(self.scale).astype(np.float32)
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
@@ -36,18 +70,7 @@ class BaseExperts:
 
 
 def find_base(base: Checkpoint, wanted: Mapping[str, Target[StoredTensor]]) -> dict[str, BaseExperts]:
-    """Return the base's experts for each `down_proj` of a target, by its name.
-
-    Args:
-        base: The base, open.
-        wanted: The `down_proj` tensors of the target, by name.
-
-    Raises:
-        UnsupportedCheckpointError, ConfigError: See `recognise`.
-        UnknownTensorError, DuplicateTensorError, IncompleteExpertsError: See `checkpoint_targets`.
-        UsageError: The base is in the nemo layout, lacks a layer, or has values that the target's dtype does not hold.
-        TensorShapeError: A tensor has another shape than the target's; or see `checkpoint_targets`.
-    """
+    """Return the base's experts for each `down_proj` of a target, by its name, after checking that they fit it."""
     config = base.read_config()
     recognition = recognise(base.tensors, config)
     if recognition.refusal is not None:
@@ -60,23 +83,16 @@ def find_base(base: Checkpoint, wanted: Mapping[str, Target[StoredTensor]]) -> d
             found=f"the {recognition.layout} layout",
             hint="name the published checkpoint that the model was made from",
         )
-    experts = {
-        target.name: BaseExperts(target.source, target.scale)
-        for target in checkpoint_targets(base.tensors.values(), Layout.HF, config).values()
-        if target.source is not None and target.scale is not None
-    }
+    targets = checkpoint_targets(base.tensors.values(), Layout.HF, config)
     found = {}
     for name, target in wanted.items():
-        native = target.origin.name  # in the nemo layout, which has one name for a tensor whatever the base's spelling
-        if native not in experts:
-            raise UsageError(
-                "the base lacks a layer of the model",
-                tensor=name,
-                file=base.path,
-                hint="name the checkpoint that the model was made from, or leave --base out",
-            )
-        _check(experts[native], target)
-        found[name] = experts[native]
+        native = targets.get(target.origin.name)  # the nemo layout's name is one, whatever the base's spelling
+        if native is None:
+            raise UsageError("the base lacks a layer of the model", tensor=name, file=base.path, hint=_NAME_IT)
+        assert native.source is not None, "a down_proj has a source"
+        assert native.scale is not None, "a down_proj of the hf layout has a scale"
+        found[name] = BaseExperts(native.source, native.scale)
+        _check(found[name], target)
     return found
 
 
@@ -88,7 +104,7 @@ def _check(experts: BaseExperts, target: Target[StoredTensor]) -> None:
             file=experts.scale.file.path,
             expected=target.shape,
             found=experts.weights.shape,
-            hint="name the checkpoint that the model was made from, or leave --base out",
+            hint=_NAME_IT,
         )
     for tensor in (experts.weights.parts[0].stored, experts.scale):
         if not dtypes.is_exact(tensor.dtype, target.dtype):
@@ -100,3 +116,70 @@ def _check(experts: BaseExperts, target: Target[StoredTensor]) -> None:
                 found=target.dtype.name,
                 hint=f"give --dtype {tensor.dtype.name}, or leave --base out",
             )
+
+
+def scales_with_base(bases: Iterable[str]) -> dict[str, str]:
+    """Return the `down_proj` of each `per_expert_scale` that is known only when all its experts are judged."""
+    return {name.sibling(SCALE).hf: down for down in bases if (name := lookup(down, Layout.HF)) is not None}
+
+
+def given_back_scales(bases: Mapping[str, BaseExperts], pieces: Iterable[Piece]) -> Scales:
+    """Return the fp32 scale [E] of each layer with a base: the base's for experts that are its own, else one.
+
+    `pieces` are those of all experts, of all ranks and runs.
+    """
+    scales = {}
+    pieces = [piece for piece in pieces if "given_back" in piece.facts]
+    for name, down in scales_with_base(bases).items():
+        scale = bases[down].read_scale()
+        own = [expert for piece in pieces if piece.facts["tensor"] == down for expert in piece.facts["given_back"]]
+        scales[name] = np.ones_like(scale)
+        scales[name][own] = scale[own]
+    return scales
+
+
+class Unfolding:
+    """Gives experts back to their base. Used by one thread."""
+
+    def __init__(
+        self, bases: Mapping[str, BaseExperts], base_bytes: int, readers: Mapping[Path, Reader], pool: Executor
+    ) -> None:
+        """Read the scales of `bases`, which are by the target's names; an expert needs a buffer of `base_bytes`."""
+        self.bases = bases
+        self._scales = {name: base.read_scale() for name, base in bases.items()}
+        self._buffer = allocate(base_bytes) if base_bytes else memoryview(b"")
+        self._readers, self._pool = readers, pool
+
+    def unfold(self, name: str, number: int, native: Array, out: Array) -> bool:
+        """Return whether expert `number` of a target, `native` [I, H], is the base's, folded.
+
+        If so, write the base's to `out` [H, I]. Read as far as that takes.
+        """
+        weights, scale = self.bases[name].weights, self._scales[name][number]
+        size, width = weights.shape[1:]
+        first = min(size, max(1, _FIRST // width))
+        step = max(1, _PIECE // width)
+        for end in (first, size):
+            fold = partial(_fold_rows, self._read(weights, number, end), scale, native, out)
+            pieces = [slice(row, min(row + step, end)) for row in range(0, end, step)]
+            if not all(list(self._pool.map(fold, pieces))):
+                return False
+        return True
+
+    def _read(self, weights: Source[StoredTensor], expert: int, rows: int) -> Array:
+        """Return the first rows of one expert of a tensor [E, R, C] of the base; valid until the next call."""
+        (read,) = weights.reads(expert, expert + 1)  # no form cuts the rows of a down_proj
+        size = rows * weights.shape[2] * weights.dtype.itemsize
+        start = read.stored.entry.start + read.start
+        raw = self._readers[read.stored.file.path].read(start, size, self._buffer)
+        return np.frombuffer(raw, np.uint8).view(weights.dtype.numpy()).reshape(rows, -1)
+
+
+def _fold_rows(weights: Array, scale: np.float32, native: Array, out: Array, rows: slice) -> bool:
+    """Return whether rows of weights [H, I] fold to those columns of native [I, H]; if so, write them to `out`."""
+    piece = weights[rows]
+    again = kernels.transpose_scale_cast(piece[None], scale=[scale], dtype=native.dtype, threads=1)[0]
+    if not np.array_equal(again.view(np.uint8), native[:, rows].view(np.uint8)):
+        return False
+    kernels.scale_cast(piece, out=out[rows], threads=1)
+    return True

@@ -6,17 +6,17 @@ many blocks are in flight. Experts lead in both layouts, so the rows of a block 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from math import ceil, prod
+from typing import TYPE_CHECKING, NamedTuple
 
 from gemma4_moe.checkpoint.hashing import Extent
 from gemma4_moe.checkpoint.readers import PAGE, SLACK, whole_pages
 from gemma4_moe.errors import UsageError
-from gemma4_moe.layout.table import Operation, transposes
+from gemma4_moe.layout.table import transposes
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Iterator
+    from collections.abc import Container, Iterable, Iterator, Sequence
 
     from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.converter.plan import Plan, PlannedTensor
@@ -33,15 +33,9 @@ MOST_BUFFERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows (first, last) of one target tensor; a row is an expert, or one element where no axes are exchanged.
+    """Rows (first, last) of one target tensor, and their bytes (start, end) in its file.
 
-    Attributes:
-        tensor: The tensor.
-        file: The bare name of its file.
-        start: The block's first byte in that file.
-        end: The byte after the last.
-        first: The first row.
-        last: The row after the last.
+    A row is an expert, or one element where no axes are exchanged.
     """
 
     tensor: PlannedTensor
@@ -55,12 +49,6 @@ class Block:
     def place(self) -> tuple[str, int, int]:
         """The file, the first byte, and the byte after the last."""
         return self.file, self.start, self.end
-
-    @property
-    def is_copy(self) -> bool:
-        """Whether the bytes go through unchanged."""
-        source = self.tensor.source
-        return self.tensor.operation is Operation.KEEP and source is not None and source.dtype == self.tensor.dtype
 
     def reads(self) -> list[Read[StoredTensor]]:
         """Return the reads that give the block's values, without the scale; none for a scale of ones."""
@@ -82,15 +70,8 @@ def extent_of(read: Read[StoredTensor]) -> Extent:
     return Extent(read.stored.file, start + read.start, start + read.end)
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """The buffers of a conversion.
-
-    Attributes:
-        buffer_bytes: Size of each buffer.
-        buffers: How many buffers there are on each side of the kernel.
-        base_bytes: Size of the buffer for an expert of the base; 0 without one.
-    """
+class Memory(NamedTuple):
+    """The buffers of a conversion: `buffers` on each side of the kernel, and one for an expert of the base."""
 
     buffer_bytes: int
     buffers: int
@@ -103,13 +84,10 @@ class Memory:
 
 
 def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
-    """Return buffers that together stay within `budget` bytes.
-
-    Raises:
-        UsageError: One block, before and after conversion, does not fit into the budget.
-    """
-    bases = [tensor.base.weights for tensor in plan.tensors.values() if tensor.base is not None]
-    base_bytes = max((room_for(weights.nbytes // weights.shape[0]) for weights in bases), default=0)
+    """Return buffers that together stay within `budget` bytes; one block before and after conversion must fit."""
+    base_bytes = max(
+        (room_for(row_bytes(base.weights.nbytes, base.weights.shape)) for base in plan.bases.values()), default=0
+    )
     largest = max(blocks(plan), key=_buffer_bytes)
     buffer_bytes = _buffer_bytes(largest)
     room = budget - base_bytes
@@ -120,7 +98,7 @@ def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
             tensor=largest.tensor.name,
             expected=f"at least {least} bytes",
             found=f"{budget} bytes",
-            hint=f"allow --max-memory {math.ceil(least / 2**20)}MiB or more",
+            hint=f"allow --max-memory {ceil(least / 2**20)}MiB or more",
         )
     return Memory(buffer_bytes, min(MOST_BUFFERS, room // (2 * buffer_bytes)), base_bytes)
 
@@ -130,16 +108,33 @@ def room_for(nbytes: int) -> int:
     return whole_pages(nbytes) + SLACK
 
 
+def row_bytes(nbytes: int, shape: Sequence[int]) -> int:
+    """Return the size in bytes of one index of axis 0 of a tensor; of a scalar, all of it."""
+    return nbytes // max(1, prod(shape[:1]))
+
+
+def rows_at_once(nbytes: int) -> int:
+    """Return how many rows of `nbytes` bytes make a block: at least one."""
+    return max(1, BLOCK_BYTES // max(1, nbytes))
+
+
+def load_staging_bytes(tensors: Iterable[PlannedTensor]) -> int:
+    """Return the bytes that a load needs besides the model; they follow from the file's dtypes alone."""
+    sources = [tensor.source for tensor in tensors if tensor.source is not None]
+    return max([BLOCK_BYTES, *(row_bytes(source.nbytes, source.shape) for source in sources)])
+
+
 def blocks(plan: Plan) -> Iterator[Block]:
     """Yield every block of a plan, in the order of files and of their data. They cover each file behind its header."""
     for file in plan.files:
         for entry in file.entries:
             tensor = plan.tensors[entry.name]
-            rows = _rows(tensor)
-            step = max(1, BLOCK_BYTES // _row_bytes(tensor))
-            row = entry.nbytes // max(1, rows)
-            for first in range(0, rows, step):
-                last = min(first + step, rows)
+            shape = tensor.shape if transposes(tensor.operation) else (entry.nbytes // max(1, tensor.dtype.itemsize),)
+            itemsize = max(t.dtype.itemsize for t in (tensor, tensor.source) if t is not None)
+            step = rows_at_once(prod(shape[1:]) * itemsize)
+            row = row_bytes(entry.nbytes, shape)
+            for first in range(0, shape[0], step):
+                last = min(first + step, shape[0])
                 yield Block(tensor, file.name, entry.start + first * row, entry.start + last * row, first, last)
 
 
@@ -152,30 +147,17 @@ def share(work: Iterable[Block], done: Container[tuple[str, int, int]], rank: in
     total = sum(block.end - block.start for block in missing)
     mine: list[Block] = []
     before = owner = 0
-    last = None
+    page = ("", -1)  # the last one of the block before
     for block in missing:
-        if last is None or last.file != block.file or (last.end - 1) // PAGE < block.start // PAGE:
+        if page != (block.file, block.start // PAGE):
             owner = before * world // total
         if owner == rank:
             mine.append(block)
         before += block.end - block.start
-        last = block
+        page = block.file, (block.end - 1) // PAGE
     return mine
 
 
 def _buffer_bytes(block: Block) -> int:
     """Return the buffer that a block takes, on the side where it is larger."""
     return max(room_for(block.end - block.start), sum(room_for(read.end - read.start) for read in block.reads()))
-
-
-def _rows(tensor: PlannedTensor) -> int:
-    if transposes(tensor.operation):
-        return tensor.shape[0]
-    return math.prod(tensor.shape) * tensor.dtype.bits // 8 // max(1, tensor.dtype.itemsize)
-
-
-def _row_bytes(tensor: PlannedTensor) -> int:
-    """Return the bytes of one row on the side where it is larger."""
-    elements = math.prod(tensor.shape[1:]) if transposes(tensor.operation) else 1
-    sides = [tensor.dtype] if tensor.source is None else [tensor.dtype, tensor.source.dtype]
-    return max(1, elements * max(dtype.itemsize for dtype in sides))

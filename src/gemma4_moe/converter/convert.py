@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import resolved
+from gemma4_moe.converter.base import read_scale
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
-from gemma4_moe.converter.finish import finish
-from gemma4_moe.converter.job import Job
 from gemma4_moe.converter.notes import base_notes, cast_notes, overflow_notes, unusual_scales
 from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.converter.preview import measure_space
 from gemma4_moe.converter.resume import is_made_already
-from gemma4_moe.converter.scales import read_scales
-from gemma4_moe.converter.write import write_weights
+from gemma4_moe.converter.write import Job, finish, write_weights
 from gemma4_moe.distributed.ranks import current, ranks_on_this_host
 from gemma4_moe.errors import StorageError
 from gemma4_moe.hub.remote import commit_of, download
@@ -34,15 +32,15 @@ from gemma4_moe.target.recovery import clean, heal
 from gemma4_moe.target.transaction import Transaction
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import Checkpoint
-    from gemma4_moe.converter.scales import Scales
+    from gemma4_moe.converter.base import Scales
     from gemma4_moe.layout.table import Layout
     from gemma4_moe.sizes import Progress
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Conversion:
     """The result of `convert`.
 
@@ -53,14 +51,17 @@ class Conversion:
         notes: Sentences on the values: scales that are zero, negative or not finite; experts that got the base's
             scale, or that without a base every scale is one; casts that round, tensors that are not cast, and finite
             values that became infinite.
-        left_behind: Names of files in the source directory that were not copied.
+        skipped: Names of files in the source directory that were not copied.
     """
 
     target: Path
     plan: Plan
     memory: Memory
     notes: tuple[str, ...]
-    left_behind: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"<Conversion into {self.target}, {len(self.notes)} notes: {self.plan}>"
 
 
 def convert(
@@ -115,12 +116,12 @@ def convert(
         InputError: The source is not a checkpoint that can be converted; nothing was written.
         UsageError: The target may not be written; the budget is too small; there is an earlier run to go on with, or
             `resume` is given and it is another run.
-        StorageError: The disk or its permissions refused; the target is as it was.
+        StorageError: The disk or its permissions refused.
         TargetBusyError: Another process is writing the target.
-        SourceChangedError: The source changed while it was read; the target is as it was.
+        SourceChangedError: The source changed while it was read.
         ParallelError: Another rank failed.
     """
-    ranks, target = current(), Path(target)
+    ranks, target = current(), expanded(target)
     with ExitStack() as stack:
         with ranks.together("plan the conversion"):
             if stream:
@@ -139,15 +140,19 @@ def convert(
                 download(checkpoint, revision)
                 if origin is not None:
                     download(origin)
-            scales = read_scales(plan)
+            scales = {name: read_scale(t.scale) for name, t in plan.tensors.items() if t.scale is not None}
             options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
             options |= _identities(checkpoint, origin, stream=stream)
         transaction = None
         with ranks.together("take the target"):
-            known = resume and origin is None  # no manifest has hashes of a base
-            if ranks.is_first and not _is_made(target, plan, checkpoint, options, memory, known, break_lock):
-                check_existing(target, overwrite=overwrite)
-                transaction = stack.enter_context(Transaction(target, resume=resume, break_lock=break_lock))
+            if ranks.is_first:
+                heal(target)
+                known = resume and origin is None  # no manifest has hashes of a base
+                if known and is_made_already(target, plan, checkpoint, options, memory.peak_bytes):
+                    clean(target, break_lock=break_lock)
+                else:
+                    check_existing(target, overwrite=overwrite)
+                    transaction = stack.enter_context(Transaction(target, resume=resume, break_lock=break_lock))
         (out, *_) = ranks.everyones(None if transaction is None else transaction.out)
         if out is not None:
             job = Job(
@@ -168,7 +173,7 @@ def convert(
                 job.check_unchanged()
                 if transaction is not None:
                     transaction.publish(overwrite=overwrite)
-        return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.left_behind)
+        return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.skipped)
 
 
 def _identities(source: Checkpoint, base: Checkpoint | None, *, stream: bool) -> dict[str, Any]:
@@ -179,11 +184,7 @@ def _identities(source: Checkpoint, base: Checkpoint | None, *, stream: bool) ->
 
 
 def _check_room(opened: list[Checkpoint], plan: Plan, target: Path) -> None:
-    """Check that the disk has room for the models that would be downloaded, and for the target.
-
-    Raises:
-        StorageError: It has none.
-    """
+    """Check that the disk has room for the models that would be downloaded, and for the target."""
     space = measure_space(opened, plan.target_bytes, resolved(target).parent, stream=False)
     if space.cache_bytes and space.missing_bytes:
         raise StorageError(
@@ -195,23 +196,6 @@ def _check_room(opened: list[Checkpoint], plan: Plan, target: Path) -> None:
             if space.missing_without_cache
             else "give --stream: it keeps nothing of the model on this machine, and the target fits",
         )
-
-
-def _is_made(
-    target: Path,
-    plan: Plan,
-    checkpoint: Checkpoint,
-    options: Mapping[str, object],
-    memory: Memory,
-    resume: bool,
-    break_lock: bool,
-) -> bool:
-    """Finish or delete the work of an earlier run, and return whether the target is complete."""
-    heal(target)
-    if not resume or not is_made_already(target, plan, checkpoint, options, memory.peak_bytes):
-        return False
-    clean(target, break_lock=break_lock)
-    return True
 
 
 def _notes(target: Path, plan: Plan, scales: Scales) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gemma4_moe.checkpoint.config import ConfigFile
 from gemma4_moe.checkpoint.paths import expanded
@@ -16,7 +16,7 @@ from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.names import fold_names, lookup, natural_key
 from gemma4_moe.layout.table import Layout, Operation
 from gemma4_moe.sizes import format_size
-from gemma4_moe.target.publishing import check_published
+from gemma4_moe.target.recovery import check_published
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -74,7 +74,6 @@ def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
     Raises:
         InputError: The directory is no checkpoint, a file in it breaks the rules of its format, or its publish was
             interrupted.
-        StorageError: The disk or its permissions refused.
     """
     if not is_hub_id(source):
         check_published(expanded(source))
@@ -88,7 +87,11 @@ def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
 
 def _inspect(source: Path, checkpoint: Checkpoint) -> Inspection:
     problems: list[InputError] = []
-    config = _config(checkpoint, problems)
+    try:
+        config = checkpoint.read_config()
+    except ConfigError as error:
+        problems.append(error)
+        config = ConfigFile(checkpoint.path / "config.json", {}, None, {}, None)
     recognition = recognise(checkpoint.tensors, config)
     if recognition.refusal is not None and not (problems and isinstance(recognition.refusal, ConfigError)):
         problems.append(recognition.refusal)  # an unreadable config is a problem once, not twice
@@ -113,16 +116,8 @@ def _inspect(source: Path, checkpoint: Checkpoint) -> Inspection:
         folds=fold(tensors),
         groups=groups,
         problems=tuple(problems),
-        skipped=checkpoint.left_behind,
+        skipped=checkpoint.skipped,
     )
-
-
-def _config(checkpoint: Checkpoint, problems: list[InputError]) -> ConfigFile:
-    try:
-        return checkpoint.read_config()
-    except ConfigError as error:
-        problems.append(error)
-        return ConfigFile(checkpoint.path / "config.json", {}, None, {}, None)
 
 
 def _group(name: str, layout: Layout | None) -> str:
@@ -135,17 +130,8 @@ def _group(name: str, layout: Layout | None) -> str:
     return "router" if found.rule.operation is Operation.KEEP or not found.rule.in_nemo else "experts"
 
 
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """Tensors whose names differ in numbers only.
-
-    Attributes:
-        name: Their name, with each number replaced by the set of its values.
-        shape: Their shape.
-        dtype: Their dtype's name.
-        tensors: How many there are.
-        bytes: Their size together.
-    """
+class Fold(NamedTuple):
+    """Tensors whose names differ in numbers only; in `name` each number is replaced by the set of its values."""
 
     name: str
     shape: tuple[int, ...]
@@ -156,14 +142,14 @@ class Fold:
 
 def fold(tensors: Iterable[StoredTensor]) -> tuple[Fold, ...]:
     """Fold tensors of one shape and dtype whose names differ in numbers only, in the order of their first."""
-    forms: dict[tuple[tuple[int, ...], str], dict[str, StoredTensor]] = {}
+    forms: dict[tuple[tuple[int, ...], str], dict[str, int]] = {}
     order: dict[str, int] = {}
     for tensor in tensors:
         order[tensor.name] = len(order)
-        forms.setdefault((tensor.shape, tensor.dtype.name), {})[tensor.name] = tensor
-    found = {
-        order[names[0]]: Fold(name, shape, dtype, len(names), sum(members[member].nbytes for member in names))
-        for (shape, dtype), members in forms.items()
-        for name, names in fold_names(members).items()
-    }
-    return tuple(found[place] for place in sorted(found))
+        forms.setdefault((tensor.shape, tensor.dtype.name), {})[tensor.name] = tensor.nbytes
+    found = [
+        (order[names[0]], Fold(name, shape, dtype, len(names), sum(sizes[member] for member in names)))
+        for (shape, dtype), sizes in forms.items()
+        for name, names in fold_names(sizes).items()
+    ]
+    return tuple(fold for _, fold in sorted(found))

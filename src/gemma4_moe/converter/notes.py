@@ -12,59 +12,54 @@ from gemma4_moe.layout.table import Layout
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from gemma4_moe.converter.base import Scales
     from gemma4_moe.converter.plan import Plan
-    from gemma4_moe.converter.scales import Scales
 
 
 def cast_notes(plan: Plan) -> tuple[str, ...]:
     """Return which casts round, and which tensors are not cast although a dtype was asked for."""
-    rounded = [f"{n} tensors are rounded from {old.name} to {new.name}" for (old, new), n in plan.inexact.items()]
+    notes = [f"{n} tensors are rounded from {old.name} to {new.name}" for (old, new), n in plan.inexact.items()]
     left: dict[str, list[str]] = {}
     for tensor in plan.tensors.values():
         if plan.cast is not None and tensor.dtype != plan.cast:
             left.setdefault(tensor.dtype.name, []).append(tensor.name)
-    kept = [
-        f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} {group} {'keeps' if len(names) == 1 else 'keep'} "
-        f"{dtype}: --dtype casts no such tensors"
-        for dtype, all_names in left.items()
-        for group, names in fold_names(all_names).items()
-    ]
-    return (*rounded, *kept)
+    for dtype, all_names in left.items():
+        for group, names in fold_names(all_names).items():
+            keep = f"tensor {group} keeps" if len(names) == 1 else f"tensors {group} keep"
+            notes.append(f"{len(names)} {keep} {dtype}: --dtype casts no such tensors")
+    return tuple(notes)
 
 
 def overflow_notes(plan: Plan, counts: Mapping[str, int]) -> tuple[str, ...]:
     """Return how many finite values have become infinite; `counts` are the manifest's, by the tensors' names."""
-    said = []
+    notes = []
     for group, names in fold_names(counts).items():
         count = sum(counts[name] for name in names)
         values = "finite value" if count == 1 else "finite values"
-        said.append(f"{count:,} {values} of {group} became infinite: {plan.tensors[names[0]].dtype.name} ends before")
-    return tuple(said)
+        notes.append(f"{count:,} {values} of {group} became infinite: {plan.tensors[names[0]].dtype.name} ends before")
+    return tuple(notes)
 
 
 def base_notes(plan: Plan, given_back: Mapping[str, int]) -> tuple[str, ...]:
     """Return how many experts are the base's, or that all scales are one; nothing on the way to nemo.
 
-    Args:
-        plan: The conversion that was done.
-        given_back: How many experts of each tensor are the base's, from the manifest.
+    `given_back` are the manifest's counts, by the tensors' names.
     """
     if plan.target_layout is not Layout.HF:
         return ()
-    count = sum(tensor.shape[0] for tensor in plan.tensors.values() if tensor.base is not None)
-    if not count:
+    if not plan.bases:
         return (
             "every per_expert_scale is one, and the weights keep the scale that was folded into them; "
             "give --base SRC, the hf checkpoint that the model was made from, to get its scales back exactly",
         )
-    own = sum(given_back.values())
+    own, count = sum(given_back.values()), sum(base.weights.shape[0] for base in plan.bases.values())
     said = f"{own} of {count} experts are the base's, folded, and got its weights and scale"
     return (said if own == count else f"{said}; the others have their own bits, and the scale one",)
 
 
 def unusual_scales(scales: Scales) -> tuple[str, ...]:
     """Return which scales are zero, negative or not finite, one sentence for each tensor."""
-    found = []
+    notes = []
     for name, stored in scales.items():
         scale = stored.astype(np.float32)
         kinds = {
@@ -73,9 +68,6 @@ def unusual_scales(scales: Scales) -> tuple[str, ...]:
             "zero": scale == 0,
             "negative": (scale < 0) & np.isfinite(scale),
         }
-        said = [f"{int(mask.sum())} {kind}" for kind, mask in kinds.items() if mask.any()]
-        if said:
-            found.append(
-                f"{name}: per_expert_scale has {' and '.join(said)} of {scale.size} values, folded as they are"
-            )
-    return tuple(found)
+        if said := " and ".join(f"{int(mask.sum())} {kind}" for kind, mask in kinds.items() if mask.any()):
+            notes.append(f"{name}: per_expert_scale has {said} of {scale.size} values, folded as they are")
+    return tuple(notes)

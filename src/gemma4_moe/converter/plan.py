@@ -7,8 +7,8 @@ only for the values and for the disk.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from gemma4_moe.checkpoint.recognition import checkpoint_targets, recognise
 from gemma4_moe.converter.base import find_base
@@ -16,47 +16,37 @@ from gemma4_moe.errors import UsageError
 from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.dtypes import target_dtype
 from gemma4_moe.layout.table import Layout, Operation
-from gemma4_moe.layout.targets import Target
-from gemma4_moe.sizes import parse_size
+from gemma4_moe.sizes import format_size, parse_size
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE, PlannedFile, layout_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.converter.base import BaseExperts
     from gemma4_moe.layout.dtypes import DType
+    from gemma4_moe.layout.targets import Target
+
+    PlannedTensor: TypeAlias = Target[StoredTensor]
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedTensor(Target["StoredTensor"]):
-    """One tensor of the converter's target.
-
-    Attributes:
-        base: The base's experts, which its own may still be, or None.
-    """
-
-    base: BaseExperts | None = None
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """A conversion, ready to run.
 
     Attributes:
-        source_layout: Layout of the source.
-        spelling: Spelling of the source.
-        target_layout: Layout of the target.
         tensors: The target's tensors by name.
+        bases: The base's experts, by the name of the target's `down_proj` that may still hold them.
         files: The target's weight files.
         cast: The dtype that all tensors are cast to that can be, or None.
-        inexact: For each cast that can change values: source dtype, target dtype, number of tensors.
+        inexact: The number of tensors of each cast (source dtype, target dtype) that can change values.
     """
 
     source_layout: Layout
     spelling: str
     target_layout: Layout
     tensors: Mapping[str, PlannedTensor]
+    bases: Mapping[str, BaseExperts]
     files: tuple[PlannedFile, ...]
     cast: DType | None
     inexact: Mapping[tuple[DType, DType], int]
@@ -65,6 +55,10 @@ class Plan:
     def target_bytes(self) -> int:
         """Size in bytes of all weight files of the target."""
         return sum(file.size for file in self.files)
+
+    def __repr__(self) -> str:
+        target = f"{self.target_layout}, {len(self.tensors):,} tensors, {len(self.files)} files"
+        return f"<Plan {self.source_layout} ({self.spelling}) → {target}, {format_size(self.target_bytes)}>"
 
 
 def make_plan(
@@ -78,8 +72,7 @@ def make_plan(
     """Plan the conversion of an open checkpoint. Arguments are those of `convert`; the base is open too.
 
     Raises:
-        UnsupportedCheckpointError, ConfigError: See `recognise`; or the config's sizes are not the tensors'.
-        UnknownTensorError, DuplicateTensorError, TensorShapeError, IncompleteExpertsError: See `targets_of`.
+        InputError: See `recognise` and `targets_of`; or the config's sizes are not the tensors'.
         UsageError: The source is in the layout `to` already; an argument has no meaning; or see `find_base`.
     """
     config = checkpoint.read_config()
@@ -92,16 +85,16 @@ def make_plan(
     _check_direction(layout, to, base)
     targets = checkpoint_targets(checkpoint.tensors.values(), layout, config, cast)
     downs = {name: target for name, target in targets.items() if target.operation is Operation.TRANSPOSE_SCALE}
-    bases = {} if base is None else find_base(base, downs)
-    tensors = {name: PlannedTensor(**_fields(target), base=bases.get(name)) for name, target in targets.items()}
+    casts = [(target.source.dtype, target.dtype) for target in targets.values() if target.source is not None]
     return Plan(
         source_layout=layout,
         spelling=recognition.spelling,
         target_layout=layout.other,
-        tensors=tensors,
-        files=layout_files([(t.name, t.dtype, t.shape) for t in tensors.values()], parse_size(max_shard_size)),
+        tensors=targets,
+        bases={} if base is None else find_base(base, downs),
+        files=layout_files([(t.name, t.dtype, t.shape) for t in targets.values()], parse_size(max_shard_size)),
         cast=cast,
-        inexact=_inexact(tensors.values()),
+        inexact=Counter(cast for cast in casts if not dtypes.is_exact(*cast)),
     )
 
 
@@ -119,12 +112,3 @@ def _check_direction(layout: Layout, to: Layout | str | None, base: Checkpoint |
             found=f"a source in the {layout} layout",
             hint="leave --base out",
         )
-
-
-def _fields(target: Target[StoredTensor]) -> dict[str, Any]:
-    return {field.name: getattr(target, field.name) for field in fields(target)}
-
-
-def _inexact(tensors: Iterable[PlannedTensor]) -> dict[tuple[DType, DType], int]:
-    casts = ((tensor.source.dtype, tensor.dtype) for tensor in tensors if tensor.source is not None)
-    return dict(Counter(cast for cast in casts if not dtypes.is_exact(*cast)))

@@ -5,17 +5,21 @@ from __future__ import annotations
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import refusals, resolved
-from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
-from gemma4_moe.converter.mesh_preview import Prediction, parse_mesh, predict
+from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, load_staging_bytes, plan_memory, row_bytes
 from gemma4_moe.converter.notes import cast_notes
 from gemma4_moe.converter.plan import Plan, make_plan
+from gemma4_moe.distributed.sharding import NAMED_DIMENSIONS, count, local_runs
+from gemma4_moe.errors import UsageError
 from gemma4_moe.hub.remote import bytes_to_fetch, cache_directory
 from gemma4_moe.hub.source import check_streamed, is_hub_id, open_source
+from gemma4_moe.layout.table import Layout, transposes
 from gemma4_moe.sizes import format_size, parse_size
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
 
@@ -23,7 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from gemma4_moe.checkpoint.directory import Checkpoint
-    from gemma4_moe.layout.table import Layout
+    from gemma4_moe.converter.plan import PlannedTensor
+
+#: More ranks than any such run has; a mistyped mesh should not take minutes.
+MOST_RANKS = 2**16
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -100,34 +107,30 @@ def plan(
         check_streamed(source, base)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_source(source, revision))
-        opened = None if base is None else stack.enter_context(open_source(base))
-        planned = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=opened)
+        bases = [] if base is None else [stack.enter_context(open_source(base))]
+        planned = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=next(iter(bases), None))
         return Preview(
             source=Path(source),
             plan=planned,
             memory=plan_memory(planned, parse_size(max_memory)),
             source_tensors=len(checkpoint.tensors),
             source_bytes=checkpoint.total_bytes,
-            space=measure_space(
-                [checkpoint, *([] if opened is None else [opened])], planned.target_bytes, disk, stream=stream
-            ),
+            space=measure_space([checkpoint, *bases], planned.target_bytes, disk, stream=stream),
             side_files=tuple(file.name for file in checkpoint.side_files),
-            skipped=checkpoint.left_behind,
+            skipped=checkpoint.skipped,
             notes=cast_notes(planned),
             mesh=None if ranks is None else predict(planned, ranks),
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Space:
+class Space(NamedTuple):
     """The space that a conversion needs and the space that is free, in bytes.
 
     Attributes:
         target_bytes: Size of the target's weights.
         free_bytes: Free space on the disk that would hold the target.
-        cache_bytes: Size of the weights that would be brought into the Hub's cache first.
-        cache_free_bytes: Free space on another disk that holds this cache; None if the target's disk holds it too, or
-            nothing is brought there.
+        cache_bytes: Size of the weights that would be downloaded into the Hub's cache first.
+        cache_free_bytes: Free space on another disk that holds this cache; None if no such disk is needed.
     """
 
     target_bytes: int
@@ -149,17 +152,7 @@ class Space:
 
 
 def measure_space(sources: Iterable[Checkpoint], target_bytes: int, disk: Path, *, stream: bool) -> Space:
-    """Return the space for a target of `target_bytes` on the disk of the directory `disk`.
-
-    Args:
-        sources: The source and the base, opened for their headers.
-        target_bytes: Size of the target's weights.
-        disk: The directory that would hold the target.
-        stream: Whether models on the Hub would be read there, and not brought into its cache.
-
-    Raises:
-        StorageError: The disk or its permissions refused.
-    """
+    """Return the space for a target on the disk of the directory `disk`, and for sources in the Hub's cache."""
     with refusals("ask for the free space", disk):
         free = shutil.disk_usage(disk).free
         device = disk.stat().st_dev
@@ -171,3 +164,105 @@ def measure_space(sources: Iterable[Checkpoint], target_bytes: int, disk: Path, 
         cache = next(path for path in (cache, *cache.parents) if path.exists())
         other = cache.stat().st_dev != device
         return Space(target_bytes, free, to_fetch, shutil.disk_usage(cache).free if other else None)
+
+
+class Share(NamedTuple):
+    """The share of the rank at `coordinate` of the mesh.
+
+    Attributes:
+        expert_bytes: Bytes of expert tensors that it holds.
+        experts: Experts of a layer of which it holds at least a part.
+        read_bytes: Bytes of the source's expert tensors and scales that it reads: its experts whole, since `ep_shard`
+            cuts the innermost axis of the file.
+    """
+
+    coordinate: tuple[int, ...]
+    expert_bytes: int
+    experts: int
+    read_bytes: int
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Prediction:
+    """The shares of all ranks of a mesh that loads a plan's source.
+
+    Attributes:
+        mesh: Ranks along each dimension, by name.
+        shares: One for each rank, in the order of ranks.
+        other_bytes: Bytes of all tensors that are not experts; a rank that shards them too holds less.
+        staging_bytes: Bytes that a load needs besides the model: one block, or one row of the source if that is larger.
+    """
+
+    mesh: Mapping[str, int]
+    shares: tuple[Share, ...]
+    other_bytes: int
+    staging_bytes: int
+
+    def __repr__(self) -> str:
+        mesh = ", ".join(f"{name} {ranks}" for name, ranks in self.mesh.items())
+        return f"<Prediction for {mesh}: {len(self.shares)} ranks, {format_size(self.peak_bytes)} to load>"
+
+    @property
+    def balance(self) -> float:
+        """The largest share of expert bytes over the mean; 1.0 is even."""
+        mean = sum(share.expert_bytes for share in self.shares) / len(self.shares)
+        return max(share.expert_bytes for share in self.shares) / mean
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the fullest rank in bytes: its experts, all other tensors, and the staging of a load."""
+        return max(share.expert_bytes for share in self.shares) + self.other_bytes + self.staging_bytes
+
+
+def parse_mesh(given: Mapping[str, int] | str) -> dict[str, int]:
+    """Return ranks by dimension from such a mapping, or from text such as "ep_shard=2,ep=8"; all else is refused."""
+    text = given if isinstance(given, str) else ",".join(f"{name}={ranks}" for name, ranks in given.items())
+    mesh: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, ranks = part.strip().partition("=")
+        if name in mesh or name not in NAMED_DIMENSIONS or not ranks.isascii() or not ranks.isdecimal():
+            raise UsageError(
+                "not a mesh",
+                expected=f"such as ep_shard=2,ep=8, with dimensions of {', '.join(NAMED_DIMENSIONS)}",
+                found=text,
+                hint="name each dimension once, with its number of ranks",
+            )
+        mesh[name] = int(ranks)
+    if not 0 < prod(mesh.values()) <= MOST_RANKS:
+        raise UsageError(
+            "not a mesh", expected=f"1 to {MOST_RANKS} ranks", found=text, hint="give the ranks of one pipeline stage"
+        )
+    return mesh
+
+
+def predict(plan: Plan, mesh: Mapping[str, int]) -> Prediction:
+    """Return the share of each rank that loads the plan's source into the nemo layout, the only one of a mesh."""
+    if plan.target_layout is not Layout.NEMO:
+        raise UsageError(
+            "a mesh holds the nemo layout",
+            expected="a source in the hf layout",
+            found=f"a source in the {plan.source_layout} layout",
+            hint="leave the mesh out, or give a source in the hf layout",
+        )
+    experts = [tensor for tensor in plan.tensors.values() if transposes(tensor.operation)]
+    every = sum(entry.nbytes for file in plan.files for entry in file.entries)
+    return Prediction(
+        mesh=dict(mesh),
+        shares=tuple(_share(coordinate, experts, mesh) for coordinate in product(*map(range, mesh.values()))),
+        other_bytes=every - sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in experts),
+        staging_bytes=load_staging_bytes(plan.tensors.values()),
+    )
+
+
+def _share(coordinate: tuple[int, ...], experts: Iterable[PlannedTensor], mesh: Mapping[str, int]) -> Share:
+    sizes, placements = tuple(mesh.values()), tuple(NAMED_DIMENSIONS[name] for name in mesh)
+    expert_bytes = rows = read_bytes = 0
+    for tensor in experts:
+        assert tensor.source is not None, "an expert tensor has a source"
+        held = [count(local_runs(size, axis, sizes, coordinate, placements)) for axis, size in enumerate(tensor.shape)]
+        expert_bytes += prod(held) * tensor.dtype.itemsize
+        rows = max(rows, held[0])
+        if all(held):
+            read_bytes += held[0] * row_bytes(tensor.source.nbytes, tensor.source.shape)
+            read_bytes += 0 if tensor.scale is None else tensor.scale.nbytes
+    return Share(coordinate, expert_bytes, rows, read_bytes)

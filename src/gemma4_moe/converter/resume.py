@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import astuple
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
@@ -12,7 +14,6 @@ from gemma4_moe.checkpoint.storage import refusals
 from gemma4_moe.converter import blocks
 from gemma4_moe.errors import InputError, ParallelError, UsageError, command_line
 from gemma4_moe.target.manifest import read_manifest
-from gemma4_moe.target.pieces import wrong_pieces
 from gemma4_moe.version import __version__
 
 if TYPE_CHECKING:
@@ -20,24 +21,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
-    from gemma4_moe.converter.job import Job
     from gemma4_moe.converter.plan import Plan
     from gemma4_moe.target.journal import Journalled
-    from gemma4_moe.target.pieces import Piece
 
 
 def plan_digest(plan: Plan) -> str:
     """Return a hash of all that decides a plan's bytes but the values: names, places, shapes, dtypes, operations."""
     files = [(file.name, file.size, blake3(file.header).hexdigest()) for file in plan.files]
-    tensors = [
-        (
-            tensor.name,
-            tensor.operation,
-            [_place(stored) for stored in tensor.stored],
-            *([] if tensor.base is None else map(_place, tensor.base.stored)),
-        )
-        for tensor in plan.tensors.values()
-    ]
+    tensors = []
+    for name, tensor in plan.tensors.items():
+        base = plan.bases[name].stored if name in plan.bases else ()
+        tensors.append((tensor.name, tensor.operation, [*map(_place, tensor.stored)], *map(_place, base)))
     text = json.dumps([plan.source_layout, plan.target_layout, files, tensors])
     return blake3(text.encode()).hexdigest()
 
@@ -60,52 +54,41 @@ def opening_record(
 
 
 def _identities(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        name: {
-            "bytes": file.identity.size,
-            "mtime_ns": file.identity.mtime_ns,
-            "inode": file.identity.inode,
-            "header_sha256": file.identity.header_digest,
-        }
-        for name, file in checkpoint.files.items()
-    }
+    names = ("bytes", "mtime_ns", "inode", "header_sha256")
+    return {name: dict(zip(names, astuple(file.identity), strict=True)) for name, file in checkpoint.files.items()}
 
 
 def check_same_run(known: Journalled, opening: Mapping[str, Any], target: Path) -> None:
-    """Check that the journal belongs to the same conversion.
-
-    Raises:
-        UsageError: It does not; the error names the differences.
-    """
+    """Check that the journal belongs to the same conversion; a UsageError names the differences."""
     if known.opening is None or known.opening == opening:
         return
     raise UsageError(
         "the run that was not finished is another one",
         file=target,
-        found="; ".join(list(_differences(known.opening, opening, ""))[:5]),
+        found=_differences(known.opening, opening),
         hint=f"give the same source and options, or remove it: {command_line('gemma4-moe', 'clean', target)}",
     )
 
 
 def check_same_source(openings: Sequence[Mapping[str, Any]]) -> None:
-    """Check that all ranks see the same source and the same plan.
-
-    Raises:
-        ParallelError: A rank sees another one than rank 0.
-    """
+    """Check that all ranks see the same source and the same plan. Raises ParallelError."""
     for rank, opening in enumerate(openings):
         if opening != openings[0]:
             raise ParallelError(
                 "ranks see different sources",
-                found=f"rank {rank}: {'; '.join(list(_differences(openings[0], opening, ''))[:5])}",
+                found=f"rank {rank}: {_differences(openings[0], opening)}",
                 hint="give all ranks the same directory on a shared filesystem",
             )
 
 
-def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    return "; ".join(islice(_changes(old, new, ""), 5))
+
+
+def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{name} {key}")
+            yield from _changes(old.get(key), new.get(key), f"{name} {key}")
     elif old != new:
         yield f"{name.strip()} was {old}, is {new}"
 
@@ -115,10 +98,6 @@ def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: M
 
     Another model of the same shapes has the same headers, so the source is hashed, with at most `memory` bytes of
     buffers. A commit of the Hub makes that needless.
-
-    Raises:
-        StorageError: The disk refused.
-        CheckpointFormatError: The source was cut off meanwhile.
     """
     try:
         manifest = read_manifest(target)
@@ -147,13 +126,7 @@ def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: M
 
 
 def described_source(plan: Plan, checkpoint: Checkpoint, digests: Mapping[tuple[str, int, int], str]) -> dict[str, Any]:
-    """Return what a manifest says of the source, without SHA-256.
-
-    Args:
-        plan: The plan.
-        checkpoint: The source, open.
-        digests: The source digest of each block that reads something, by its place.
-    """
+    """Return the manifest's description of the source, without SHA-256; `digests` has each block's by its place."""
     found: dict[str, list[str]] = {}
     for block in blocks.blocks(plan):
         if block.place in digests:
@@ -173,17 +146,3 @@ def _is_count(said: Any, plan: Plan) -> bool:
     return isinstance(said, dict) and all(
         name in plan.tensors and type(count) is int and count > 0 for name, count in said.items()
     )
-
-
-def true_pieces(known: Journalled, job: Job) -> list[Piece]:
-    """Return those journalled pieces of this rank's part that are on the device.
-
-    Raises:
-        StorageError: The disk refused.
-    """
-    places = {block.place for block in blocks.blocks(job.plan)}
-    journalled = [piece for place, piece in sorted(known.pieces.items()) if place in places]
-    mine = journalled[job.files.ranks.rank :: job.files.ranks.world]
-    sizes = {file.name: file.size for file in job.plan.files}
-    wrong = wrong_pieces(job.files.out, sizes, mine, job.memory.peak_bytes, buffered=job.files.buffered)
-    return [piece for piece in mine if piece not in wrong]

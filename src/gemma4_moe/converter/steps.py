@@ -1,75 +1,66 @@
-"""The steps of a conversion for one block: read it, convert it, hash it, write it."""
+"""The steps of a conversion for one block: read it, convert it, hash it, write it; and blocks in flight.
+
+A few threads each take a block through all its steps, one thread at a time in each step. So the disk reads one block
+while another is computed, a third is hashed and a fourth is written. No more blocks are in flight than there are
+buffers. A failure in one thread, or an interrupt of the caller, stops the others at their next step.
+"""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gemma4_moe import kernels
 from gemma4_moe.checkpoint.hashing import blake3_of
-from gemma4_moe.checkpoint.readers import PAGE
+from gemma4_moe.checkpoint.readers import PAGE, allocate
 from gemma4_moe.converter.blocks import extent_of, room_for
-from gemma4_moe.converter.overflows import can_overflow, count_overflows
-from gemma4_moe.layout.table import Operation, transposes
-from gemma4_moe.target.pieces import Piece, piece_of
+from gemma4_moe.layout.table import transposes
+from gemma4_moe.target.pieces import piece_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
-    from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.checkpoint.readers import Reader
-    from gemma4_moe.converter.blocks import Block
-    from gemma4_moe.converter.job import Job
-    from gemma4_moe.converter.unfold import Unfolding
-    from gemma4_moe.layout import dtypes
-    from gemma4_moe.layout.targets import Read
-    from gemma4_moe.target.ledger import Ledger
+    from gemma4_moe.converter.base import Scales, Unfolding
+    from gemma4_moe.converter.blocks import Block, Memory
+    from gemma4_moe.layout.dtypes import DType
+    from gemma4_moe.target.journal import Ledger
+    from gemma4_moe.target.pieces import Piece
     from gemma4_moe.target.writers import PageWriter
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+#: How many elements are searched for infinities at once.
+_PIECE = 2**20
 
+
+@dataclass(slots=True)
 class ConversionSteps:
     """Reads, converts, hashes and writes the blocks of one job. No step knows of another block.
 
-    Attributes:
-        written: The pieces of the blocks that were written.
+    By the target's name, `scales` [E] are those that are folded, and `given_back` [E] those that are not all one.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        readers: Mapping[str, Reader],
-        writers: Mapping[str, PageWriter],
-        ledger: Ledger,
-        unfolding: Unfolding,
-        given_back: Mapping[str, Array],
-    ) -> None:
-        """Take the means of the steps.
-
-        Args:
-            job: The job.
-            readers: The source's files by name.
-            writers: The target's files by name.
-            ledger: Told of each piece that was written.
-            unfolding: The base's experts.
-            given_back: The scales [E] that are not all one, by the target's name.
-        """
-        self._scales = job.scales
-        self._workers = job.workers
-        self._readers = readers
-        self._writers = writers
-        self._ledger = ledger
-        self._unfolding = unfolding
-        self._given_back = given_back
-        self.written: list[Piece] = []
+    scales: Scales
+    workers: int
+    readers: Mapping[str, Reader]
+    writers: Mapping[str, PageWriter]
+    ledger: Ledger
+    unfolding: Unfolding
+    given_back: Scales
+    written: list[Piece] = field(default_factory=list)
 
     def read(self, block: Block, buffer: memoryview) -> list[memoryview]:
         """Read the bytes of each of the block's reads."""
         found = []
         for read in block.reads():
-            reader, extent = self._readers[read.stored.file.path.name], extent_of(read)
+            reader, extent = self.readers[read.stored.file.path.name], extent_of(read)
             size = extent.end - extent.start
             found.append(reader.read(extent.start, size, buffer))
             buffer = buffer[room_for(size) :]
@@ -80,50 +71,46 @@ class ConversionSteps:
         tensor = block.tensor
         into = _target(block, buffer)
         if tensor.source is None:
-            scales = self._given_back.get(tensor.name)
-            result = _array(into, tensor.dtype, (block.last - block.first,))
-            result[...] = 1 if scales is None else scales[block.first : block.last]
+            ones = _array(into, tensor.dtype, (block.last - block.first,))
+            scales = self.given_back.get(tensor.name)
+            ones[...] = 1 if scales is None else scales[block.first : block.last]
             return {}
-        scale = self._scales.get(tensor.name)
+        scale, rows = self.scales.get(tensor.name), block.last - block.first
         factors = None if scale is None else scale[block.first : block.last]
         given = [*contents, *([] if factors is None else [factors.view(np.uint8).data])]
         facts: dict[str, Any] = {"tensor": tensor.name, "source": blake3_of(given)}
         for read, content in zip(block.reads(), contents, strict=True):
-            if block.is_copy:
+            own = slice(read.experts[0] - block.first, read.experts[1] - block.first)
+            count = own.stop - own.start
+            if transposes(tensor.operation):
+                result = _array(into, tensor.dtype, (rows, *tensor.shape[1:]))[own, :, slice(*read.rows)]
+                experts = _array(content, read.stored.dtype, (count, result.shape[2], result.shape[1]))
+                values = experts.swapaxes(1, 2)
+                if tensor.name in self.unfolding.bases:
+                    facts["given_back"] = self._unfold(tensor.name, read.experts[0], experts, result)
+                else:
+                    scale = None if factors is None else factors[own].astype(np.float32)
+                    kernels.transpose_scale_cast(experts, scale=scale, out=result, threads=self.workers)
+            elif read.stored.dtype == tensor.dtype:
                 np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(content, np.uint8))
+                continue
             else:
-                self._convert(block, read, content, into, factors, facts)
+                result = _array(into, tensor.dtype, (rows,))[own]
+                values = _array(content, read.stored.dtype, (count,))
+                kernels.scale_cast(values, out=result, threads=self.workers)
+            if can_overflow(read.stored.dtype, tensor.dtype) and (number := count_overflows(values, result)):
+                facts["overflowed"] = facts.get("overflowed", 0) + number
         return facts
 
-    def _convert(
-        self,
-        block: Block,
-        read: Read[StoredTensor],
-        content: memoryview,
-        into: memoryview,
-        factors: Array | None,
-        facts: dict[str, Any],
-    ) -> None:
-        """Convert what one read gave into its place in the block, and add its facts to `facts`."""
-        tensor, rows = block.tensor, block.last - block.first
-        own = slice(read.experts[0] - block.first, read.experts[1] - block.first)
-        count = own.stop - own.start
-        if tensor.operation is Operation.KEEP:
-            result = _array(into, tensor.dtype, (rows,))[own]
-            given = _array(content, read.stored.dtype, (count,))
-            kernels.scale_cast(given, out=result, threads=self._workers)
-        else:
-            assert transposes(tensor.operation), "a scale has no source"
-            result = _array(into, tensor.dtype, (rows, *tensor.shape[1:]))[own, :, slice(*read.rows)]
-            experts = _array(content, read.stored.dtype, (count, result.shape[2], result.shape[1]))
-            given = experts.swapaxes(1, 2)
-            if tensor.base is not None:
-                facts["given_back"] = self._unfolding.convert(tensor, read.experts[0], experts, result)
+    def _unfold(self, name: str, first: int, experts: Array, result: Array) -> list[int]:
+        """Write experts as the base's, or as they are, and return the numbers of those that are the base's."""
+        given_back = []
+        for number, (expert, into) in enumerate(zip(experts, result, strict=True), first):
+            if self.unfolding.unfold(name, number, expert, into):
+                given_back.append(number)
             else:
-                scale = None if factors is None else factors[own].astype(np.float32)
-                kernels.transpose_scale_cast(experts, scale=scale, out=result, threads=self._workers)
-        if can_overflow(read.stored.dtype, tensor.dtype) and (number := count_overflows(given, result)):
-            facts["overflowed"] = facts.get("overflowed", 0) + number
+                kernels.transpose_scale_cast(expert, out=into, threads=self.workers)
+        return given_back
 
     def digest(self, block: Block, buffer: memoryview, facts: dict[str, Any]) -> Piece:
         """Return the block's piece of its file."""
@@ -131,10 +118,74 @@ class ConversionSteps:
 
     def write(self, block: Block, buffer: memoryview, piece: Piece) -> None:
         """Write the block."""
-        writer = self._writers[block.file]
+        writer = self.writers[block.file]
         writer.write(block.start, _target(block, buffer))
-        self._ledger.wrote(writer, piece)
+        self.ledger.wrote(writer, piece)
         self.written.append(piece)
+
+
+class Stopped(Exception):  # noqa: N818 - a signal between threads, not an error
+    """Another thread has failed, or the caller was interrupted."""
+
+
+def run(blocks: Iterable[Block], steps: ConversionSteps, memory: Memory) -> None:
+    """Take every block through its four steps; blocks are read in their order. Raises the first error of a step."""
+    waiting, stopped = iter(blocks), Event()
+    reading, computing, hashing, writing = Lock(), Lock(), Lock(), Lock()
+
+    @contextmanager
+    def turn(step: Lock) -> Iterator[None]:
+        with step:
+            if stopped.is_set():
+                raise Stopped
+            yield
+
+    def work() -> None:
+        source, target = allocate(memory.buffer_bytes), allocate(memory.buffer_bytes)
+        try:
+            while True:
+                with turn(reading):
+                    if (block := next(waiting, None)) is None:
+                        return
+                    found = steps.read(block, source)
+                with turn(computing):
+                    facts = steps.compute(block, found, target)
+                with turn(hashing):
+                    piece = steps.digest(block, target, facts)
+                with turn(writing):
+                    steps.write(block, target, piece)
+        except BaseException:
+            stopped.set()
+            raise
+
+    with ThreadPoolExecutor(memory.buffers, "gemma4-moe") as threads:
+        try:
+            futures = [threads.submit(work) for _ in range(memory.buffers)]
+            wait(futures)  # each that fails stops the others
+        finally:
+            stopped.set()
+        failures = [failure for future in futures if (failure := future.exception()) is not None]
+        for failure in sorted(failures, key=lambda failure: isinstance(failure, Stopped)):
+            raise failure
+
+
+def can_overflow(source: DType, target: DType) -> bool:
+    """Return whether a finite value of `source` can become infinite in `target`."""
+    old, new = source.float_format, target.float_format
+    if old is None or new is None:
+        return False
+    return (old.max_exponent, old.precision) > (new.max_exponent, new.precision)
+
+
+def count_overflows(source: Array, result: Array) -> int:
+    """Return how many infinities of `result`, of two bytes each, have a finite element of `source` at their place."""
+    infinity = np.array(np.inf, result.dtype).view(np.uint16) << 1  # without its sign
+    rows = max(1, _PIECE // max(1, result[:1].size))
+    count = 0
+    for row in range(0, len(result), rows):
+        infinite = result[row : row + rows].view(np.uint16) << 1 == infinity
+        count += int(np.count_nonzero(np.isfinite(source[row : row + rows][infinite])))
+    return count
 
 
 def _target(block: Block, buffer: memoryview) -> memoryview:
@@ -143,7 +194,6 @@ def _target(block: Block, buffer: memoryview) -> memoryview:
     return buffer[begin : begin + block.end - block.start]
 
 
-def _array(buffer: memoryview, dtype: dtypes.DType, shape: tuple[int, ...]) -> Array:
+def _array(buffer: memoryview, dtype: DType, shape: tuple[int, ...]) -> Array:
     """Return an array of the given shape over the start of a buffer."""
-    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    return np.frombuffer(buffer, np.uint8, count).view(dtype.numpy()).reshape(shape)
+    return np.frombuffer(buffer, np.uint8, prod(shape) * dtype.itemsize).view(dtype.numpy()).reshape(shape)

@@ -1,65 +1,86 @@
-"""Write a conversion's weights: the blocks that are not on the device yet, each rank its share of them."""
+"""Write a conversion's files: the blocks that are not on the device yet, each rank its share of them, then the rest."""
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from gemma4_moe.checkpoint.file import OpenFile
+from gemma4_moe.checkpoint.hashing import Extent, hash_extents
 from gemma4_moe.checkpoint.storage import sync_directory
+from gemma4_moe.converter import resume
+from gemma4_moe.converter.base import Unfolding, given_back_scales, scales_with_base
 from gemma4_moe.converter.blocks import blocks, share
-from gemma4_moe.converter.pipeline import run
-from gemma4_moe.converter.resume import check_same_run, check_same_source, opening_record, true_pieces
-from gemma4_moe.converter.scales import given_back_scales, scales_with_base
-from gemma4_moe.converter.steps import ConversionSteps
-from gemma4_moe.converter.unfold import Unfolding
+from gemma4_moe.converter.steps import ConversionSteps, run
 from gemma4_moe.errors import Gemma4MoEError
-from gemma4_moe.target.journal import Journal, read_journals
-from gemma4_moe.target.ledger import Count, Ledger
+from gemma4_moe.target.journal import Journal, Ledger, read_journals
+from gemma4_moe.target.pieces import Count, wrong_pieces
 from gemma4_moe.target.writers import PageWriter, SafetensorsWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-    from gemma4_moe.converter.blocks import Block
-    from gemma4_moe.converter.job import Job
-    from gemma4_moe.converter.scales import Scales
+    from gemma4_moe.checkpoint.directory import Checkpoint
+    from gemma4_moe.checkpoint.file import SafetensorsFile
+    from gemma4_moe.checkpoint.readers import Reader
+    from gemma4_moe.converter.base import Scales
+    from gemma4_moe.converter.blocks import Block, Memory
+    from gemma4_moe.converter.plan import Plan
     from gemma4_moe.sizes import Progress
+    from gemma4_moe.target.directory import TargetFiles
+    from gemma4_moe.target.journal import Journalled
     from gemma4_moe.target.pieces import Piece
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A conversion that has begun; `options` decide the target's bytes, `scales` are folded, by the target's name."""
+
+    checkpoint: Checkpoint
+    base: Checkpoint | None
+    plan: Plan
+    scales: Scales
+    options: dict[str, Any]
+    target: Path
+    files: TargetFiles
+    memory: Memory
+    workers: int
+    read_back: bool
+    sha256: bool
+
+    def check_unchanged(self) -> None:
+        """Check that source and base are as they were opened. Raises what `Checkpoint.check_unchanged` raises."""
+        for checkpoint in (self.checkpoint, self.base):
+            if checkpoint is not None:
+                checkpoint.check_unchanged()
+
+
 def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progress | None) -> list[Piece]:
-    """Write all blocks of a job that are not there yet. All ranks must call.
+    """Write all blocks of a job that are not there yet, and return the pieces of all. All ranks must call.
 
-    Args:
-        job: The job.
-        confirm: Called before each journal entry; raises if the target is not ours any more. Rank 0's.
-        progress: Told how far this rank's writing is.
-
-    Returns:
-        The pieces of all blocks, on every rank.
-
-    Raises:
-        UsageError: An earlier run to this target was another conversion.
-        SourceChangedError: The source changed while it was read.
-        StorageError: The disk or its permissions refused.
-        ParallelError: Another rank failed.
+    `confirm`, rank 0's, is called before each journal entry, and raises if the target is not ours any more.
     """
-    ranks = job.files.ranks
-    opening = opening_record(job.plan, job.checkpoint, job.options, job.base)
+    ranks, control = job.files.ranks, job.files.out.parent
+    opening = resume.opening_record(job.plan, job.checkpoint, job.options, job.base)
     with ranks.together("read the journal"):
-        known = read_journals(job.control)
-        check_same_run(known, opening, job.target)
-    check_same_source(ranks.everyones(opening))
+        known = read_journals(control)
+        resume.check_same_run(known, opening, job.target)
+    resume.check_same_source(ranks.everyones(opening))
     with ranks.together("check the pieces that are there"):
-        own = true_pieces(known, job)
+        own = _true_pieces(known, job)
     pieces = list(chain(*ranks.everyones(own)))
     with ranks.together("make the target's files"):
         if ranks.is_first:
             job.files.make()
     done = {piece.place for piece in pieces}
-    late = scales_with_base(job.plan)
+    late = scales_with_base(job.plan.bases)
     soon = share((b for b in blocks(job.plan) if b.tensor.name not in late), done, ranks.rank, ranks.world)
     last = [b for b in blocks(job.plan) if b.tensor.name in late and b.place not in done and ranks.is_first]
     count = Count(sum(block.end - block.start for block in soon + last), progress)
@@ -69,43 +90,59 @@ def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progre
             confirm()
         job.check_unchanged()
 
-    with ranks.together("write the target"), Journal(job.control, ranks.rank) as journal:
-        sync_directory(job.control)
-        journal.append(opening=opening)
-        own = _write(job, soon, {}, Ledger(journal, known, check, count))
-    pieces += chain(*ranks.everyones(own))
-    own = []
-    with ranks.together("write the scales"):
-        if last:
-            with Journal(job.control, ranks.rank) as journal:
-                own = _write(job, last, given_back_scales(job.plan, pieces), Ledger(journal, known, check, count))
+    with ExitStack() as stack:
+        with ranks.together("write the target"):
+            journal = stack.enter_context(Journal(control, ranks.rank))
+            sync_directory(control)
+            journal.append(opening=opening)
+            ledger = Ledger(journal, known, check, count)
+            own = _write(job, soon, {}, ledger)
+        pieces += chain(*ranks.everyones(own))
+        with ranks.together("write the scales"):
+            own = _write(job, last, given_back_scales(job.plan.bases, pieces), ledger) if last else []
     return [*pieces, *chain(*ranks.everyones(own))]
+
+
+def _true_pieces(known: Journalled, job: Job) -> list[Piece]:
+    """Return those journalled pieces of this rank's part that are on the device."""
+    places = {block.place for block in blocks(job.plan)}
+    journalled = [piece for place, piece in sorted(known.pieces.items()) if place in places]
+    mine = journalled[job.files.ranks.rank :: job.files.ranks.world]
+    sizes = {file.name: file.size for file in job.plan.files}
+    wrong = wrong_pieces(job.files.out, sizes, mine, job.memory.peak_bytes, buffered=job.files.buffered)
+    return [piece for piece in mine if piece not in wrong]
 
 
 def _write(job: Job, work: list[Block], given_back: Scales, ledger: Ledger) -> list[Piece]:
     """Take blocks through the pipeline, and return their pieces once these are on the device."""
+    buffered = job.files.buffered
     with ExitStack() as stack:
 
-        def opened(path: Path, size: int) -> PageWriter:
-            file = stack.enter_context(SafetensorsWriter.reopen(path, size))
-            return stack.enter_context(closing(PageWriter(file, buffered=job.files.buffered)))
+        def reading(file: SafetensorsFile, *, in_order: bool) -> Reader:
+            quickest = in_order and not buffered
+            return stack.enter_context(closing(file.quickest_reader() if quickest else file.reader(buffered=buffered)))
 
-        readers = {
-            name: stack.enter_context(
-                closing(file.reader(buffered=True) if job.files.buffered else file.quickest_reader())
-            )
-            for name, file in job.checkpoint.files.items()
-        }
+        def writing(path: Path, size: int) -> PageWriter:
+            file = stack.enter_context(SafetensorsWriter.reopen(path, size))
+            return stack.enter_context(closing(PageWriter(file, buffered=buffered)))
+
+        base = [] if job.base is None else job.base.files.values()
         names = {block.file for block in work}
-        writers = {
-            file.name: opened(job.files.out / file.name, file.size) for file in job.plan.files if file.name in names
-        }
-        unfolding = stack.enter_context(
-            Unfolding(
-                job.plan.tensors.values(), job.memory.base_bytes, workers=job.workers, buffered=job.files.buffered
-            )
+        pool = stack.enter_context(ThreadPoolExecutor(job.workers, "gemma4-moe-unfolding"))
+        steps = ConversionSteps(
+            job.scales,
+            job.workers,
+            readers={name: reading(file, in_order=True) for name, file in job.checkpoint.files.items()},
+            writers={f.name: writing(job.files.out / f.name, f.size) for f in job.plan.files if f.name in names},
+            ledger=ledger,
+            unfolding=Unfolding(
+                job.plan.bases,
+                job.memory.base_bytes,
+                readers={file.path: reading(file, in_order=False) for file in base},
+                pool=pool,
+            ),
+            given_back=given_back,
         )
-        steps = ConversionSteps(job, readers, writers, ledger, unfolding, given_back)
         try:
             run(work, steps, job.memory)
         except BaseException:
@@ -114,3 +151,50 @@ def _write(job: Job, work: list[Block], given_back: Scales, ledger: Ledger) -> l
             raise
         ledger.flush()
     return steps.written
+
+
+def finish(job: Job, pieces: Sequence[Piece]) -> None:
+    """Write all files but the weights, whose pieces are given, and read every file back. All ranks must call."""
+    own = pieces if job.files.ranks.is_first else ()
+    written = job.files.complete(own, job.checkpoint.side_files, lambda files: _manifest(job, files, pieces))
+    if job.read_back:
+        job.files.read_back(written)
+
+
+def _manifest(job: Job, files: dict[str, Any], pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Return the manifest without the files, and add SHA-256 to `files`."""
+    plan = job.plan
+    digests = {piece.place: piece.facts["source"] for piece in pieces if "source" in piece.facts}
+    source = resume.described_source(plan, job.checkpoint, digests)
+    if job.sha256:
+        with ExitStack() as stack:
+            written = [stack.enter_context(OpenFile(job.files.out / name)) for name in files]
+            opened: list[OpenFile] = [*written, *job.checkpoint.files.values()]
+            whole = [(Extent(file, 0, file.size),) for file in opened]
+            found = hash_extents(whole, job.memory.peak_bytes, buffered=job.files.buffered, algorithm=hashlib.sha256)
+        for said, digest in zip([*files.values(), *source["files"].values()], found, strict=True):
+            said["sha256"] = digest
+    return {
+        "plan": resume.plan_digest(plan),
+        "options": job.options | {"to": plan.target_layout, "read_back": job.read_back},
+        "layout": plan.target_layout,
+        "source": source,
+        "source_dtypes": {name: t.source.dtype.name for name, t in plan.tensors.items() if t.source is not None},
+        "overflowed": _counts(plan, ((piece, piece.facts.get("overflowed", 0)) for piece in pieces)),
+        "given_back": _counts(plan, ((piece, len(piece.facts.get("given_back", ()))) for piece in pieces)),
+        "folded_scales": {name: [_number(value) for value in scale.tolist()] for name, scale in job.scales.items()},
+    }
+
+
+def _counts(plan: Plan, counted: Iterable[tuple[Piece, int]]) -> dict[str, int]:
+    """Return the sum of counts for each tensor that has one, in the order of the plan."""
+    counts: Counter[str] = Counter()
+    for piece, count in counted:
+        if count:
+            counts[piece.facts["tensor"]] += count
+    return {name: counts[name] for name in plan.tensors if name in counts}
+
+
+def _number(value: float) -> float | str:
+    """Return a number that JSON can hold: it has no NaN and no infinities."""
+    return float(value) if math.isfinite(value) else str(float(value))

@@ -92,7 +92,7 @@ class Source(Generic[T]):
             yield Read(part.stored, before * size, (before + end - start) * size, (start, end), part.rows)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Target(Generic[T]):
     """One tensor of the other layout.
 
@@ -114,6 +114,9 @@ class Target(Generic[T]):
     scale: T | None = None
     part: Part = WHOLE
     beside: T | None = None
+
+    def __repr__(self) -> str:
+        return f"<Target {self.name}: {self.dtype.name} {list(self.shape)}, {self.operation}>"
 
     @property
     def stored(self) -> tuple[T, ...]:

@@ -13,8 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
-from gemma4_moe.converter.blocks import BLOCK_BYTES
-from gemma4_moe.converter.mesh_preview import load_staging_bytes
+from gemma4_moe.converter.blocks import load_staging_bytes, row_bytes, rows_at_once
 from gemma4_moe.converter.plan import make_plan
 from gemma4_moe.distributed.placements import local_of, placed, take
 from gemma4_moe.distributed.sharding import count, overlaps
@@ -23,9 +22,10 @@ from gemma4_moe.hub.source import locate
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES
 from gemma4_moe.layout.table import Layout, transposes
+from gemma4_moe.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import StoredTensor
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 _CASTABLE = tuple(getattr(torch, dtype.name) for dtype in EXPERT_DTYPES)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Loaded:
-    """What `load_hf` did on this rank.
+    """The result of `load_hf` on this rank.
 
     Attributes:
         filled: Names of the tensors that were filled.
@@ -49,6 +49,9 @@ class Loaded:
     filled: tuple[str, ...]
     read_bytes: int
     unused: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"<Loaded {len(self.filled):,} tensors, {format_size(self.read_bytes)}; {len(self.unused):,} unused>"
 
 
 def load_hf(module_or_state: torch.nn.Module | Mapping[str, torch.Tensor], path: str | Path) -> Loaded:
@@ -61,10 +64,8 @@ def load_hf(module_or_state: torch.nn.Module | Mapping[str, torch.Tensor], path:
         path: A directory, or a Hub id.
 
     Raises:
-        InputError: The directory is not an hf checkpoint of Gemma 4 MoE; or a tensor of the model is not in it, or has
-            another shape there.
+        InputError: It is not an hf checkpoint of Gemma 4 MoE, lacks a tensor of the model, or has another shape of it.
         UsageError: A tensor of the model is on the meta device.
-        StorageError: The disk or its permissions refused.
     """
     state = state_of(module_or_state)
     filled, read_bytes = [], 0
@@ -81,11 +82,7 @@ def load_hf(module_or_state: torch.nn.Module | Mapping[str, torch.Tensor], path:
 
 
 def state_of(module_or_state: torch.nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors of a module's state dict, or of a mapping; `_extra_state` is no weight and left out.
-
-    Raises:
-        UsageError: Another entry is no tensor, or has no storage.
-    """
+    """Return the tensors of a module's state dict, or of a mapping, without `_extra_state`; each must hold values."""
     state = module_or_state.state_dict() if isinstance(module_or_state, torch.nn.Module) else module_or_state
     tensors = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
     for name, value in tensors.items():
@@ -110,35 +107,34 @@ def _check(state: Mapping[str, torch.Tensor], planned: Mapping[str, PlannedTenso
     """Check all that can be checked before anything is filled."""
     tied = {storage_key(tensor) for name, tensor in state.items() if name in planned}
     for name, tensor in state.items():
-        if name not in planned:
-            if storage_key(tensor) not in tied:
-                raise UnknownTensorError(
-                    "a tensor of the model that the checkpoint does not have",
-                    tensor=name,
-                    file=path,
-                    hint="check that model and checkpoint have the same kind (multimodal or text-only) and prefix",
-                )
-        elif tuple(tensor.shape) != planned[name].shape:
-            raise TensorShapeError(
-                "a tensor of the model has another shape than the checkpoint's",
+        if name in planned:
+            _check_form(tensor, planned[name], path)
+        elif storage_key(tensor) not in tied:
+            raise UnknownTensorError(
+                "a tensor of the model that the checkpoint does not have",
                 tensor=name,
                 file=path,
-                expected=list(planned[name].shape),
-                found=list(tensor.shape),
-                hint="check that model and checkpoint have the same config",
+                hint="check that model and checkpoint have the same kind (multimodal or text-only) and prefix",
             )
-        else:
-            _check_dtype(name, tensor.dtype, planned[name])
 
 
-def _check_dtype(name: str, dtype: torch.dtype, planned: PlannedTensor) -> None:
-    """Check that a tensor of the model can take in what the file holds: floats in floats, all else in its own dtype."""
-    file = planned.source.dtype if planned.source is not None else planned.dtype
+def _check_form(tensor: torch.Tensor, planned: PlannedTensor, path: str) -> None:
+    """Check a tensor's shape, and that it can take in the file's dtype: floats in floats, all else in its own dtype."""
+    if tuple(tensor.shape) != planned.shape:
+        raise TensorShapeError(
+            "a tensor of the model has another shape than the checkpoint's",
+            tensor=planned.name,
+            file=path,
+            expected=list(planned.shape),
+            found=list(tensor.shape),
+            hint="check that model and checkpoint have the same config",
+        )
+    dtype, file = tensor.dtype, planned.dtype  # that of the file: the plan casts nothing
     castable = dtype in _CASTABLE and file.float_format is not None
     if not castable and (transposes(planned.operation) or str(dtype).removeprefix("torch.") != file.name):
         raise TensorShapeError(
             "a tensor of the model has a dtype that the checkpoint's can't be loaded into",
-            tensor=name,
+            tensor=planned.name,
             expected=f"{file.name}, or a floating-point dtype of 16 or 32 bits" if file.float_format else file.name,
             found=str(dtype),
             hint="hold the weights in bfloat16, float16 or float32",
@@ -148,21 +144,27 @@ def _check_dtype(name: str, dtype: torch.dtype, planned: PlannedTensor) -> None:
 def _fill(tensor: torch.Tensor, planned: PlannedTensor, staging: torch.Tensor) -> int:
     """Fill this rank's part of one tensor through `staging`, and return how many bytes were read."""
     assert planned.source is not None, "every nemo tensor comes from an hf tensor"
-    runs = (
-        placed(tensor, planned.name).runs(planned.shape)
-        if isinstance(tensor, DTensor)
-        else tuple((range(size),) for size in planned.shape)
-    )
+    whole = tuple((range(size),) for size in planned.shape)
+    runs = placed(tensor, planned.name).runs(planned.shape) if isinstance(tensor, DTensor) else whole
     local = local_of(tensor)
     if local.numel() == 0:
         return 0
     if not transposes(planned.operation):
         return _fill_same(local, runs, planned.source.parts[0].stored, staging)
-    factors, read_bytes = None, 0
-    if planned.scale is not None:
-        factors = _read(planned.scale, 0, planned.scale.nbytes, staging).to(local.device, copy=True)
-        read_bytes = planned.scale.nbytes
-    return read_bytes + _fill_experts(local, runs, planned.source, factors, staging)
+    if planned.scale is None:
+        return _fill_experts(local, runs, planned.source, None, staging)
+    factors = _read(planned.scale, 0, planned.scale.nbytes, staging).to(local.device, copy=True)
+    return planned.scale.nbytes + _fill_experts(local, runs, planned.source, factors, staging)
+
+
+def _blocks(runs: Sequence[range], size: int) -> Iterator[tuple[slice, int, int]]:
+    """Yield blocks of rows, of `size` bytes each: the local rows, and (start, end) in the whole tensor."""
+    step = rows_at_once(size)
+    for held, rows in overlaps(runs, 0, max(run.stop for run in runs)):
+        for first in range(rows.start, rows.stop, step):
+            last = min(first + step, rows.stop)
+            start = held.start + first - rows.start
+            yield slice(start, start + last - first), first, last
 
 
 def _fill_experts(
@@ -177,22 +179,20 @@ def _fill_experts(
     Each stored tensor goes through the kernel straight to the experts and rows that it holds.
     """
     read_bytes = 0
-    step = rows_at_once(_row_bytes(source))
-    for held, experts in overlaps(runs[0], 0, source.shape[0]):
-        for first in range(experts.start, experts.stop, step):
-            for read in source.reads(first, min(first + step, experts.stop)):
-                places = list(overlaps(runs[2], *read.rows))
-                if not places:
-                    continue
-                (start, end), (top, bottom) = read.experts, read.rows
-                raw = _read(read.stored, read.start, read.end - read.start, staging)
-                block = raw.view(end - start, bottom - top, source.shape[2])
-                out = local[held][start - experts.start : end - experts.start]
-                for columns, rows in places:
-                    part = take(block, ((range(end - start),), (range(rows.start - top, rows.stop - top),), runs[1]))
-                    factor = None if factors is None else factors[start:end]
-                    transpose_scale_cast(part.to(local.device), scale=factor, out=out[:, :, columns])
-                read_bytes += read.end - read.start
+    for held, first, last in _blocks(runs[0], row_bytes(source.nbytes, source.shape)):
+        for read in source.reads(first, last):
+            places = list(overlaps(runs[2], *read.rows))
+            if not places:
+                continue
+            (start, end), (top, bottom) = read.experts, read.rows
+            raw = _read(read.stored, read.start, read.end - read.start, staging)
+            block = raw.view(end - start, bottom - top, source.shape[2])
+            out = local[held][start - first : end - first]
+            for columns, rows in places:
+                part = take(block, ((range(end - start),), (range(rows.start - top, rows.stop - top),), runs[1]))
+                factor = None if factors is None else factors[start:end]
+                transpose_scale_cast(part.to(local.device), scale=factor, out=out[:, :, columns])
+            read_bytes += read.end - read.start
     return read_bytes
 
 
@@ -200,21 +200,16 @@ def _fill_same(
     local: torch.Tensor, runs: Sequence[Sequence[range]], stored: StoredTensor, staging: torch.Tensor
 ) -> int:
     """Fill the part at `runs` of a tensor that is the same in both layouts; return how many bytes were read."""
-    rows, shape = (runs[0], stored.shape[1:]) if stored.shape else ((range(1),), ())
-    row_bytes = _row_bytes(stored)
-    target = local if stored.shape else local.reshape(1)
-    step = rows_at_once(row_bytes)
-    for held, indices in overlaps(rows, 0, max(run.stop for run in rows)):
-        for first in range(indices.start, indices.stop, step):
-            last = min(first + step, indices.stop)
-            block = _read(stored, first * row_bytes, (last - first) * row_bytes, staging).view(last - first, *shape)
-            part = take(block, ((range(last - first),), *runs[1:])).to(local.device)
-            out = target[held][first - indices.start : last - indices.start]
-            if stored.dtype.float_format is None or out.dtype not in _CASTABLE:
-                out.copy_(part)
-            else:
-                scale_cast(part, out=out)
-    return count(rows) * row_bytes
+    rows, target = (runs[0], local) if stored.shape else ((range(1),), local.reshape(1))
+    size = row_bytes(stored.nbytes, stored.shape)
+    for held, first, last in _blocks(rows, size):
+        block = _read(stored, first * size, (last - first) * size, staging).view(last - first, *stored.shape[1:])
+        part = take(block, ((range(last - first),), *runs[1:])).to(local.device)
+        if stored.dtype.float_format is None or target.dtype not in _CASTABLE:
+            target[held].copy_(part)
+        else:
+            scale_cast(part, out=target[held])
+    return count(rows) * size
 
 
 def _read(stored: StoredTensor, offset: int, size: int, staging: torch.Tensor) -> torch.Tensor:
@@ -222,13 +217,3 @@ def _read(stored: StoredTensor, offset: int, size: int, staging: torch.Tensor) -
     raw = staging[:size]
     stored.read_into(raw.numpy().data, offset)
     return raw.view(getattr(torch, stored.dtype.name))
-
-
-def rows_at_once(row_bytes: int) -> int:
-    """Return how many rows of `row_bytes` bytes make a block: at least one."""
-    return max(1, BLOCK_BYTES // max(1, row_bytes))
-
-
-def _row_bytes(stored: StoredTensor | Source[StoredTensor]) -> int:
-    """Return the size in bytes of one index of axis 0; of a scalar, all of it."""
-    return stored.nbytes // max(1, stored.shape[0] if stored.shape else 1)

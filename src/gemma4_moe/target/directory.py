@@ -29,14 +29,9 @@ _COPY_BYTES = 8 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class TargetFiles:
-    """The files of one target, in the directory where they are written. Each rank has its own, with the same values.
+    """The weight files of one target, in the directory `out` where they are written. Each rank has an equal one.
 
-    Attributes:
-        out: The directory.
-        files: The weight files.
-        ranks: The ranks that write them.
-        memory: The most bytes of buffers for reading back.
-        buffered: Whether to read back through the page cache.
+    They are read back with at most `memory` bytes of buffers, and through the page cache if `buffered`.
     """
 
     out: Path
@@ -46,21 +41,16 @@ class TargetFiles:
     buffered: bool = False
 
     def make(self) -> None:
-        """Make each weight file at its full size, or keep the one that is there; remove all others. For one rank.
-
-        Raises:
-            StorageError: The disk or its permissions refused.
-        """
-        planned = {file.name: file for file in self.files}
+        """Make each weight file at its full size, or keep the one that is there; remove all others. For one rank."""
+        sizes = {file.name: file.size for file in self.files}
         with refusals("look at the directory", self.out):
             for path in self.out.iterdir():
-                if path.name not in planned or path.stat().st_size != planned[path.name].size:
+                if path.name not in sizes or path.stat().st_size != sizes[path.name]:
                     path.unlink()
-        for name, file in planned.items():
-            path = self.out / name
-            with refusals("look at the file", path):
-                is_there = path.exists()
-            if is_there:
+            found = {path.name for path in self.out.iterdir()}
+        for file in self.files:
+            path = self.out / file.name
+            if file.name in found:
                 with SafetensorsWriter.reopen(path, file.size) as writer:
                     writer.write(0, memoryview(file.header))
             else:
@@ -72,17 +62,8 @@ class TargetFiles:
     ) -> list[Piece]:
         """Write side files, index and manifest once the weights are on the device. All ranks must call.
 
-        Args:
-            own: The pieces of weight files that this rank has written, without the headers.
-            side_files: The files to copy.
-            describe: Returns the rest of the manifest; gets the entries of the files, and may add to them.
-
-        Returns:
-            The pieces of all files, those of the manifest too.
-
-        Raises:
-            ParallelError: The ranks together have not written every byte once; or another rank failed.
-            StorageError: The disk or its permissions refused.
+        `own` are the pieces of this rank, without headers. `describe` gets the manifest's entries of the files, may add
+        to them, and returns the rest of it. Returns the pieces of all files, those of the manifest too.
         """
         weights = [piece_of(file.name, 0, file.header) for file in self.files]
         weights += [piece for pieces in self.ranks.everyones(list(own)) for piece in pieces]
@@ -93,23 +74,15 @@ class TargetFiles:
                 pieces = [*weights, *copy_files(side_files, self.out), *self._write_index()]
                 files = described_files(pieces)
                 document = {"format": FORMAT, "gemma4_moe": __version__, **describe(files), "files": files}
-                manifest = encode_manifest(document)
-                write_file(self.out / MANIFEST_NAME, manifest)
-                pieces.append(piece_of(MANIFEST_NAME, 0, manifest))
+                pieces.append(self._write(MANIFEST_NAME, encode_manifest(document)))
                 sync_directory(self.out)
         (pieces, *_) = self.ranks.everyones(pieces)
         return pieces
 
     def read_back(self, pieces: Sequence[Piece], confirm: Callable[[], None] | None = None) -> None:
-        """Compare the files on the device with their pieces, each rank a part. All ranks must call.
+        """Compare the files on the device with the pieces of `complete`, each rank a part. All ranks must call.
 
-        Args:
-            pieces: The pieces that `complete` returned.
-            confirm: Called at every piece; raises if the target is not ours any more.
-
-        Raises:
-            StorageError: The disk or its permissions refused, or gave back other bytes than were written.
-            ParallelError: Another rank failed.
+        `confirm` is called at every piece, and raises if the target is not ours any more.
         """
         sizes = {name: said["bytes"] for name, said in described_files(pieces).items()}
         mine = pieces[self.ranks.rank :: self.ranks.world]
@@ -124,13 +97,11 @@ class TargetFiles:
                     hint="check the disk and the memory, then write again (convert: give --resume)",
                 )
 
-    def _check_covered(self, pieces: Iterable[Piece]) -> None:
+    def _check_covered(self, pieces: Sequence[Piece]) -> None:
         """Check that the ranks together have written every byte: a hole would read as zeros."""
-        places: dict[str, list[tuple[int, int]]] = {file.name: [] for file in self.files}
-        for piece in pieces:
-            places[piece.file].append((piece.start, piece.end))
+        described = described_files(pieces)
         for file in self.files:
-            if holes := gaps(places[file.name], file.size):
+            if holes := gaps([(start, end) for start, end, _ in described[file.name]["pieces"]], file.size):
                 raise ParallelError(
                     "the ranks together did not write every byte once",
                     file=self.out / file.name,
@@ -141,31 +112,28 @@ class TargetFiles:
 
     def _write_index(self) -> list[Piece]:
         """Write the index; a single file needs none."""
-        if len(self.files) == 1:
-            return []
-        entries = [(entry, file.name) for file in self.files for entry in file.entries]
-        index = write_index({entry.name: name for entry, name in entries}, sum(entry.nbytes for entry, _ in entries))
-        write_file(self.out / INDEX_NAME, index)
-        return [piece_of(INDEX_NAME, 0, index)]
+        names = {entry.name: file.name for file in self.files for entry in file.entries}
+        total = sum(entry.nbytes for file in self.files for entry in file.entries)
+        return [self._write(INDEX_NAME, write_index(names, total))] if len(self.files) > 1 else []
+
+    def _write(self, name: str, content: bytes) -> Piece:
+        write_file(self.out / name, content)
+        return piece_of(name, 0, content)
 
 
 def copy_files(paths: Iterable[Path], out: Path) -> list[Piece]:
-    """Copy files byte for byte into `out`, bring them to the device, and return their pieces.
-
-    Raises:
-        StorageError: The disk or its permissions refused.
-    """
+    """Copy files byte for byte into `out`, bring them to the device, and return their pieces."""
     pieces: list[Piece] = []
     for path in paths:
         action = refusals(f"copy the file into {out}", path)
         with action, path.open("rb") as original, (out / path.name).open("xb") as copy:
             start = 0
-            while (content := original.read(_COPY_BYTES)) or not start:
+            while content := original.read(_COPY_BYTES):
                 copy.write(content)
                 pieces.append(piece_of(path.name, start, content))
                 start += len(content)
-                if not content:  # an empty file has one piece
-                    break
+            if not start:
+                pieces.append(piece_of(path.name, 0, b""))  # an empty file has one piece
             copy.flush()
             os.fsync(copy.fileno())
     return pieces

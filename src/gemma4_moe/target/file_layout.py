@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.header import LENGTH, LONGEST_HEADER, METADATA_KEY, TensorEntry, tensor_nbytes
@@ -14,10 +15,10 @@ from gemma4_moe.layout.dtypes import DType
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+DEFAULT_SHARD_SIZE = 5 * 10**9
 
 #: The data starts at a multiple of this, and so does each large tensor in it: direct I/O asks for it.
 DATA_ALIGNMENT = PAGE
-
 
 #: Name, dtype and shape of a tensor.
 Form = tuple[str, DType, tuple[int, ...]]
@@ -32,24 +33,14 @@ def layout_header(
     the others follow by falling element size, so that each is aligned to its elements. Equal ones are ordered by name:
     the same tensors give the same bytes, whatever order they are given in.
 
-    Args:
-        tensors: Name, dtype and shape of each tensor.
-        metadata: The free text that the file should carry.
-
     Returns:
         The header, padded with spaces to a multiple of `DATA_ALIGNMENT` bytes, and the entries in the order of their
         data. The file's size is the last entry's `end`, or the header's length where there is no entry.
-
-    Raises:
-        CheckpointFormatError: A name that can't be written, or more names than a header holds.
-        DuplicateTensorError: Two tensors have one name.
-        TensorShapeError: A shape that does not fill whole bytes, or does not fit 64 bits.
     """
-    sized = [(name, dtype, shape, tensor_nbytes(name, dtype, shape)) for name, dtype, shape in tensors]
-    sized.sort(key=lambda tensor: _order(tensor[0], tensor[1], tensor[3]))
+    sized = sorted(((*tensor, tensor_nbytes(*tensor)) for tensor in tensors), key=_order)
+    offsets = list(pairwise(accumulate((nbytes for *_, nbytes in sized), initial=0)))
     document: dict[str, object] = {METADATA_KEY: dict(sorted(metadata.items()))} if metadata else {}
-    begin = 0
-    for name, dtype, shape, nbytes in sized:
+    for (name, dtype, shape, _), place in zip(sized, offsets, strict=True):
         if name == METADATA_KEY:
             raise CheckpointFormatError(
                 "a name that the format keeps for itself", tensor=name, hint="give the tensor another name"
@@ -58,18 +49,16 @@ def layout_header(
             raise DuplicateTensorError(
                 "two tensors of one name can't be written", tensor=name, hint="give each tensor its own name"
             )
-        document[name] = {"dtype": dtype.tag, "shape": shape, "data_offsets": (begin, begin + nbytes)}
-        begin += nbytes
+        document[name] = {"dtype": dtype.tag, "shape": shape, "data_offsets": place}
     header = _encode(document)
-    entries: list[TensorEntry] = []
-    start = len(header)
-    for name, dtype, shape, nbytes in sized:
-        entries.append(TensorEntry(name, dtype, shape, start, start + nbytes))
-        start += nbytes
-    return header, tuple(entries)
+    return header, tuple(
+        TensorEntry(name, dtype, shape, len(header) + begin, len(header) + end)
+        for (name, dtype, shape, _), (begin, end) in zip(sized, offsets, strict=True)
+    )
 
 
-def _order(name: str, dtype: DType, nbytes: int) -> tuple[bool, int, int, str]:
+def _order(tensor: tuple[str, DType, tuple[int, ...], int]) -> tuple[bool, int, int, str]:
+    name, dtype, _, nbytes = tensor
     whole_pages = nbytes % DATA_ALIGNMENT == 0
     return not whole_pages, 0 if whole_pages else -dtype.bits, -nbytes, name
 
@@ -84,30 +73,20 @@ def _encode(document: dict[str, object]) -> bytes:
             found=str(error),
             hint="give the tensor another name",
         ) from error
-    padding = -(LENGTH.size + len(text)) % DATA_ALIGNMENT
-    if len(text) + padding > LONGEST_HEADER:
+    size = len(text) + -(LENGTH.size + len(text)) % DATA_ALIGNMENT
+    if size > LONGEST_HEADER:
         raise CheckpointFormatError(
             "more tensors than one safetensors header can name",
             expected=f"at most {LONGEST_HEADER} bytes",
-            found=f"{len(text) + padding} bytes",
+            found=f"{size} bytes",
             hint="spread them over more files",
         )
-    return LENGTH.pack(len(text) + padding) + text + b" " * padding
-
-
-DEFAULT_SHARD_SIZE = 5 * 10**9
+    return LENGTH.pack(size) + text.ljust(size)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """One safetensors file of the target.
-
-    Attributes:
-        name: Its bare name.
-        header: Its first bytes.
-        entries: Its tensors in the order of their data.
-        size: Its size in bytes.
-    """
+    """One safetensors file of the target: its bare name, its header, its tensors in the order of their data."""
 
     name: str
     header: bytes
@@ -126,13 +105,9 @@ def layout_files(tensors: Iterable[Form], max_shard_size: int) -> tuple[PlannedF
             room = max_shard_size
         groups[-1].append(tensor)
         room -= nbytes
-    names = (
-        ["model.safetensors"]
-        if len(groups) == 1
-        else [f"model-{number + 1:05}-of-{len(groups):05}.safetensors" for number in range(len(groups))]
-    )
     files = []
-    for name, group in zip(names, groups, strict=True):
+    for number, group in enumerate(groups, 1):
+        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         header, entries = layout_header(group, {"format": "pt"})
-        files.append(PlannedFile(name, header, entries, max(len(header), entries[-1].end)))
+        files.append(PlannedFile(name, header, entries, entries[-1].end))
     return tuple(files)

@@ -2,12 +2,15 @@
 
 A killed run is resumed from it. There is one file for each rank, of lines that each carry their own checksum. A line
 that a kill has torn ends the file: the lines after it are not believed, and are cut off before the next one is written.
+
+A ledger holds the pieces that were written until their bytes are on the device. Only then do they enter the journal.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,14 +18,17 @@ from blake3 import blake3
 
 from gemma4_moe.checkpoint.storage import refusals
 from gemma4_moe.errors import SourceChangedError
-from gemma4_moe.target.pieces import Piece
+from gemma4_moe.target.pieces import Count, Piece
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
-    from types import TracebackType
 
-_PATTERN = "journal-*"
+    from gemma4_moe.target.writers import PageWriter
+
+#: Between two entries into the journal: at most so many bytes, and about so many seconds.
+FLUSH_BYTES = 2**30
+FLUSH_SECONDS = 10.0
 
 #: Hexadecimal digits of a line's checksum.
 _CHECKSUM = 16
@@ -30,22 +36,13 @@ _CHECKSUM = 16
 
 @dataclass(slots=True)
 class Journalled:
-    """The content of a target's journals.
-
-    Attributes:
-        opening: The conversion: plan, options, source. None where no journal has a first line.
-        pieces: Each piece of the target's files that is on the device, by its place.
-    """
+    """The content of a target's journals: the conversion that they open with, and the pieces on the device by place."""
 
     opening: dict[str, Any] | None = None
     pieces: dict[tuple[str, int, int], Piece] = field(default_factory=dict)
 
     def add(self, piece: Piece) -> None:
-        """Add a piece, in the place of an earlier one that was made of the same source.
-
-        Raises:
-            SourceChangedError: The earlier one was made of other bytes of the source.
-        """
+        """Add a piece, or put it in the place of an earlier one, which must be made of the same bytes of the source."""
         known = self.pieces.get(piece.place)
         if known is not None and known.facts.get("source") != piece.facts.get("source"):
             raise SourceChangedError(
@@ -62,32 +59,23 @@ class Journal:
     """One rank's journal, open for writing. Use it as a context manager."""
 
     def __init__(self, control: Path, rank: int) -> None:
-        """Open the journal after its last good line; it is made if it does not exist.
-
-        Raises:
-            StorageError: The disk or its permissions refused.
-        """
+        """Open the journal after its last good line; it is made if it does not exist."""
         self._path = control / f"journal-{rank:05}"
         with refusals("open the journal", self._path):
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            self._end = sum(len(line) for line in _good_lines(self._path.read_bytes()))
+            self._end = sum(map(len, _good_lines(self._path.read_bytes())))
             os.ftruncate(self._descriptor, self._end)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
 
     def append(self, **record: Any) -> None:
-        """Write one line and bring it to the device.
-
-        Raises:
-            StorageError: The disk or its permissions refused.
-        """
-        line = memoryview(_line(record))
+        """Write one line and bring it to the device."""
+        text = json.dumps(record, separators=(",", ":")).encode()
+        line = memoryview(_checksum(text) + b" " + text + b"\n")
         with refusals("write the journal", self._path):
             while line:
                 count = os.pwrite(self._descriptor, line, self._end)
@@ -96,13 +84,40 @@ class Journal:
             os.fsync(self._descriptor)
 
 
-def read_journals(control: Path) -> Journalled:
-    """Return the content of all journals of a control directory.
+class Ledger:
+    """Brings pieces that were written to the device and journals them, every now and then. Used by one thread."""
 
-    Raises:
-        StorageError: The disk or its permissions refused.
-        SourceChangedError: They give one piece two sources.
-    """
+    def __init__(self, journal: Journal, known: Journalled, check: Callable[[], None], count: Count) -> None:
+        """Begin with nothing written. `check` is called before each entry, and raises if the run must not go on."""
+        self._journal, self._known, self._check, self._count = journal, known, check, count
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pieces: list[tuple[PageWriter, Piece]] = []
+        self._written, self._flushed = 0, time.monotonic()
+
+    def wrote(self, file: PageWriter, piece: Piece) -> None:
+        """Take note of a piece that was written. Raises what `Journalled.add` and `check` raise."""
+        self._pieces.append((file, piece))
+        self._written += piece.size
+        if self._written >= FLUSH_BYTES or time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self.flush()
+        self._count(piece.size)
+
+    def flush(self) -> None:
+        """Bring all pieces that were written to the device, then journal them. Raises what `wrote` raises."""
+        for file in dict.fromkeys(file for file, _ in self._pieces):
+            file.sync()
+        self._check()
+        for _, piece in self._pieces:
+            self._known.add(piece)
+        if self._pieces:
+            self._journal.append(pieces=as_rows(piece for _, piece in self._pieces))
+        self._begin()
+
+
+def read_journals(control: Path) -> Journalled:
+    """Return the content of all journals of a control directory. Raises what `Journalled.add` raises."""
     found = Journalled()
     for record in _records(control):
         found.opening = record.get("opening", found.opening)
@@ -112,11 +127,7 @@ def read_journals(control: Path) -> Journalled:
 
 
 def can_go_on(control: Path) -> bool:
-    """Return whether the journals of a control directory vouch for any part of the target.
-
-    Raises:
-        StorageError: The disk or its permissions refused.
-    """
+    """Return whether the journals of a control directory vouch for any part of the target."""
     return any(record.get("pieces") for record in _records(control))
 
 
@@ -127,7 +138,7 @@ def as_rows(pieces: Iterable[Piece]) -> list[tuple[Any, ...]]:
 
 def journals(control: Path) -> list[Path]:
     """Return the journals of a control directory, in the order of ranks."""
-    return sorted(control.glob(_PATTERN))
+    return sorted(control.glob("journal-*"))
 
 
 def _records(control: Path) -> Iterator[Mapping[str, Any]]:
@@ -138,19 +149,14 @@ def _records(control: Path) -> Iterator[Mapping[str, Any]]:
             yield json.loads(line[_CHECKSUM + 1 :])
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
-    text = json.dumps(record, separators=(",", ":")).encode()
-    return _checksum(text) + b" " + text + b"\n"
-
-
-def _checksum(text: bytes) -> bytes:
-    return blake3(text).hexdigest()[:_CHECKSUM].encode()
-
-
-def _good_lines(content: bytes) -> Iterable[bytes]:
+def _good_lines(content: bytes) -> Iterator[bytes]:
     """Yield the lines of a journal up to the first one that is torn."""
     for line in content.splitlines(keepends=True):
         checksum, _, text = line.partition(b" ")
         if not text.endswith(b"\n") or checksum != _checksum(text[:-1]):
             return
         yield line
+
+
+def _checksum(text: bytes) -> bytes:
+    return blake3(text).hexdigest()[:_CHECKSUM].encode()

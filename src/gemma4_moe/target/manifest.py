@@ -13,8 +13,8 @@ from gemma4_moe.checkpoint.index import is_bare_name
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME
 from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError
-from gemma4_moe.target.ledger import Count
-from gemma4_moe.target.pieces import Piece, gaps, wrong_pieces
+from gemma4_moe.sizes import format_size
+from gemma4_moe.target.pieces import Count, Piece, gaps, wrong_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -50,12 +50,7 @@ def encode_manifest(document: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return the manifest of a directory that we wrote.
-
-    Raises:
-        CheckpointFormatError: There is none, it is not JSON, or one of another form.
-        StorageError: The disk or its permissions refused.
-    """
+    """Return the manifest of a directory that we wrote; an error if there is none, or one of another form."""
     path = directory / MANIFEST_NAME
     with refusals("look at the directory", directory):
         if directory.is_dir() and not path.exists():
@@ -85,14 +80,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def _is_covered(file: Any) -> bool:
     """Return whether a manifest gives a file a size, and pieces that cover it."""
     size, rows = file["bytes"], file["pieces"]
-    return (
-        type(size) is int
-        and all(
-            type(start) is type(end) is int and start <= end and isinstance(digest, str) for start, end, digest in rows
-        )
-        and bool(rows)
-        and not gaps([(start, end) for start, end, _ in rows], size)
-    )
+    known = (type(a) is type(b) is int and a <= b and isinstance(digest, str) for a, b, digest in rows)
+    return type(size) is int and bool(rows) and all(known) and not gaps([(a, b) for a, b, _ in rows], size)
 
 
 def _foreign(path: Path, found: str) -> CheckpointFormatError:
@@ -105,13 +94,13 @@ def _foreign(path: Path, found: str) -> CheckpointFormatError:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Recheck:
     """The result of a check against a manifest.
 
     Attributes:
         directory: The directory.
-        files: How many files the manifest names.
+        files: Number of files that the manifest names.
         nbytes: Their size in bytes.
         wrong: One sentence for each difference between directory and manifest.
     """
@@ -121,19 +110,13 @@ class Recheck:
     nbytes: int
     wrong: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        size = f"{self.files} files, {format_size(self.nbytes)}"
+        return f"<Recheck of {self.directory}: {size}, {len(self.wrong)} wrong>"
+
 
 def check_manifest(directory: Path, *, max_memory: int = 64 * 2**20, progress: Progress | None = None) -> Recheck:
-    """Compare every file of a directory that we wrote with its manifest.
-
-    Args:
-        directory: The directory.
-        max_memory: The most bytes of buffers.
-        progress: Told of the bytes that were read so far, and of their total.
-
-    Raises:
-        CheckpointFormatError: There is no manifest, or it is none of ours.
-        StorageError: The disk or its permissions refused.
-    """
+    """Compare every file of a directory that we wrote with its manifest, through `max_memory` bytes of buffers."""
     files = read_manifest(directory)["files"]
     sizes = {name: file["bytes"] for name, file in files.items()}
     total = sum(sizes.values())

@@ -15,18 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from gemma4_moe.sizes import Progress
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes (start, end) of a file, as they were written.
-
-    Attributes:
-        file: The bare name of the file.
-        start: The first byte.
-        end: The byte after the last.
-        digest: BLAKE3 of the bytes, in hexadecimal.
-        facts: Further facts that the writer journals with the piece; JSON can hold them.
-    """
+    """Bytes (start, end) of a file as they were written, their BLAKE3, and facts in JSON that are journalled too."""
 
     file: str
     start: int
@@ -39,6 +33,11 @@ class Piece:
         """The file, the first byte, and the byte after the last."""
         return self.file, self.start, self.end
 
+    @property
+    def size(self) -> int:
+        """The number of its bytes."""
+        return self.end - self.start
+
 
 def piece_of(file: str, start: int, content: bytes | memoryview, **facts: Any) -> Piece:
     """Return the piece for `content` (C-contiguous) at byte `start` of a file."""
@@ -47,11 +46,21 @@ def piece_of(file: str, start: int, content: bytes | memoryview, **facts: Any) -
 
 def gaps(pieces: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]]:
     """Return where ranges (start, end) don't cover `size` bytes once: as (end of one, start of the next)."""
-    return [
-        (before, after)
-        for (_, before), (after, _) in pairwise([(0, 0), *sorted(pieces), (size, size)])
-        if before != after
-    ]
+    edges = pairwise([(0, 0), *sorted(pieces), (size, size)])
+    return [(before, after) for (_, before), (after, _) in edges if before != after]
+
+
+class Count:
+    """Adds up bytes, and tells a progress callback."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def __call__(self, nbytes: int) -> None:
+        """Add `nbytes`."""
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(self._done, self._total)
 
 
 def wrong_pieces(
@@ -65,21 +74,11 @@ def wrong_pieces(
 ) -> dict[Piece, str]:
     """Return the pieces that the device does not give back, each with a sentence on the difference.
 
-    Args:
-        directory: The directory of the files.
-        sizes: The size of each file in bytes.
-        pieces: The pieces to read.
-        memory: The most bytes of buffers.
-        buffered: Read through the page cache, which forgets the files first.
-        hashed: Told of the bytes of each piece when it is hashed; from several threads, one at a time.
-
-    Raises:
-        StorageError: The disk or its permissions refused.
+    `sizes` are those of the files. For `memory`, `buffered` and `hashed` see `hash_extents`.
     """
-    wrong: dict[Piece, str] = {}
+    files: dict[str, OpenFile] = {}
+    unusable: dict[str, str] = {}
     with ExitStack() as stack:
-        files: dict[str, OpenFile] = {}
-        unusable: dict[str, str] = {}
         for name in sorted({piece.file for piece in pieces}):
             with refusals("look at the file", directory / name):
                 is_there = (directory / name).is_file()
@@ -93,12 +92,11 @@ def wrong_pieces(
         groups = [(Extent(files[piece.file], piece.start, piece.end),) for piece in readable]
         found = hash_extents(groups, memory, buffered=buffered, hashed=hashed)
     digests = dict(zip(readable, found, strict=True))
+    wrong = {}
     for piece in pieces:
         if piece.file in unusable:
             wrong[piece] = unusable[piece.file]
         elif digests[piece] != piece.digest:
-            wrong[piece] = (
-                f"{piece.file}: other bytes in ({piece.start}, {piece.end}): BLAKE3 {digests[piece]}, "
-                f"not {piece.digest}"
-            )
+            place = f"{piece.file}: other bytes in ({piece.start}, {piece.end})"
+            wrong[piece] = f"{place}: BLAKE3 {digests[piece]}, not {piece.digest}"
     return wrong

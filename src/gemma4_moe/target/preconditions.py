@@ -16,12 +16,7 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
 
 
 def check_place(target: Path, source: Path) -> None:
-    """Check that `target` lies where it can be made from `source`.
-
-    Raises:
-        UsageError: It is the source, holds the source or lies in it; or its parent does not exist.
-        StorageError: The disk or its permissions refused.
-    """
+    """Check that `target` is not the source, above or below it, and that its parent exists."""
     here, there = resolved(target), resolved(source)
     with refusals("look at the target", target):
         parent_exists = here.parent.is_dir()
@@ -39,13 +34,7 @@ def check_place(target: Path, source: Path) -> None:
 
 
 def check_existing(target: Path, *, overwrite: bool) -> None:
-    """Check that what is at `target` may be filled or replaced, if there is something.
-
-    Raises:
-        UsageError: It is no directory, a link or a mount point; it holds the working directory; or it is not empty,
-            and may not be replaced.
-        StorageError: The disk or its permissions refused.
-    """
+    """Check that whatever is at `target` is an empty directory, or with `overwrite` a checkpoint and nothing else."""
     with refusals("look at the target", target):
         if not target.is_symlink() and not target.exists():
             return
@@ -59,7 +48,7 @@ def check_existing(target: Path, *, overwrite: bool) -> None:
         here, cwd = resolved(target), Path.cwd()
         if here.is_mount():
             raise UsageError("the target is a mount point", file=target, hint="name a directory inside it")
-        if here == cwd or here in cwd.parents:  # whoever works there would see the old directory
+        if here == cwd or here in cwd.parents:  # its user would go on to see the old directory
             raise UsageError(
                 "the working directory lies in the target", file=target, hint="change to another directory"
             )
@@ -77,7 +66,7 @@ def _check_replaceable(target: Path) -> None:
     try:
         with open_checkpoint(target) as old, refusals("look at the target", target):
             directories = [f"{entry.name}/" for entry in target.iterdir() if entry.is_dir()]
-            unknown = tuple(dict.fromkeys([*old.left_behind, *directories]))
+            unknown = list(dict.fromkeys([*old.skipped, *directories]))
     except InputError as error:
         raise UsageError(
             f"the target is not a checkpoint that may be replaced: {error.problem}",

@@ -8,12 +8,12 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gemma4_moe.checkpoint.directory import control_directory
+from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import refusals, resolved, sync_directory
-from gemma4_moe.errors import TargetBusyError
+from gemma4_moe.errors import CheckpointFormatError, TargetBusyError, command_line
 from gemma4_moe.target.journal import can_go_on, journals
 from gemma4_moe.target.locking import Lock
 
@@ -32,15 +32,8 @@ PUBLISHING = "publishing"
 _OWNER = "owner"
 
 
-@dataclass(frozen=True, slots=True)
-class Remains:
-    """The work of an unfinished run.
-
-    Attributes:
-        path: The directory.
-        nbytes: Its size on the disk, in bytes.
-        resumable: Whether a later run can go on from it.
-    """
+class Remains(NamedTuple):
+    """The directory of an unfinished run's work, its size on the disk, and whether a later run can resume it."""
 
     path: Path
     nbytes: int
@@ -55,24 +48,15 @@ def take_lock(control: Path, *, break_lock: bool = False) -> Lock:
 
 
 def remains(target: Path) -> Remains | None:
-    """Return the work of an unfinished run to `target`, or None.
-
-    Raises:
-        StorageError: The disk or its permissions refused.
-    """
+    """Return the work of an unfinished run to `target`, or None."""
     control = control_directory(resolved(target))
     with refusals("look at the directory", control):
-        if not control.is_dir():
-            return None
-    return Remains(control, size_on_disk(control), can_go_on(control))
+        is_there = control.is_dir()
+    return Remains(control, size_on_disk(control), can_go_on(control)) if is_there else None
 
 
 def heal(target: Path) -> None:
-    """Finish a publish that was interrupted, if there is one and no other process is at it.
-
-    Raises:
-        StorageError: The disk or its permissions refused.
-    """
+    """Finish a publish that was interrupted, if there is one and no other process is at it."""
     target = resolved(target)
     control = control_directory(target)
     if not _is_publishing(control):
@@ -87,19 +71,28 @@ def heal(target: Path) -> None:
         leave(control, lock)  # another process has just done it
 
 
-def clean(target: Path, *, break_lock: bool = False) -> Remains | None:
-    """Delete the work of an unfinished run to `target`, and return what it was, or None.
-
-    Raises:
-        TargetBusyError: A process is writing the target.
-        StorageError: The disk or its permissions refused.
-    """
+def clean(target: str | Path, *, break_lock: bool = False) -> Remains | None:
+    """Delete the work of an unfinished run to `target`, and return it, or None. Raises what `Lock` raises."""
+    target = expanded(target)
     heal(target)
     found = remains(target)
     if found is not None:
-        lock = take_lock(found.path, break_lock=break_lock)
-        remove(found.path, lock)
+        remove(found.path, take_lock(found.path, break_lock=break_lock))
     return found
+
+
+def check_published(directory: Path) -> None:
+    """Check that no conversion to `directory` was interrupted while it was published. Nothing on the disk changes."""
+    control = control_directory(resolved(directory))
+    if _is_publishing(control):
+        raise CheckpointFormatError(
+            "a conversion to this directory was interrupted while it was published",
+            file=directory,
+            expected="a directory whose conversion has ended",
+            found=control,
+            hint=f"{command_line('gemma4-moe', 'clean', directory)}, "
+            "or finish it: the same gemma4-moe convert again with --resume",
+        )
 
 
 def _is_publishing(control: Path) -> bool:
@@ -132,11 +125,7 @@ def _published_inode(control: Path) -> int | None:
 
 
 def leave(control: Path, lock: Lock) -> None:
-    """Release the lock. Keep the work if a later run can resume it or finish publishing it; otherwise delete it.
-
-    Raises:
-        StorageError: The disk or its permissions refused.
-    """
+    """Release the lock. Keep the work if a later run can resume it or finish publishing it; otherwise delete it."""
     if can_go_on(control) or (control / OLD).exists():
         lock.release()
     else:
@@ -167,10 +156,6 @@ def remove(control: Path, lock: Lock) -> None:
 
 
 def size_on_disk(directory: Path) -> int:
-    """Return the size on the disk of all files below `directory`, in bytes.
-
-    Raises:
-        StorageError: The disk or its permissions refused.
-    """
+    """Return the size on the disk of all files below `directory`, in bytes."""
     with refusals("look at the directory", directory):
         return sum(path.lstat().st_blocks * 512 for path in directory.rglob("*"))

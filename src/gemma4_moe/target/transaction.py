@@ -19,46 +19,23 @@ from gemma4_moe.target.renaming import exchange
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
 #: What a rename of a directory answers if its new name is that of anything but an empty directory.
 _OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
 class Transaction:
-    """The writing of one target. As a context manager it leaves the published target, or journalled work.
-
-    Attributes:
-        target: The directory that `publish` makes appear.
-        control: The hidden directory next to it.
-        out: Where its files are written.
-    """
+    """The writing of one target, in its directory `out`. At its end it leaves the target, or journalled work."""
 
     def __init__(self, target: Path, *, resume: bool = False, break_lock: bool = False) -> None:
-        """Name the target; nothing is touched yet.
-
-        Args:
-            target: The directory to make.
-            resume: Continue the work of an earlier run. Without it, such work is an error.
-            break_lock: Take the lock from another host's process. Its user knows that it is gone.
-
-        Raises:
-            StorageError: Links lead in a circle, or the working directory is gone.
-        """
+        """Name the target; nothing is touched yet. `resume` continues an earlier run; without it, one is an error."""
         self.target = resolved(target)
         self.control = control_directory(self.target)
         self.out = self.control / OUT
-        self._resume = resume
-        self._break_lock = break_lock
+        self._resume, self._break_lock = resume, break_lock
 
     def __enter__(self) -> Self:
-        """Take the lock and make `out`: empty, or as the run that is resumed has left it.
-
-        Raises:
-            TargetBusyError: Another process is writing this target.
-            UsageError: An earlier run can be resumed, and that was not asked for.
-            StorageError: The disk or its permissions refused.
-        """
+        """Take the lock and make `out`: empty, or as the run that is resumed has left it."""
         heal(self.target)
         self._lock = take_lock(self.control, break_lock=self._break_lock)
         try:
@@ -68,9 +45,7 @@ class Transaction:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:
             remove(self.control, self._lock)
         else:
@@ -81,13 +56,7 @@ class Transaction:
         self._lock.confirm()
 
     def publish(self, *, overwrite: bool) -> None:
-        """Make `out` the target, in one step, once its files are on the device.
-
-        Raises:
-            UsageError: The target has come into being since it was checked.
-            TargetBusyError: The lock was broken.
-            StorageError: The disk or its permissions refused.
-        """
+        """Make `out` the target, in one step, once its files are on the device. The lock must not be broken."""
         self.confirm()
         sync_directory(self.out)
         with refusals("publish the target", self.target):

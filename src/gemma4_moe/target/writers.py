@@ -14,7 +14,6 @@ from gemma4_moe.checkpoint.storage import refusal, refusals
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
     from gemma4_moe.errors import StorageError
 
@@ -23,28 +22,15 @@ class SafetensorsWriter:
     """A new file. Any number of threads may write it; its content is on the device only after `close` has returned.
 
     As a context manager it closes the file at the end, or abandons it where an error ends the block.
-
-    Attributes:
-        path: Where it is.
-        size: Its size in bytes, from the start.
     """
 
     def __init__(self, path: Path, header: bytes, size: int) -> None:
         """Create the file, reserve its blocks and write its header.
 
-        The file must not exist; its permissions are those that the umask leaves. Where it can't be reserved or
-        written, it is removed again.
-
-        Args:
-            path: Where to create it.
-            header: The header, as `layout_header` returned it.
-            size: Size of the whole file in bytes.
-
-        Raises:
-            StorageError: The disk or its permissions refused, or the file exists.
+        The file must not exist; its permissions are those that the umask leaves. If it can't be reserved or written,
+        it is removed again.
         """
-        self.path = path
-        self.size = size
+        self.path, self.size = path, size
         self._failure: StorageError | None = None
         with refusals("create the file", path):
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -59,12 +45,7 @@ class SafetensorsWriter:
 
     @classmethod
     def reopen(cls, path: Path, size: int) -> Self:
-        """Open a file that another writer has created, here or on another rank, to write more of its data.
-
-        Raises:
-            StorageError: It does not exist, or the disk or its permissions refused.
-            ValueError: It has another size.
-        """
+        """Open a file that another writer has created with this size, here or on another rank, to write its data."""
         writer = cls.__new__(cls)
         writer.path, writer.size, writer._failure = path, size, None
         with refusals("open the file", path):
@@ -78,9 +59,7 @@ class SafetensorsWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:
             self.close()
         else:
@@ -91,12 +70,7 @@ class SafetensorsWriter:
         return self._descriptor
 
     def write(self, offset: int, source: memoryview) -> None:
-        """Write `source` (C-contiguous) at `offset`.
-
-        Raises:
-            ValueError: It would reach beyond the file's size.
-            StorageError: The disk refused.
-        """
+        """Write `source` (C-contiguous) at `offset`, within the file's size."""
         if offset < 0 or offset + source.nbytes > self.size:
             raise ValueError(f"[{offset}, {offset + source.nbytes}) is outside of a file of {self.size} bytes")
         view = source if source.nbytes == 0 else source.cast("B")
@@ -111,9 +85,6 @@ class SafetensorsWriter:
 
         After a failure the kernel drops the pages and calls them clean, and a second attempt would succeed without
         having written them. So the first failure is this file's last word.
-
-        Raises:
-            StorageError: The disk refused, now or before.
         """
         if self._failure is not None:
             raise self._failure
@@ -124,11 +95,7 @@ class SafetensorsWriter:
             raise self._failure from error
 
     def close(self) -> None:
-        """Bring the file to the device and close it. After a success, further calls do nothing.
-
-        Raises:
-            StorageError: The disk refused, now or before.
-        """
+        """Bring the file to the device and close it. After a success, further calls do nothing."""
         if self._descriptor < 0 and self._failure is None:
             return
         try:
@@ -189,9 +156,6 @@ class PageWriter:
         """Write `content` at `offset`; it must lie as far behind a page in memory as `offset` does in the file.
 
         The pages at its two ends, where it fills them in part, are written through the page cache.
-
-        Raises:
-            StorageError: The disk refused.
         """
         first = min(-offset % PAGE, content.nbytes)
         last = first + (content.nbytes - first) // PAGE * PAGE

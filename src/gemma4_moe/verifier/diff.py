@@ -9,7 +9,7 @@ from gemma4_moe.checkpoint.recognition import layout_of
 from gemma4_moe.errors import UnsupportedCheckpointError, command_line
 from gemma4_moe.hub.source import locate
 from gemma4_moe.sizes import parse_size
-from gemma4_moe.target.publishing import check_published
+from gemma4_moe.target.recovery import check_published
 from gemma4_moe.verifier.comparison import DEFAULT_MEMORY, by_current_name, compare
 from gemma4_moe.verifier.expected import Expectation
 

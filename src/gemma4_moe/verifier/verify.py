@@ -18,7 +18,7 @@ from gemma4_moe.hub.source import locate
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.manifest import Recheck, check_manifest
-from gemma4_moe.target.publishing import check_published
+from gemma4_moe.target.recovery import check_published
 from gemma4_moe.verifier.comparison import DEFAULT_MEMORY, Verification, by_current_name, compare
 from gemma4_moe.verifier.differences import Difference
 from gemma4_moe.verifier.expected import expectations
