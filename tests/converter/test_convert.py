@@ -278,9 +278,3 @@ def test_a_tilde_is_the_home_directory(source: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     assert convert(source, "~/nemo").target == tmp_path / "nemo"
     assert (tmp_path / "nemo/model.safetensors").is_file()
-
-
-def test_a_tilde_is_the_home_directory(source, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert convert(source, "~/nemo").target == tmp_path / "nemo"
-    assert (tmp_path / "nemo/model.safetensors").is_file()

@@ -131,10 +131,3 @@ def test_clean_takes_a_tilde_for_the_home_directory(
     assert found is not None
     assert found.path == tmp_path / ".nemo.gemma4-moe"
     assert not found.path.exists()
-
-
-def test_clean_takes_a_tilde_for_the_home_directory(source, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    interrupt(source, tmp_path / "nemo")
-    assert clean("~/nemo").path == tmp_path / ".nemo.gemma4-moe"
-    assert not (tmp_path / ".nemo.gemma4-moe").exists()
