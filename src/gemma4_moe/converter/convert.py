@@ -155,25 +155,19 @@ def convert(
                     transaction = stack.enter_context(Transaction(target, resume=resume, break_lock=break_lock))
         (out, *_) = ranks.everyones(None if transaction is None else transaction.out)
         if out is not None:
-            job = Job(
-                checkpoint=checkpoint,
-                base=origin,
-                plan=plan,
-                scales=scales,
-                options=options,
-                target=target,
-                files=TargetFiles(out, plan.files, ranks, memory.peak_bytes, buffered),
-                memory=memory,
-                workers=workers or max(1, allowed_cores() // ranks_on_this_host()),
-                read_back=read_back,
-                sha256=sha256,
-            )
+            files = TargetFiles(out, plan.files, ranks, memory.peak_bytes, buffered)
+            workers = workers or max(1, allowed_cores() // ranks_on_this_host())
+            job = Job(checkpoint, origin, plan, scales, options, target, files, memory, workers, read_back, sha256)
             finish(job, write_weights(job, None if transaction is None else transaction.confirm, progress))
-            with ranks.together("publish the target"):
-                job.check_unchanged()
-                if transaction is not None:
-                    transaction.publish(overwrite=overwrite)
+            _publish(job, transaction, overwrite=overwrite)
         return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.skipped)
+
+
+def _publish(job: Job, transaction: Transaction | None, *, overwrite: bool) -> None:
+    with job.files.ranks.together("publish the target"):
+        job.check_unchanged()
+        if transaction is not None:
+            transaction.publish(overwrite=overwrite)
 
 
 def _identities(source: Checkpoint, base: Checkpoint | None, *, stream: bool) -> dict[str, Any]:
