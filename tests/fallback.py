@@ -1,7 +1,5 @@
 """Run by `make test-fallback` where no compiler was: the package says so, and converts the same values with NumPy."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path
@@ -15,7 +13,7 @@ from gemma4_moe.layout.dtypes import BFLOAT16
 from gemma4_moe.target.file_layout import layout_header
 
 
-def main() -> None:
+def main():
     cpu = available()["cpu"]
     assert not cpu.usable, "the extension module was built without a compiler?"
     print(f"cpu kernel: {cpu.detail}")

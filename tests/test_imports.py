@@ -1,7 +1,6 @@
 """What an import loads: the command line and the converter must answer without torch."""
 
 import resource
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +17,7 @@ assert transpose_scale_cast(x, scale=np.array([2, 3], np.float32))[1, 3, 2] == 6
 """
 
 
-def loaded_by(program: str, packages: tuple[str, ...] = HEAVY) -> list[str]:
+def loaded_by(program, packages=HEAVY):
     """The heavy packages that a fresh process has loaded after `program`."""
     report = f"import sys; print(*[name for name in {packages!r} if name in sys.modules])"
     return run(program=f"{program}\n{report}").stdout.splitlines()[-1].split()
@@ -42,11 +41,11 @@ def loaded_by(program: str, packages: tuple[str, ...] = HEAVY) -> list[str]:
     ],
     ids=lambda program: program[:60],
 )
-def test_it_loads_nothing_heavy(program: str) -> None:
+def test_it_loads_nothing_heavy(program):
     assert loaded_by(program) == []
 
 
-def test_opening_a_checkpoint_and_a_writer_loads_no_numpy_either(source: Path) -> None:
+def test_opening_a_checkpoint_and_a_writer_loads_no_numpy_either(source):
     program = (
         f"from gemma4_moe.checkpoint.directory import open_checkpoint\nopen_checkpoint({str(source)!r}).close()\n"
         "import gemma4_moe.target.writers"
@@ -54,7 +53,7 @@ def test_opening_a_checkpoint_and_a_writer_loads_no_numpy_either(source: Path) -
     assert loaded_by(program, ("torch", "numpy", "safetensors")) == []
 
 
-def test_help_takes_less_than_a_fifth_of_a_second() -> None:
+def test_help_takes_less_than_a_fifth_of_a_second():
     """Time of the processor: that of a clock depends on what else runs."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     for _ in range(5):
@@ -63,5 +62,5 @@ def test_help_takes_less_than_a_fifth_of_a_second() -> None:
     assert (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 5 < 0.2
 
 
-def test_the_adapter_loads_torch_and_nothing_else() -> None:
+def test_the_adapter_loads_torch_and_nothing_else():
     assert loaded_by("from gemma4_moe import Gemma4MoEStateDictAdapter") == ["torch"]

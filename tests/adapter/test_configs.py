@@ -1,9 +1,6 @@
 """Sizes from whatever a framework gives as configuration."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import transformers
@@ -36,7 +33,7 @@ PEER = SimpleNamespace(n_routed_experts=6, dim=10, moe_inter_dim=7, inter_dim=99
         (transformers.Gemma4Config(text_config=GEMMA), None, {"E": 6, "H": 10, "I": 7}),
     ],
 )
-def test_sizes_are_read_wherever_they_stand(config: Any, moe_config: Any, sizes: dict[str, int]) -> None:
+def test_sizes_are_read_wherever_they_stand(config, moe_config, sizes):
     assert axis_sizes(config, moe_config) == sizes
 
 
@@ -48,14 +45,14 @@ def test_sizes_are_read_wherever_they_stand(config: Any, moe_config: Any, sizes:
         (MoEConfig(6, moe_inter_dim=14), "I", "moe_inter_dim = 14"),
     ],
 )
-def test_configs_that_disagree_are_refused(moe_config: MoEConfig, axis: str, found: str) -> None:
+def test_configs_that_disagree_are_refused(moe_config, axis, found):
     with pytest.raises(ConfigError, match=f"disagree about {axis}") as raised:
         axis_sizes(TEXT, moe_config)
     assert raised.value.facts["found"] == found
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 6.0, "6", [6], float("nan")])
-def test_a_size_that_is_no_positive_integer_is_refused_by_name(value: object) -> None:
+def test_a_size_that_is_no_positive_integer_is_refused_by_name(value):
     with pytest.raises(ConfigError, match="num_experts is no size") as raised:
         axis_sizes(SimpleNamespace(num_experts=value), None)
     assert raised.value.facts["found"] == repr(value)
@@ -74,12 +71,12 @@ def test_a_size_that_is_no_positive_integer_is_refused_by_name(value: object) ->
         (SimpleNamespace(conversion="cpu"), "cpu"),
     ],
 )
-def test_the_backend_names_the_kernel(backend: Any, kernel: str) -> None:
+def test_the_backend_names_the_kernel(backend, kernel):
     assert conversion_of(backend) == kernel
 
 
 @pytest.mark.parametrize("name", ["cuda", "", None, ["auto"], {"auto": 1}])
-def test_a_kernel_that_does_not_exist_is_refused(name: object) -> None:
+def test_a_kernel_that_does_not_exist_is_refused(name):
     with pytest.raises(UsageError, match="unknown kernel") as raised:
         conversion_of(SimpleNamespace(conversion=name))
     assert raised.value.facts == {"expected": "one of auto, cpu, triton, torch", "found": repr(name)}

@@ -1,12 +1,9 @@
 """Destinations: a reader fills the model's own storage, and `from_hf` finishes it, once, whatever happened before."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle
 import weakref
-from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,35 +16,31 @@ from gemma4_moe.errors import IncompleteExpertsError, UsageError
 from support.formulas import assert_same_tensors, nemo_from_hf
 from support.models import DOWN, GATE_UP, LAYER, NATIVE_DOWN, NATIVE_GATE_UP, SCALE, random_hf_state_dict
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
 State = dict[str, torch.Tensor]
 ADAPTER = Gemma4MoEStateDictAdapter(None, None, None, dtype=torch.float32)
 
 
-def unloaded(state: State) -> State:
+def unloaded(state):
     """A model's parameters before they are loaded, that require grad."""
     return {name: torch.nn.Parameter(torch.full_like(tensor, -3)) for name, tensor in state.items()}
 
 
 @pytest.fixture
-def model(nemo: State) -> State:
+def model(nemo):
     return unloaded(nemo)
 
 
 @pytest.fixture
-def views(model: State) -> State:
+def views(model):
     return ADAPTER.to_hf(model, for_checkpoint_load=True)
 
 
 @pytest.fixture
-def filled(views: State, hf: State) -> State:
+def filled(views, hf):
     return fill(views, hf)
 
 
-def fill(views: State, hf: State, skip: tuple[str, ...] = ()) -> State:
+def fill(views, hf, skip=()):
     """Copy into each destination, outside of any graph, as a checkpoint reader does."""
     with torch.no_grad():
         for name in views.keys() - set(skip):
@@ -55,7 +48,7 @@ def fill(views: State, hf: State, skip: tuple[str, ...] = ()) -> State:
     return views
 
 
-def test_destinations_are_views_of_the_models_storage(hf: State, model: State, views: State) -> None:
+def test_destinations_are_views_of_the_models_storage(hf, model, views):
     assert {name: view.shape for name, view in views.items()} == {name: tensor.shape for name, tensor in hf.items()}
     assert list(views) == ADAPTER.get_hf_state_dict_keys(model)
     for name, native in ((GATE_UP, NATIVE_GATE_UP), (DOWN, NATIVE_DOWN)):
@@ -70,7 +63,7 @@ def test_destinations_are_views_of_the_models_storage(hf: State, model: State, v
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_load_in_place_gives_the_bits_of_a_load_in_memory(hf: State, dtype: torch.dtype) -> None:
+def test_a_load_in_place_gives_the_bits_of_a_load_in_memory(hf, dtype):
     hf[SCALE] = torch.rand(6) + 0.5  # fp32: rounding it to bf16 first would show
     hf[SCALE][:3] = torch.tensor([float("inf"), 0.0, -0.75])
     expected = {name: tensor.to(dtype) for name, tensor in nemo_from_hf(hf, dtype).items()}
@@ -81,19 +74,19 @@ def test_a_load_in_place_gives_the_bits_of_a_load_in_memory(hf: State, dtype: to
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_a_real_reader_hands_back_the_same_destinations(hf: State, nemo: State, views: State, tmp_path: Path) -> None:
+def test_a_real_reader_hands_back_the_same_destinations(hf, nemo, views, tmp_path):
     save_file(hf, tmp_path / "model.safetensors")
     dcp.load(views, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
     assert_same_tensors(ADAPTER.from_hf(views), nemo)
 
 
-def test_destinations_may_be_loaded_again(hf: State, views: State) -> None:
+def test_destinations_may_be_loaded_again(hf, views):
     for state in (random_hf_state_dict(seed=7), hf):
         assert_same_tensors(ADAPTER.from_hf(fill(views, state)), nemo_from_hf(state))
 
 
 @pytest.mark.parametrize("partly", [False, True])
-def test_a_scale_that_was_not_loaded_is_an_error(hf: State, model: State, views: State, partly: bool) -> None:
+def test_a_scale_that_was_not_loaded_is_an_error(hf, model, views, partly):
     fill(views, hf, skip=(SCALE,))
     if partly:
         views[SCALE][:4] = 1.5
@@ -106,9 +99,7 @@ def test_a_scale_that_was_not_loaded_is_an_error(hf: State, model: State, views:
 
 
 @pytest.mark.parametrize("late", [(), ("model.language_model.layers.1.router.per_expert_scale",)])
-def test_a_failed_load_leaves_nothing_behind_and_can_be_finished(
-    hf: State, nemo: State, views: State, late: tuple[str, ...]
-) -> None:
+def test_a_failed_load_leaves_nothing_behind_and_can_be_finished(hf, nemo, views, late):
     if late:
         fill(views, hf, skip=late)
     with pytest.raises(IncompleteExpertsError):
@@ -127,9 +118,7 @@ def test_a_failed_load_leaves_nothing_behind_and_can_be_finished(
     ids=["clone", "detach", "contiguous", "Parameter"],
 )
 @pytest.mark.parametrize("as_iterator", [False, True])
-def test_a_destination_beside_an_ordinary_tensor_of_its_layer_is_refused(
-    model: State, filled: State, name: str, lose: Callable[[torch.Tensor], torch.Tensor], as_iterator: bool
-) -> None:
+def test_a_destination_beside_an_ordinary_tensor_of_its_layer_is_refused(model, filled, name, lose, as_iterator):
     before = model[NATIVE_DOWN].detach().clone()
     mixed = filled | {name: lose(filled[name])}
     with pytest.raises(UsageError, match="both destinations and ordinary tensors"):
@@ -138,9 +127,7 @@ def test_a_destination_beside_an_ordinary_tensor_of_its_layer_is_refused(
         assert torch.equal(model[NATIVE_DOWN], before)
 
 
-def test_one_layer_of_destinations_beside_one_of_ordinary_tensors_is_fine(
-    hf: State, nemo: State, model: State, filled: State
-) -> None:
+def test_one_layer_of_destinations_beside_one_of_ordinary_tensors_is_fine(hf, nemo, model, filled):
     second = {name: hf[name].clone() for name in hf if "layers.1." in name}
     found = ADAPTER.from_hf(filled | second)
     wide = nemo_from_hf(hf, torch.float32)
@@ -160,22 +147,20 @@ def test_one_layer_of_destinations_beside_one_of_ordinary_tensors_is_fine(
     ],
     ids=["clone", "deepcopy", "pickle", "deepcopy of all", "pickle of all"],
 )
-def test_a_copy_with_storage_of_its_own_is_no_destination(
-    hf: State, model: State, views: State, copied: Callable[[Any], Any]
-) -> None:
+def test_a_copy_with_storage_of_its_own_is_no_destination(hf, model, views, copied):
     found = ADAPTER.from_hf(fill(copied(views), hf))
     assert_same_tensors(found, nemo_from_hf(hf, torch.float32))
     assert all(bool((tensor == -3).all()) for tensor in model.values())
 
 
-def test_strided_storage_is_filled_and_scaled_where_it_lies(hf: State, nemo: State) -> None:
+def test_strided_storage_is_filled_and_scaled_where_it_lies(hf, nemo):
     whole = {name: torch.full((*tensor.shape, 3), -3, dtype=tensor.dtype) for name, tensor in nemo.items()}
     model = {name: tensor[..., 1] for name, tensor in whole.items()}
     assert_same_tensors(ADAPTER.from_hf(fill(ADAPTER.to_hf(model, for_checkpoint_load=True), hf)), nemo)
     assert all(bool((tensor[..., [0, 2]] == -3).all()) for tensor in whole.values())
 
 
-def test_destinations_do_not_keep_a_model_alive(hf: State) -> None:
+def test_destinations_do_not_keep_a_model_alive(hf):
     model = nemo_from_hf(hf)
     dead = weakref.ref(model[NATIVE_DOWN])
     gc.disable()
@@ -188,12 +173,12 @@ def test_destinations_do_not_keep_a_model_alive(hf: State) -> None:
         gc.enable()
 
 
-def test_meta_models_have_meta_destinations(nemo: State) -> None:
+def test_meta_models_have_meta_destinations(nemo):
     views = ADAPTER.to_hf({name: tensor.to("meta") for name, tensor in nemo.items()}, for_checkpoint_load=True)
     assert {view.device.type for view in views.values()} == {"meta"}
 
 
-def test_an_ordinary_tensor_is_no_destination() -> None:
+def test_an_ordinary_tensor_is_no_destination():
     assert destinations.native_of(torch.ones(2)) is None
     assert destinations.native_of(None) is None
     native = torch.ones(3, 2, 4)
@@ -202,6 +187,6 @@ def test_an_ordinary_tensor_is_no_destination() -> None:
     assert destinations.native_of(marked[0]) is None
 
 
-def test_a_destination_and_out_exclude_each_other(model: State, filled: State) -> None:
+def test_a_destination_and_out_exclude_each_other(model, filled):
     with pytest.raises(UsageError, match="own storage"):
         ADAPTER.from_hf(filled, out={name: torch.zeros_like(tensor) for name, tensor in model.items()})

@@ -1,12 +1,9 @@
 """How the adapter takes in a state dict: in any form, not before it has to, and without entries that are excluded."""
 
-from __future__ import annotations
-
 import gc
 import io
 import re
 import weakref
-from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,26 +15,22 @@ from gemma4_moe.errors import TensorShapeError, UnknownTensorError, UsageError
 from support.formulas import assert_same_tensors, hf_from_nemo, nemo_from_hf
 from support.models import DOWN, LAYER, NATIVE_DOWN, SCALE, Lazy, random_hf_state_dict
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
 State = dict[str, torch.Tensor]
 ADAPTER = Gemma4MoEStateDictAdapter(None, None, None, dtype=torch.bfloat16)
 NEMO = nemo_from_hf(random_hf_state_dict())
 
 
-def alive_at_each_step(convert: Callable[[Any], State], state: State) -> tuple[list[set[str]], State]:
+def alive_at_each_step(convert, state):
     """The names of the tensors of an iterator that are alive whenever the next is asked for, and the result."""
-    alive: list[set[str]] = []
-    made: dict[str, weakref.ref[torch.Tensor]] = {}
+    alive = []
+    made = {}
 
-    def entries() -> Iterator[tuple[str, torch.Tensor]]:
+    def entries():
         for name in state:
             alive.append({name for name, reference in made.items() if reference() is not None})
             yield name, fresh(name)
 
-    def fresh(name: str) -> torch.Tensor:
+    def fresh(name):
         tensor = state[name].clone()
         made[name] = weakref.ref(tensor)
         return tensor
@@ -49,7 +42,7 @@ def alive_at_each_step(convert: Callable[[Any], State], state: State) -> tuple[l
         gc.enable()
 
 
-def test_tensors_of_an_iterator_are_released_before_the_next_is_asked_for(hf: State, nemo: State) -> None:
+def test_tensors_of_an_iterator_are_released_before_the_next_is_asked_for(hf, nemo):
     names = [name for name in hf if "expert" in name]
     assert len(names) == 6
     names.sort(key=lambda name: (name.split("layers.")[1][0], "scale" in name, "gate" in name))
@@ -64,7 +57,7 @@ def test_tensors_of_an_iterator_are_released_before_the_next_is_asked_for(hf: St
 
 
 @pytest.mark.parametrize("direction", ["from_hf", "to_hf"])
-def test_lazy_slices_of_a_file_give_what_tensors_give(hf: State, tmp_path: Path, direction: str) -> None:
+def test_lazy_slices_of_a_file_give_what_tensors_give(hf, tmp_path, direction):
     hf["model.step"] = torch.tensor(7, dtype=torch.int64)
     nemo = nemo_from_hf(hf)
     state, expected = (hf, nemo) if direction == "from_hf" else (nemo, hf_from_nemo(nemo))
@@ -80,15 +73,15 @@ def test_lazy_slices_of_a_file_give_what_tensors_give(hf: State, tmp_path: Path,
             assert_same_tensors(dict(singly), expected)
 
 
-def lazy_values(state: State) -> dict[str, Lazy]:
+def lazy_values(state):
     return {name: Lazy(tensor) for name, tensor in state.items()}
 
 
-def reads(lazy: dict[str, Lazy]) -> dict[str, int]:
+def reads(lazy):
     return {name: len(value.read) for name, value in lazy.items()}
 
 
-def test_a_lazy_value_is_read_once_and_only_after_the_whole_mapping_is_checked(hf: State) -> None:
+def test_a_lazy_value_is_read_once_and_only_after_the_whole_mapping_is_checked(hf):
     lazy = lazy_values(hf)
     assert_same_tensors(ADAPTER.from_hf(lazy), nemo_from_hf(hf))
     assert reads(lazy) == dict.fromkeys(hf, 1)
@@ -98,7 +91,7 @@ def test_a_lazy_value_is_read_once_and_only_after_the_whole_mapping_is_checked(h
     assert reads(lazy) == dict.fromkeys(hf, 0)
 
 
-def test_a_lazy_native_value_is_read_once_and_an_excluded_one_not_at_all(nemo: State) -> None:
+def test_a_lazy_native_value_is_read_once_and_an_excluded_one_not_at_all(nemo):
     lazy = lazy_values(nemo)
     assert_same_tensors(ADAPTER.to_hf(lazy), hf_from_nemo(nemo))
     assert reads(lazy) == dict.fromkeys(nemo, 1)
@@ -111,10 +104,10 @@ def test_a_lazy_native_value_is_read_once_and_an_excluded_one_not_at_all(nemo: S
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "uint8", "float64", "complex64"])
-def test_numbers_that_are_no_weights_are_refused(hf: State, nemo: State, dtype: str) -> None:
+def test_numbers_that_are_no_weights_are_refused(hf, nemo, dtype):
     value = hf[DOWN].to(getattr(torch, dtype))
     bad = nemo | {NATIVE_DOWN: value.mT}
-    calls: list[tuple[str, Callable[[], Any]]] = [
+    calls = [
         (DOWN, lambda: ADAPTER.from_hf(hf | {DOWN: value})),
         (NATIVE_DOWN, lambda: ADAPTER.to_hf(bad)),
         (NATIVE_DOWN, lambda: ADAPTER.to_hf(bad, for_checkpoint_load=True)),
@@ -131,13 +124,13 @@ def test_numbers_that_are_no_weights_are_refused(hf: State, nemo: State, dtype: 
 
 
 @pytest.mark.parametrize("value", [None, 1.5, [1, 2], b"bytes", "text"])
-def test_a_value_that_is_no_tensor_can_be_no_expert(hf: State, value: object) -> None:
+def test_a_value_that_is_no_tensor_can_be_no_expert(hf, value):
     with pytest.raises(TensorShapeError, match="no tensor"):
         ADAPTER.from_hf(hf | {DOWN: value})
 
 
 @pytest.mark.parametrize("value", [None, io.BytesIO(b"state"), {"step": 3}, torch.tensor(3)])
-def test_other_names_may_hold_anything(hf: State, nemo: State, value: object) -> None:
+def test_other_names_may_hold_anything(hf, nemo, value):
     name = f"{LAYER}self_attn.core_attention._extra_state"
     assert ADAPTER.from_hf(hf | {name: value})[name] is value
     assert ADAPTER.to_hf(nemo | {name: value})[name] is value
@@ -146,7 +139,7 @@ def test_other_names_may_hold_anything(hf: State, nemo: State, value: object) ->
     assert ADAPTER.convert_single_tensor_to_hf(name, value, exclude_key_regex=r".*_extra_state.*") == []
 
 
-def test_an_empty_state_dict_is_an_empty_state_dict() -> None:
+def test_an_empty_state_dict_is_an_empty_state_dict():
     assert ADAPTER.from_hf({}) == ADAPTER.from_hf(iter(())) == ADAPTER.to_hf({}) == {}
     assert ADAPTER.get_hf_state_dict_keys({}) == []
 
@@ -169,13 +162,13 @@ MEANINGS = [
 ]
 
 
-def remaining(endings: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def remaining(endings):
     """By formula: the hf state dict without the names of these endings."""
     return {name: tensor for name, tensor in hf_from_nemo(NEMO).items() if not name.endswith(endings)}
 
 
 @pytest.mark.parametrize(("regex", "endings"), MEANINGS, ids=[regex for regex, _ in MEANINGS])
-def test_every_method_leaves_out_the_same(regex: str, endings: tuple[str, ...]) -> None:
+def test_every_method_leaves_out_the_same(regex, endings):
     expected = remaining(endings)
     assert_same_tensors(ADAPTER.to_hf(NEMO, exclude_key_regex=regex), expected)
     assert_same_tensors(ADAPTER.to_hf(iter(NEMO.items()), regex), expected)
@@ -189,7 +182,7 @@ def test_every_method_leaves_out_the_same(regex: str, endings: tuple[str, ...]) 
     assert sorted(views) == sorted(expected)
 
 
-def test_the_match_is_anchored_at_the_start_of_the_whole_name() -> None:
+def test_the_match_is_anchored_at_the_start_of_the_whole_name():
     assert list(ADAPTER.to_hf(NEMO, exclude_key_regex=r"layers\.0")) == list(ADAPTER.to_hf(NEMO))
     kept = ADAPTER.to_hf(NEMO, exclude_key_regex=re.escape(LAYER))
     assert kept
@@ -197,7 +190,7 @@ def test_the_match_is_anchored_at_the_start_of_the_whole_name() -> None:
 
 
 @pytest.mark.parametrize("regex", ["(", "*", "[z-a]", r"(?P<a>x)(?P<a>y)"])
-def test_a_text_that_is_no_regular_expression_is_refused(regex: str) -> None:
+def test_a_text_that_is_no_regular_expression_is_refused(regex):
     for call in (
         lambda: ADAPTER.to_hf(NEMO, exclude_key_regex=regex),
         lambda: ADAPTER.convert_single_tensor_to_hf("x", torch.ones(1), exclude_key_regex=regex),
@@ -208,7 +201,7 @@ def test_a_text_that_is_no_regular_expression_is_refused(regex: str) -> None:
         assert raised.value.hint
 
 
-def test_a_tensor_that_no_row_explains_can_be_left_out_as_the_refusal_says() -> None:
+def test_a_tensor_that_no_row_explains_can_be_left_out_as_the_refusal_says():
     name = f"{LAYER}moe.experts.down_projs_bias"
     state = {**NEMO, name: torch.ones(6, 10)}
     with pytest.raises(UnknownTensorError) as raised:

@@ -1,7 +1,5 @@
 """The benchmark for several GPUs, tried with small layers on two gloo ranks; a bit that differs must end it."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -15,13 +13,13 @@ PROGRAM = BENCHMARKS / "multi_gpu.py"
 SMALL = ["--device", "cpu", "--experts", "4", "--hidden", "64", "--intermediate", "24", "--repeats", "1", "--no-peer"]
 
 
-def run(directory: Path, *program: str | Path) -> subprocess.CompletedProcess[str]:
+def run(directory, *program):
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*ranks, *program, *SMALL, "--directory", directory, "--json", directory / "figures.json"]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
-def test_every_section_compares_its_bits_and_leaves_nothing(tmp_path: Path) -> None:
+def test_every_section_compares_its_bits_and_leaves_nothing(tmp_path):
     done = run(tmp_path, PROGRAM)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
@@ -56,7 +54,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("place", BROKEN)
-def test_one_bit_that_differs_on_one_rank_ends_the_program(place: str, tmp_path: Path) -> None:
+def test_one_bit_that_differs_on_one_rank_ends_the_program(place, tmp_path):
     patch, tensor = BROKEN[place]
     driver = tmp_path / "broken.py"
     driver.write_text(

@@ -1,11 +1,8 @@
 """Hashing what is on the device: BLAKE3 and SHA-256 of the very bytes, within the memory allowed, on a few threads."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random
-from typing import TYPE_CHECKING, Any
 
 import pytest
 from blake3 import blake3
@@ -15,14 +12,11 @@ from gemma4_moe.checkpoint.file import OpenFile
 from gemma4_moe.checkpoint.hashing import Extent, blake3_of, hash_extents
 from gemma4_moe.errors import CheckpointFormatError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 CONTENT = random.Random(2).randbytes(100_001)
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(tmp_path):
     (tmp_path / "f").write_bytes(CONTENT)
     return tmp_path / "f"
 
@@ -30,13 +24,11 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("algorithm", [blake3, hashlib.sha256])
 @pytest.mark.parametrize("buffered", [False, True])
 @pytest.mark.parametrize("memory", [1, 20_000, 10**6])
-def test_extents_of_any_place_and_size(
-    memory: int, buffered: bool, algorithm: Any, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_extents_of_any_place_and_size(memory, buffered, algorithm, file, monkeypatch):
     allocated, whole = [], hashing.allocate
     monkeypatch.setattr(hashing, "allocate", lambda nbytes: allocated.append(nbytes) or whole(nbytes))
     bounds = [(0, 100_001), (4096, 8192), (5, 6), (99_999, 100_001), (7, 7)]
-    told: list[int] = []
+    told = []
     with OpenFile(file) as opened:
         groups = [(Extent(opened, *pair),) for pair in bounds]
         found = hash_extents(groups, memory, algorithm=algorithm, buffered=buffered, hashed=told.append)
@@ -45,7 +37,7 @@ def test_extents_of_any_place_and_size(
     assert sum(allocated) <= max(memory, 3 * 4096)
 
 
-def test_a_group_is_hashed_one_extent_after_the_other(file: Path, tmp_path: Path) -> None:
+def test_a_group_is_hashed_one_extent_after_the_other(file, tmp_path):
     (tmp_path / "g").write_bytes(b"of another file")
     with OpenFile(file) as one, OpenFile(tmp_path / "g") as other:
         groups = [(Extent(one, 7, 50_000), Extent(other, 3, 10), Extent(one, 0, 7)), ()]
@@ -55,14 +47,14 @@ def test_a_group_is_hashed_one_extent_after_the_other(file: Path, tmp_path: Path
     assert found[0] == blake3_of([raw[:9], memoryview(raw)[9:]])
 
 
-def test_a_failure_of_one_thread_is_raised(file: Path) -> None:
+def test_a_failure_of_one_thread_is_raised(file):
     with OpenFile(file) as opened:
         groups = [(Extent(opened, 0, 5000),)] * 50 + [(Extent(opened, 100_000, 100_010),)]
         with pytest.raises(CheckpointFormatError, match="truncated"):
             hash_extents(groups, 10**6)
 
 
-def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", "missing"):
         with pytest.raises(CheckpointFormatError):

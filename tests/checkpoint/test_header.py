@@ -3,13 +3,13 @@ import hashlib
 import pytest
 import safetensors
 
-from gemma4_moe.checkpoint.header import Header, parse_header, tensor_nbytes
+from gemma4_moe.checkpoint.header import parse_header, tensor_nbytes
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, TensorShapeError
 from gemma4_moe.layout import dtypes
 from support.headers import entry, raw_file
 
 
-def parse(raw: bytes) -> Header:
+def parse(raw):
     return parse_header(raw, len(raw), file="f.safetensors")
 
 

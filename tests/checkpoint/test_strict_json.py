@@ -14,7 +14,7 @@ from gemma4_moe.errors import CheckpointFormatError
 from support.memory import memory_below
 
 
-def load(text: str | bytes) -> object:
+def load(text):
     return load_object(text.encode() if isinstance(text, str) else text, file="f", what="document")
 
 

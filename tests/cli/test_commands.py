@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,12 +15,12 @@ from support.formulas import assert_same_tensors
 from support.models import random_hf_state_dict, read_directory
 
 
-def ask(*arguments: object) -> Any:
+def ask(*arguments):
     """The JSON of a command that succeeds and says nothing else on stdout."""
     return json.loads(run(*arguments, "--format", "json").stdout)
 
 
-def test_convert_then_verify_then_diff(source: Path, tmp_path: Path) -> None:
+def test_convert_then_verify_then_diff(source, tmp_path):
     nemo, back = tmp_path / "nemo", tmp_path / "back"
     done = run("convert", source, nemo)
     assert f"gemma4-moe verify {source} {nemo}" in done.stderr
@@ -34,13 +33,13 @@ def test_convert_then_verify_then_diff(source: Path, tmp_path: Path) -> None:
     run("diff", back, back)
 
 
-def test_verify_ends_with_4_and_names_the_tensor(source: Path, tmp_path: Path) -> None:
+def test_verify_ends_with_4_and_names_the_tensor(source, tmp_path):
     run("convert", source, tmp_path / "nemo")
     flip_bit(tmp_path / "nemo/model.safetensors", 4096)
     assert "model.language_model." in run("verify", source, tmp_path / "nemo", status=4).stdout
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(source: Path, tmp_path: Path) -> None:
+def test_dry_run_prints_the_plan_and_writes_nothing(source, tmp_path):
     planned = ask("plan", source)
     tried = ask("convert", source, tmp_path / "nemo", "--dry-run")
     for key in ("source", "target", "peak_memory_bytes"):
@@ -48,7 +47,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(source: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_a_base_gives_the_published_experts_back(source: Path, tmp_path: Path) -> None:
+def test_a_base_gives_the_published_experts_back(source, tmp_path):
     nemo, back = tmp_path / "nemo", tmp_path / "back"
     run("convert", source, nemo)
     tried = run("convert", nemo, back, "--base", nemo, "--dry-run", status=2)
@@ -57,7 +56,7 @@ def test_a_base_gives_the_published_experts_back(source: Path, tmp_path: Path) -
     assert_same_tensors(read_directory(back), read_directory(source))
 
 
-def test_inspect_says_layout_and_problems(source: Path) -> None:
+def test_inspect_says_layout_and_problems(source):
     found = ask("inspect", source)
     assert (found["layout"], found["spelling"], found["tensors"]) == ("hf", "current", 17)
     assert found["bytes"] == sum(tensor.nbytes for tensor in read_directory(source).values())
@@ -69,7 +68,7 @@ def test_inspect_says_layout_and_problems(source: Path) -> None:
     assert human.stderr == ""
 
 
-def test_inspect_lists_problems_as_data_and_in_red_unless_no_color_is_set(tmp_path: Path) -> None:
+def test_inspect_lists_problems_as_data_and_in_red_unless_no_color_is_set(tmp_path):
     state = random_hf_state_dict()
     del state["model.language_model.layers.1.experts.down_proj"]
     source = write_checkpoint(tmp_path / "hf", state)
@@ -81,11 +80,11 @@ def test_inspect_lists_problems_as_data_and_in_red_unless_no_color_is_set(tmp_pa
     assert red not in run("inspect", source, FORCE_COLOR="1", NO_COLOR="1").stdout
 
 
-def test_quiet_says_nothing(source: Path, tmp_path: Path) -> None:
+def test_quiet_says_nothing(source, tmp_path):
     assert run("convert", source, tmp_path / "nemo", "-q").stderr == ""
 
 
-def test_an_error_goes_to_stderr_with_its_facts(tmp_path: Path) -> None:
+def test_an_error_goes_to_stderr_with_its_facts(tmp_path):
     done = run("inspect", tmp_path / "missing", status=3)
     assert done.stdout == ""
     assert done.stderr.startswith("gemma4-moe: error: ")
@@ -100,7 +99,7 @@ def test_an_error_goes_to_stderr_with_its_facts(tmp_path: Path) -> None:
     ["convert", "convert a b --dtype int4", "convert a b --max-memory much", "convert a b --workers 0", "unknown",
      "plan a --to gguf"],
 )  # fmt: skip
-def test_usage_is_2(arguments: str) -> None:
+def test_usage_is_2(arguments):
     done = run(*arguments.split(), status=2)
     assert done.stdout == ""
     assert "Usage:" in done.stderr
@@ -123,9 +122,7 @@ commands.main(sys.argv[1:])
 
 @pytest.mark.parametrize("options", [[], ["--resume"]])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_a_conversion_without_a_trace_and_it_can_be_resumed(
-    source: Path, tmp_path: Path, number: signal.Signals, status: int, options: list[str]
-) -> None:
+def test_signals_end_a_conversion_without_a_trace_and_it_can_be_resumed(source, tmp_path, number, status, options):
     target, left = tmp_path / "nemo", tmp_path / ".nemo.gemma4-moe"
     command = ["convert", source, target]
     done = run(*command, *options, program=INTERRUPTED, SIGNAL=str(int(number)), status=status)
@@ -156,9 +153,7 @@ commands.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_sigterm_around_the_rename_leaves_all_or_nothing_and_clean_or_resume_ends_it(
-    when: str, source: Path, tmp_path: Path
-) -> None:
+def test_sigterm_around_the_rename_leaves_all_or_nothing_and_clean_or_resume_ends_it(when, source, tmp_path):
     target, left = tmp_path / "nemo", tmp_path / ".nemo.gemma4-moe"
     done = run("convert", source, target, program=PUBLISHING, WHEN=when, status=143)
     assert "Traceback" not in done.stderr
@@ -177,7 +172,7 @@ def test_sigterm_around_the_rename_leaves_all_or_nothing_and_clean_or_resume_end
     run("convert", source, target, "--resume")
 
 
-def test_verify_of_a_target_alone_checks_its_manifest(source: Path, tmp_path: Path) -> None:
+def test_verify_of_a_target_alone_checks_its_manifest(source, tmp_path):
     target = tmp_path / "nemo"
     run("convert", source, target)
     assert ask("verify", target)["wrong"] == []
@@ -198,7 +193,7 @@ def test_verify_of_a_target_alone_checks_its_manifest(source: Path, tmp_path: Pa
         assert words in without.stderr
 
 
-def test_the_version_and_completion() -> None:
+def test_the_version_and_completion():
     assert run("--version").stdout == "gemma4-moe, version 0.1.0\n"
     assert "complete" in run(_GEMMA4_MOE_COMPLETE="bash_source").stdout
 
@@ -207,9 +202,7 @@ def test_the_version_and_completion() -> None:
     ("name", "shown", "encoding"),
     [("evil\x1b[2J[bold]name", r"evil\x1b[2J[bold]name", "utf-8"), ("größe", r"gr\xf6\xdfe", "ascii")],
 )
-def test_a_name_that_a_terminal_obeys_or_can_not_encode_is_shown_escaped(
-    name: str, shown: str, encoding: str, tmp_path: Path
-) -> None:
+def test_a_name_that_a_terminal_obeys_or_can_not_encode_is_shown_escaped(name, shown, encoding, tmp_path):
     state = random_hf_state_dict()
     state[name] = state["model.language_model.embed_tokens.weight"].clone()
     done = run("inspect", write_checkpoint(tmp_path / "hf", state), PYTHONIOENCODING=encoding)
@@ -217,19 +210,19 @@ def test_a_name_that_a_terminal_obeys_or_can_not_encode_is_shown_escaped(
     assert shown in done.stdout
 
 
-def test_to_names_a_layout_as_it_is_written_everywhere(source: Path, tmp_path: Path) -> None:
+def test_to_names_a_layout_as_it_is_written_everywhere(source, tmp_path):
     assert ask("convert", source, tmp_path / "nemo", "--to", "nemo")["layout"] == "nemo"
     assert ask("plan", source, "--to", "nemo")["target"]["layout"] == "nemo"
     assert ask("plan", tmp_path / "nemo", "--to", "hf")["target"]["layout"] == "hf"
 
 
-def test_the_next_command_can_be_pasted(tmp_path: Path) -> None:
+def test_the_next_command_can_be_pasted(tmp_path):
     source = write_checkpoint(tmp_path / "a b", random_hf_state_dict())
     done = run("convert", source, tmp_path / "c d")
     assert f"gemma4-moe verify '{source}' '{tmp_path / 'c d'}'" in done.stderr
 
 
-def test_a_tilde_is_the_home_directory_in_every_path(source: Path, tmp_path: Path) -> None:
+def test_a_tilde_is_the_home_directory_in_every_path(source, tmp_path):
     for arguments in (
         "convert ~/hf ~/nemo --dry-run",
         "convert ~/hf ~/nemo",
@@ -241,7 +234,7 @@ def test_a_tilde_is_the_home_directory_in_every_path(source: Path, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "nemo"]
 
 
-def test_a_full_disk_under_stdout_is_5(source: Path) -> None:
+def test_a_full_disk_under_stdout_is_5(source):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [*COMMAND, "inspect", source], stdout=full, stderr=subprocess.PIPE, text=True, check=False
@@ -250,7 +243,7 @@ def test_a_full_disk_under_stdout_is_5(source: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_file_may_be_as_large_as_one_likes(source: Path) -> None:
+def test_a_file_may_be_as_large_as_one_likes(source):
     assert ask("plan", source, "--max-shard-size", "9" * 400)["target"]["files"] == 1
 
 
@@ -264,7 +257,7 @@ def test_a_file_may_be_as_large_as_one_likes(source: Path) -> None:
         lambda manifest: manifest.update(options=[]),
     ],
 )
-def test_a_manifest_that_convert_did_not_write_is_not_trusted(source: Path, tmp_path: Path, change: Any) -> None:
+def test_a_manifest_that_convert_did_not_write_is_not_trusted(source, tmp_path, change):
     run("convert", source, tmp_path / "nemo")
     path = tmp_path / "nemo/gemma4_moe.json"
     manifest = json.loads(path.read_text())

@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import click
 import pytest
@@ -18,14 +17,14 @@ from support.command import run
 COMMANDS = list(cli.commands)
 
 
-def help_of(*command: str) -> str:
+def help_of(*command):
     done = CliRunner().invoke(cli, [*command, "--help"], prog_name="gemma4-moe", terminal_width=80)
     assert done.exit_code == 0
     return done.output
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
-def test_nothing_is_cut(command: tuple[str, ...]) -> None:
+def test_nothing_is_cut(command):
     text = help_of(*command).replace("[ARGS]...", "").replace("DIM=RANKS,...", "")
     assert "..." not in text
     assert "…" not in text
@@ -33,7 +32,7 @@ def test_nothing_is_cut(command: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_argument_is_explained_and_every_option_has_a_text(name: str) -> None:
+def test_every_argument_is_explained_and_every_option_has_a_text(name):
     command = cli.commands[name]
     text = help_of(name)
     for parameter in command.params:
@@ -44,13 +43,13 @@ def test_every_argument_is_explained_and_every_option_has_a_text(name: str) -> N
             assert re.search(rf"^Arguments:\n(  .*\n)*  {argument}  +\S", text, re.M), argument
 
 
-def test_the_exit_statuses_are_printed() -> None:
+def test_the_exit_statuses_are_printed():
     text = " ".join(help_of().split("Exit status:")[1].split())
     assert all(f"{status} {meaning}" in text for status, meaning in EXIT_STATUSES.items())
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory):
     """Small checkpoints under the names that the examples use."""
     models = tmp_path_factory.mktemp("models")
     (models / "google").mkdir()
@@ -61,14 +60,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models
 
 
-def examples(*command: str) -> list[str]:
+def examples(*command):
     match = re.search(r"^Examples:\n((?:  .*\n)+)", help_of(*command), re.M)
     assert match is not None, f"no examples of {command}"
     return [line.strip() for line in match[1].splitlines()]
 
 
 @pytest.mark.parametrize("example", sorted({*examples(), *(line for name in COMMANDS for line in examples(name))}))
-def test_each_example_runs_as_printed(example: str, models: Path, tmp_path: Path) -> None:
+def test_each_example_runs_as_printed(example, models, tmp_path):
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     program, command, *arguments = shlex.split(example)
     assert program == "gemma4-moe"

@@ -1,10 +1,7 @@
 """`--base`: an expert that is still the base's, folded, comes back as the base's own bits; all others keep theirs."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,12 +14,6 @@ from support.checkpoints import contents, write_checkpoint
 from support.formulas import assert_same_tensors, hf_from_nemo
 from support.models import random_hf_state_dict, read_directory, respell_as_legacy
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from gemma4_moe.converter.steps import Array
-
 LAYER = "model.language_model.layers.1."
 DOWN, SCALE, DOWNS = (
     LAYER + name for name in ("experts.down_proj", "router.per_expert_scale", "moe.experts.down_projs")
@@ -33,33 +24,31 @@ State = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def state() -> State:
+def state():
     state = random_hf_state_dict()
     state[SCALE] = torch.tensor([0.7, -1.3, 0.0, 1.0, 2.0, 3e-3], dtype=torch.bfloat16)
     return state
 
 
 @pytest.fixture
-def base(tmp_path: Path, state: State) -> Path:
+def base(tmp_path, state):
     return write_checkpoint(tmp_path / "hf", state)
 
 
-def edit(directory: Path, change: Callable[[State], None]) -> None:
+def edit(directory, change):
     """Change values of a converted directory of one weight file, as training would."""
     native = load_file(directory / "model.safetensors")
     change(native)
     save_file(native, directory / "model.safetensors", {"format": "pt"})
 
 
-def train(native: State) -> None:
+def train(native):
     native[DOWNS][4, -1, -1] *= 1.5  # the last element: nothing tells it before
     native[DOWNS][5] += 1
 
 
 @pytest.mark.parametrize("pieces", [True, False])
-def test_what_was_not_trained_comes_back_with_the_base_own_bits(
-    pieces: bool, base: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_not_trained_comes_back_with_the_base_own_bits(pieces, base, state, tmp_path, monkeypatch):
     if pieces:
         monkeypatch.setattr(base_module, "_FIRST", 2 * 7)
         monkeypatch.setattr(base_module, "_PIECE", 3 * 7)
@@ -79,7 +68,7 @@ def test_what_was_not_trained_comes_back_with_the_base_own_bits(
     assert done.notes[0].startswith("10 of 12 experts are the base's, folded")
 
 
-def test_a_model_in_fp32_comes_back_to_the_base_file_by_file(base: Path, state: State, tmp_path: Path) -> None:
+def test_a_model_in_fp32_comes_back_to_the_base_file_by_file(base, state, tmp_path):
     convert(base, tmp_path / "nemo", dtype="float32")
     convert(tmp_path / "nemo", tmp_path / "bf16", dtype="bfloat16", base=base)
     assert_same_tensors(read_directory(tmp_path / "bf16"), state)
@@ -87,14 +76,14 @@ def test_a_model_in_fp32_comes_back_to_the_base_file_by_file(base: Path, state: 
     assert_same_tensors(read_directory(tmp_path / "fp32"), {name: tensor.float() for name, tensor in state.items()})
 
 
-def test_a_base_in_the_legacy_spelling_is_the_same(base: Path, state: State, tmp_path: Path) -> None:
+def test_a_base_in_the_legacy_spelling_is_the_same(base, state, tmp_path):
     convert(base, tmp_path / "nemo")
     respell_as_legacy(base)
     convert(tmp_path / "nemo", tmp_path / "back", base=base)
     assert_same_tensors(read_directory(tmp_path / "back"), state)
 
 
-def test_another_model_as_the_base_does_no_harm(base: Path, tmp_path: Path) -> None:
+def test_another_model_as_the_base_does_no_harm(base, tmp_path):
     convert(base, tmp_path / "nemo")
     native = read_directory(tmp_path / "nemo")
     other = write_checkpoint(tmp_path / "other", random_hf_state_dict(seed=1))
@@ -112,9 +101,7 @@ def test_another_model_as_the_base_does_no_harm(base: Path, tmp_path: Path) -> N
         (lambda _: random_hf_state_dict(H=12), TensorShapeError, "another shape"),
     ],
 )
-def test_a_base_that_does_not_fit_is_refused(
-    change: Callable[[State], State], error: type[Exception], words: str, base: Path, state: State, tmp_path: Path
-) -> None:
+def test_a_base_that_does_not_fit_is_refused(change, error, words, base, state, tmp_path):
     convert(base, tmp_path / "nemo")
     other = write_checkpoint(tmp_path / "other", change(state))
     for attempt in (
@@ -128,7 +115,7 @@ def test_a_base_that_does_not_fit_is_refused(
     assert not (tmp_path / "back").exists()
 
 
-def test_the_base_of_a_conversion_to_nemo_and_a_base_in_nemo_are_refused(base: Path, tmp_path: Path) -> None:
+def test_the_base_of_a_conversion_to_nemo_and_a_base_in_nemo_are_refused(base, tmp_path):
     with pytest.raises(UsageError, match="for the conversion to hf"):
         convert(base, tmp_path / "nemo", base=base)
     convert(base, tmp_path / "nemo")
@@ -138,10 +125,10 @@ def test_the_base_of_a_conversion_to_nemo_and_a_base_in_nemo_are_refused(base: P
         convert(tmp_path / "nemo", base / "back", base=base)
 
 
-def interrupt(source: Path, target: Path, base: Path, last: int) -> None:
+def interrupt(source, target, base, last):
     """Interrupt a conversion once all but the `last` bytes are written."""
 
-    def stop(done: int, total: int) -> None:
+    def stop(done, total):
         if done > total - last:
             raise KeyboardInterrupt
 
@@ -150,7 +137,7 @@ def interrupt(source: Path, target: Path, base: Path, last: int) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_resuming_does_not_show_and_wants_the_same_base(base: Path, tmp_path: Path) -> None:
+def test_resuming_does_not_show_and_wants_the_same_base(base, tmp_path):
     convert(base, tmp_path / "nemo", dtype="float32")
     edit(tmp_path / "nemo", train)
     convert(tmp_path / "nemo", tmp_path / "whole", base=base)
@@ -164,12 +151,12 @@ def test_resuming_does_not_show_and_wants_the_same_base(base: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_no_expert_is_judged_twice(base: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_expert_is_judged_twice(base, state, tmp_path, monkeypatch):
     """Interrupted at the first scale, when all experts are written: a resumed run knows them from the journal."""
-    judged: list[tuple[str, int]] = []
+    judged = []
     whole = base_module.Unfolding.unfold
 
-    def noted(self: base_module.Unfolding, name: str, number: int, native: Array, out: Array) -> bool:
+    def noted(self, name, number, native, out):
         judged.append((name, number))
         return whole(self, name, number, native, out)
 
@@ -181,9 +168,7 @@ def test_no_expert_is_judged_twice(base: Path, state: State, tmp_path: Path, mon
     assert_same_tensors(read_directory(tmp_path / "back"), state)
 
 
-def test_the_manifest_says_which_base_it_was_and_a_complete_target_is_not_taken_for_another(
-    base: Path, tmp_path: Path
-) -> None:
+def test_the_manifest_says_which_base_it_was_and_a_complete_target_is_not_taken_for_another(base, tmp_path):
     convert(base, tmp_path / "nemo")
     convert(tmp_path / "nemo", tmp_path / "back", base=base)
     files = json.loads((tmp_path / "nemo" / MANIFEST).read_text())["source"]["files"]
@@ -193,10 +178,10 @@ def test_the_manifest_says_which_base_it_was_and_a_complete_target_is_not_taken_
         convert(tmp_path / "nemo", tmp_path / "back", base=base, resume=True)
 
 
-def test_a_base_that_changes_meanwhile_stops_the_run(base: Path, tmp_path: Path) -> None:
+def test_a_base_that_changes_meanwhile_stops_the_run(base, tmp_path):
     convert(base, tmp_path / "nemo")
 
-    def change(_done: int, _total: int) -> None:
+    def change(_done, _total):
         (base / "model-00001-of-00002.safetensors").touch()
 
     with pytest.raises(SourceChangedError, match="changed while it was read"):

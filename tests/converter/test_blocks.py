@@ -1,30 +1,22 @@
 """Blocks: they cover every file, ranks share them by whole pages, and each may be made of several parts."""
 
-from __future__ import annotations
-
 import random
-from typing import TYPE_CHECKING
 
 import pytest
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.converter import blocks as block_module
-from gemma4_moe.converter.blocks import Block, blocks, share
+from gemma4_moe.converter.blocks import blocks, share
 from gemma4_moe.converter.plan import make_plan
 from gemma4_moe.target.pieces import gaps
 from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from gemma4_moe.converter.plan import Plan
-
 PAGE = 4096
 
 
 @pytest.fixture(params=[(40, 24), (64, 32)], ids=["odd experts", "experts of whole pages"])
-def plan(request: pytest.FixtureRequest, tmp_path: Path) -> Plan:
+def plan(request, tmp_path):
     H, I = request.param  # noqa: E741
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=3, E=6, H=H, I=I))
     with open_checkpoint(source) as checkpoint:
@@ -32,9 +24,7 @@ def plan(request: pytest.FixtureRequest, tmp_path: Path) -> Plan:
 
 
 @pytest.mark.parametrize("block_bytes", [1, 100, 4096, 10_000, 2**25])
-def test_they_cover_every_file_and_are_no_larger_than_one_row_asks(
-    block_bytes: int, plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_they_cover_every_file_and_are_no_larger_than_one_row_asks(block_bytes, plan, monkeypatch):
     monkeypatch.setattr(block_module, "BLOCK_BYTES", block_bytes)
     found = list(blocks(plan))
     for file in plan.files:
@@ -47,12 +37,12 @@ def test_they_cover_every_file_and_are_no_larger_than_one_row_asks(
         assert len(block.source_extents()) == 1 + (block.tensor.scale is not None)
 
 
-def pages_of(block: Block) -> set[tuple[str, int]]:
+def pages_of(block):
     return {(block.file, page) for page in range(block.start // PAGE, (block.end - 1) // PAGE + 1)}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
-def test_ranks_share_them_and_never_a_page(world: int, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_them_and_never_a_page(world, plan, monkeypatch):
     monkeypatch.setattr(block_module, "BLOCK_BYTES", 5000)
     everything = list(blocks(plan))
     dice = random.Random(world)

@@ -1,9 +1,5 @@
 """A source that changes under a conversion: whichever of its facts it is, and whenever, there is no target."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import pytest
 
 from gemma4_moe import convert
@@ -13,37 +9,31 @@ from support.changes import CHANGES, behind_its_time
 from support.checkpoints import contents, flip_bit, write_checkpoint
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
 FILE = "model-00002-of-00002.safetensors"
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(tmp_path):
     return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=3))
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("when", ["while it is read", "after its last block"])
-def test_every_change_of_a_source_stops_the_run(
-    when: str, change: Callable[[Path], None], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changed: list[bool] = []
+def test_every_change_of_a_source_stops_the_run(when, change, source, tmp_path, monkeypatch):
+    changed = []
 
-    def while_it_is_read(done: int, total: int) -> None:
+    def while_it_is_read(done, total):
         if when == "while it is read" and not changed:
             changed.append(True)
             behind_its_time(change, source / FILE)
 
     copy_files = directory.copy_files
 
-    def after_its_last_block(*arguments: object) -> object:
+    def after_its_last_block(*arguments):
         if when == "after its last block":
             changed.append(True)
             behind_its_time(change, source / FILE)
-        return copy_files(*arguments)  # type: ignore[arg-type]
+        return copy_files(*arguments)
 
     monkeypatch.setattr(directory, "copy_files", after_its_last_block)
     with pytest.raises(SourceChangedError, match="changed while it was read") as caught:
@@ -55,8 +45,8 @@ def test_every_change_of_a_source_stops_the_run(
     assert (when == "while it is read") == ([path.name for path in tmp_path.iterdir()] == ["hf"])
 
 
-def test_other_weights_under_the_same_header_are_noticed_by_their_time(source: Path, tmp_path: Path) -> None:
-    def touch(done: int, total: int) -> None:
+def test_other_weights_under_the_same_header_are_noticed_by_their_time(source, tmp_path):
+    def touch(done, total):
         if done == total:
             flip_bit(source / FILE, -1)
 

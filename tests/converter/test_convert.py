@@ -1,14 +1,11 @@
 """`convert`: the right bits in the right files, whatever the block size, and a directory that is absent or complete."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import textwrap
-from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -23,29 +20,21 @@ from support.checkpoints import contents, write_checkpoint
 from support.formulas import assert_same_tensors, folded, hf_from_nemo, nemo_from_hf
 from support.models import random_hf_state_dict, read_directory, respell_as_legacy
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from gemma4_moe.converter.write import Job
-
-
 State = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def state() -> State:
+def state():
     return random_hf_state_dict(layers=3)
 
 
 @pytest.fixture
-def source(tmp_path: Path, state: State) -> Path:
+def source(tmp_path, state):
     return write_checkpoint(tmp_path / "hf", state)
 
 
 @pytest.mark.parametrize("manifest", [True, False])
-def test_there_and_back_keeps_native_bits_and_a_note_names_the_base(
-    manifest: bool, source: Path, tmp_path: Path
-) -> None:
+def test_there_and_back_keeps_native_bits_and_a_note_names_the_base(manifest, source, tmp_path):
     convert(source, tmp_path / "nemo")
     native = read_directory(tmp_path / "nemo")
     if not manifest:
@@ -58,7 +47,7 @@ def test_there_and_back_keeps_native_bits_and_a_note_names_the_base(
     assert_same_tensors(read_directory(tmp_path / "again"), native)
 
 
-def test_legacy_spelling_gives_the_same_target(source: Path, tmp_path: Path) -> None:
+def test_legacy_spelling_gives_the_same_target(source, tmp_path):
     convert(source, tmp_path / "from-current")
     respell_as_legacy(source)
     convert(source, tmp_path / "from-legacy")
@@ -66,7 +55,7 @@ def test_legacy_spelling_gives_the_same_target(source: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("prefix", "model_type"), [("model.language_model.", "gemma4"), ("model.", "gemma4_text")])
-def test_nemo_is_the_fold_by_formula_and_names_keep_their_prefix(prefix: str, model_type: str, tmp_path: Path) -> None:
+def test_nemo_is_the_fold_by_formula_and_names_keep_their_prefix(prefix, model_type, tmp_path):
     state = random_hf_state_dict(layers=3, prefix=prefix)
     source = write_checkpoint(tmp_path / "hf", state, {"model_type": model_type, "num_experts": 6})
     convert(source, tmp_path / "nemo")
@@ -74,12 +63,12 @@ def test_nemo_is_the_fold_by_formula_and_names_keep_their_prefix(prefix: str, mo
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_dtype_casts_every_floating_point_tensor_and_rounds_a_fold_once(tmp_path: Path, dtype: str) -> None:
+def test_dtype_casts_every_floating_point_tensor_and_rounds_a_fold_once(tmp_path, dtype):
     state = random_hf_state_dict(dtype=torch.float32) | {"model.position_ids": torch.arange(5)}
     done = convert(write_checkpoint(tmp_path / "hf", state), tmp_path / "nemo", dtype=dtype)
     target = getattr(torch, dtype)
 
-    def cast(state: State) -> State:
+    def cast(state):
         return {name: tensor.to(target) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
     expected, twice_rounded = cast(nemo_from_hf(state, target)), nemo_from_hf(cast(state))
@@ -92,9 +81,7 @@ def test_dtype_casts_every_floating_point_tensor_and_rounds_a_fold_once(tmp_path
 @pytest.mark.parametrize(
     "how", [{"max_memory": 24_576}, {"max_memory": 50_000}, {"max_memory": 100_000}, {"buffered": True}], ids=str
 )
-def test_the_budget_and_the_way_to_the_disk_do_not_show_in_the_bytes(
-    how: dict[str, Any], source: Path, tmp_path: Path
-) -> None:
+def test_the_budget_and_the_way_to_the_disk_do_not_show_in_the_bytes(how, source, tmp_path):
     convert(source, tmp_path / "plain", max_shard_size=2000)
     done = convert(source, tmp_path / "other", max_shard_size=2000, **how)
     assert done.memory.peak_bytes <= how.get("max_memory", 2**30)
@@ -103,8 +90,8 @@ def test_the_budget_and_the_way_to_the_disk_do_not_show_in_the_bytes(
 
 @pytest.mark.parametrize(("block_bytes", "files"), [(1, 2), (300, 2), (1000, 2), (5000, 2), (2**25, 5)])
 def test_the_size_of_blocks_and_the_files_of_the_source_do_not_show_in_the_weights(
-    block_bytes: int, files: int, source: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    block_bytes, files, source, state, tmp_path, monkeypatch
+):
     convert(source, tmp_path / "plain")
     monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     convert(write_checkpoint(tmp_path / "files", state, files=files), tmp_path / "other")
@@ -113,7 +100,7 @@ def test_the_size_of_blocks_and_the_files_of_the_source_do_not_show_in_the_weigh
     assert other == plain
 
 
-def test_shard_size_bounds_files_and_a_larger_tensor_has_its_own(source: Path, tmp_path: Path) -> None:
+def test_shard_size_bounds_files_and_a_larger_tensor_has_its_own(source, tmp_path):
     convert(source, tmp_path / "nemo", max_shard_size=1000)
     index = json.loads((tmp_path / "nemo/model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "nemo").glob("*.safetensors"))
@@ -129,7 +116,7 @@ def test_shard_size_bounds_files_and_a_larger_tensor_has_its_own(source: Path, t
     assert index["metadata"] == {"total_size": total}
 
 
-def test_side_files_are_copied_byte_for_byte_and_others_are_not(source: Path, tmp_path: Path) -> None:
+def test_side_files_are_copied_byte_for_byte_and_others_are_not(source, tmp_path):
     (source / "modeling_custom.py").write_text("raise SystemExit")
     (source / "LICENSE").write_bytes(b"as it is\r\n")
     done = convert(source, tmp_path / "nemo")
@@ -140,7 +127,7 @@ def test_side_files_are_copied_byte_for_byte_and_others_are_not(source: Path, tm
         assert (tmp_path / "nemo" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_data_starts_at_a_page_and_modes_follow_the_umask(source: Path, tmp_path: Path) -> None:
+def test_data_starts_at_a_page_and_modes_follow_the_umask(source, tmp_path):
     before = os.umask(0o027)
     try:
         convert(source, tmp_path / "nemo")
@@ -154,7 +141,7 @@ def test_data_starts_at_a_page_and_modes_follow_the_umask(source: Path, tmp_path
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.5])
-def test_unusual_scales_are_kept_and_said(tmp_path: Path, value: float) -> None:
+def test_unusual_scales_are_kept_and_said(tmp_path, value):
     state = random_hf_state_dict()
     layer = "model.language_model.layers.1."
     state[layer + "router.per_expert_scale"][2] = value
@@ -168,7 +155,7 @@ def test_unusual_scales_are_kept_and_said(tmp_path: Path, value: float) -> None:
     assert "1 " in note
 
 
-def test_overwrite_replaces_a_checkpoint_or_an_empty_directory_and_only_that(source: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_a_checkpoint_or_an_empty_directory_and_only_that(source, tmp_path):
     target = tmp_path / "nemo"
     target.mkdir()
     convert(source, target, max_shard_size=1000)
@@ -184,9 +171,7 @@ def test_overwrite_replaces_a_checkpoint_or_an_empty_directory_and_only_that(sou
     assert contents(target) == before
 
 
-def test_the_manifest_has_hashes_of_both_sides_and_what_was_done(
-    source: Path, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_manifest_has_hashes_of_both_sides_and_what_was_done(source, state, tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
     convert(source, tmp_path / "nemo", sha256=True, read_back=False)
     manifest = json.loads((tmp_path / "nemo/gemma4_moe.json").read_text())
@@ -211,7 +196,7 @@ def test_the_manifest_has_hashes_of_both_sides_and_what_was_done(
         assert scale == state[layer + "router.per_expert_scale"].float().tolist()
 
 
-def blocks_by_hand(state: State, block_bytes: int) -> dict[str, list[str]]:
+def blocks_by_hand(state, block_bytes):
     """The digest of the source bytes of each block of at most `block_bytes`, by the nemo names."""
     found = {}
     for name, tensor in state.items():
@@ -235,7 +220,7 @@ def blocks_by_hand(state: State, block_bytes: int) -> dict[str, list[str]]:
     return found
 
 
-def test_peak_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
+def test_peak_memory_does_not_grow_with_layers(tmp_path):
     """Measured from outside, at 2 and at 8 layers that are each larger than all buffers together."""
     program = """
         import re, sys
@@ -256,13 +241,11 @@ def test_peak_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("launched", "asked", "workers"), [(None, None, 6), ("4", None, 1), ("2", None, 3), ("8", None, 1), ("2", 5, 5)]
 )
-def test_ranks_of_one_host_share_its_cores(
-    launched: str | None, asked: int | None, workers: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: list[int] = []
+def test_ranks_of_one_host_share_its_cores(launched, asked, workers, source, tmp_path, monkeypatch):
+    used = []
     write_weights = write.write_weights
 
-    def note(job: Job, *others: Any) -> Any:
+    def note(job, *others):
         used.append(job.workers)
         return write_weights(job, *others)
 
@@ -274,7 +257,7 @@ def test_ranks_of_one_host_share_its_cores(
     assert used == [workers]
 
 
-def test_a_tilde_is_the_home_directory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_directory(source, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert convert(source, "~/nemo").target == tmp_path / "nemo"
     assert (tmp_path / "nemo/model.safetensors").is_file()

@@ -1,18 +1,12 @@
 """What a power cut would leave: nothing is named, in a journal or by the rename, that is not on the device before."""
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING
 
 import pytest
 
 from gemma4_moe import convert
 from gemma4_moe.target import journal
 from support.order import Order
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CONTROL = ".nemo.gemma4-moe"
 OUT = f"{CONTROL}/out"
@@ -21,16 +15,14 @@ pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @pytest.mark.parametrize("buffered", [False, True])
-def test_a_conversion_syncs_what_it_is_about_to_name(
-    buffered: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conversion_syncs_what_it_is_about_to_name(buffered, source, tmp_path, monkeypatch):
     order = Order(tmp_path, monkeypatch)
-    named: list[tuple[int, set[str]]] = []
+    named = []
     append = journal.Journal.append
 
-    def noted(self: journal.Journal, **record: object) -> None:
+    def noted(self, **record):
         rows = record.get("pieces", [])
-        named.append((len(order.calls), {file for file, *_ in rows}))  # type: ignore[attr-defined]
+        named.append((len(order.calls), {file for file, *_ in rows}))
         append(self, **record)
 
     monkeypatch.setattr(journal.Journal, "append", noted)

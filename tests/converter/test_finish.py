@@ -1,13 +1,10 @@
 """Reading back: one other byte in any file keeps the target from appearing, and it is the device that is read."""
 
-from __future__ import annotations
-
 import fcntl
 import itertools
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,28 +14,23 @@ from gemma4_moe.target.directory import TargetFiles
 from support.checkpoints import contents, flip_bit
 from support.direct_io import works_here
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from gemma4_moe.target.pieces import Piece
-
 OPTIONS = {"max_shard_size": 60_000, "max_memory": 60_000}
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
-def before_reading_back(monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], None]) -> None:
+def before_reading_back(monkeypatch, act):
     """Do something with the finished files once all is written, and before it is read back."""
     whole = TargetFiles.read_back
 
-    def first_act(files: TargetFiles, pieces: list[Piece]) -> None:
+    def first_act(files, pieces):
         act(files.out)
         whole(files, pieces)
 
     monkeypatch.setattr(TargetFiles, "read_back", first_act)
 
 
-def test_one_other_byte_of_any_file_is_found(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_other_byte_of_any_file_is_found(source, tmp_path, monkeypatch):
     convert(source, tmp_path / "whole", **OPTIONS)
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "whole").iterdir() if "gemma4_moe" not in path.name}
     weights = [name for name in sizes if name.endswith(".safetensors")]
@@ -79,8 +71,8 @@ CHANGES = {
     ],
 )
 def test_a_file_that_is_gone_or_of_another_size_and_another_manifest_are_found(
-    name: str, how: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    name, how, source, tmp_path, monkeypatch
+):
     before_reading_back(monkeypatch, lambda out: CHANGES[how](out / name))
     with pytest.raises(StorageError, match="gives back other bytes") as caught:
         convert(source, tmp_path / "nemo", **OPTIONS)
@@ -88,39 +80,35 @@ def test_a_file_that_is_gone_or_of_another_size_and_another_manifest_are_found(
     assert not (tmp_path / "nemo").exists()
 
 
-def test_without_reading_back_nothing_is_read_and_the_manifest_says_so(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_reading_back_nothing_is_read_and_the_manifest_says_so(source, tmp_path, monkeypatch):
     before_reading_back(monkeypatch, lambda _: pytest.fail("it is read back all the same"))
     convert(source, tmp_path / "nemo", read_back=False, **OPTIONS)
     assert '"read_back": false' in (tmp_path / "nemo/gemma4_moe.json").read_text()
 
 
 @pytest.mark.parametrize("buffered", [False, True])
-def test_it_is_the_device_that_is_read(
-    buffered: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_the_device_that_is_read(buffered, source, tmp_path, monkeypatch):
     """Past the page cache, or from a page cache that was told to forget the whole file first."""
-    forgotten: set[str] = set()
-    direct: dict[str, bool] = {}
+    forgotten = set()
+    direct = {}
     read, advise = os.preadv, os.posix_fadvise
 
-    def name_of(descriptor: int) -> str:
+    def name_of(descriptor):
         return str(Path(f"/proc/self/fd/{descriptor}").readlink())
 
-    def seen(descriptor: int, *others: object) -> int:
+    def seen(descriptor, *others):
         name = name_of(descriptor)
         if "/out/" in name:
             assert name in forgotten, f"{name} is read as the page cache has it"
             direct[name] = direct.get(name, True) and bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
-        return read(descriptor, *others)  # type: ignore[arg-type]
+        return read(descriptor, *others)
 
-    def forget(descriptor: int, offset: int, size: int, advice: int) -> None:
+    def forget(descriptor, offset, size, advice):
         if (offset, size, advice) == (0, 0, os.POSIX_FADV_DONTNEED):
             forgotten.add(name_of(descriptor))
         advise(descriptor, offset, size, advice)
 
-    def watch(_: Path) -> None:
+    def watch(_):
         monkeypatch.setattr(os, "preadv", seen)
         monkeypatch.setattr(os, "posix_fadvise", forget)
 

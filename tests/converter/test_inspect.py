@@ -1,9 +1,5 @@
 """`inspect`: what a checkpoint is and what is wrong with it, without a byte of any tensor."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import pytest
 
 from gemma4_moe import convert, inspect
@@ -13,20 +9,15 @@ from gemma4_moe.layout import Layout
 from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import torch
-
 E, H, I, LAYERS = 3, 10, 7, 2  # noqa: E741
 
 
 @pytest.fixture
-def state() -> dict[str, torch.Tensor]:
+def state():
     return random_hf_state_dict(E=E, H=H, I=I, layers=LAYERS)
 
 
-def test_sizes_and_bytes_are_those_of_the_tensors(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_sizes_and_bytes_are_those_of_the_tensors(state, tmp_path):
     found = inspect(write_checkpoint(tmp_path / "hf", state))
     assert (found.layout, found.spelling, found.model_type) == (Layout.HF, "current", "gemma4")
     assert found.sizes == {"E": E, "H": H, "I": I, "L": LAYERS}
@@ -39,12 +30,12 @@ def test_sizes_and_bytes_are_those_of_the_tensors(state: dict[str, torch.Tensor]
     assert found.problems == ()
 
 
-def test_no_tensor_is_read(state: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_is_read(state, tmp_path, monkeypatch):
     source = write_checkpoint(tmp_path / "hf", state)
     convert(source, tmp_path / "nemo")
     read, read_into = 0, SafetensorsFile.read_into
 
-    def counted(self: SafetensorsFile, offset: int, destination: memoryview) -> None:
+    def counted(self, offset, destination):
         nonlocal read
         read += destination.nbytes
         read_into(self, offset, destination)
@@ -59,7 +50,7 @@ def test_no_tensor_is_read(state: dict[str, torch.Tensor], tmp_path: Path, monke
         assert headers <= read <= headers + 8 * 2  # the length may be read once more with its header
 
 
-def test_every_problem_is_listed(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_every_problem_is_listed(state, tmp_path):
     del state["model.language_model.layers.0.router.per_expert_scale"]
     del state["model.language_model.layers.1.experts.down_proj"]
     found = inspect(write_checkpoint(tmp_path / "hf", state))
@@ -69,7 +60,7 @@ def test_every_problem_is_listed(state: dict[str, torch.Tensor], tmp_path: Path)
     assert "down_proj" in text
 
 
-def test_a_foreign_format_is_named(tmp_path: Path) -> None:
+def test_a_foreign_format_is_named(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     found = inspect(tmp_path)
     assert (found.layout, found.spelling, found.tensors) == (None, "GGUF", 0)

@@ -1,9 +1,5 @@
 """`plan --mesh`: what ranks hold and read, compared with torch's DTensor on meshes of up to 512 ranks."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,9 +13,6 @@ from gemma4_moe.errors import UsageError
 from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 NATIVE = {"ep": Shard(0), "ep_shard": Shard(1), "dp_shard": Shard(0), "dp_replicate": Replicate()}
 MESHES = [
     {"ep": 8},
@@ -31,7 +24,7 @@ MESHES = [
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_shares_are_those_of_dtensor_and_every_expert_is_owned_once(real: Path, mesh: dict[str, int]) -> None:
+def test_shares_are_those_of_dtensor_and_every_expert_is_owned_once(real, mesh):
     planned = plan(real, to="nemo").plan
     prediction = predict(planned, mesh)
     # Rows and inner sizes of a whole tensor [E, H, 1], which stands for all with the same first two axes.
@@ -57,7 +50,7 @@ def test_shares_are_those_of_dtensor_and_every_expert_is_owned_once(real: Path, 
     assert prediction.other_bytes == 51_611_872_412 - 45_675_970_560 - 30 * 128 * 2
 
 
-def test_bytes_read_are_whole_experts_and_the_scales_and_none_without_experts(real: Path, tmp_path: Path) -> None:
+def test_bytes_read_are_whole_experts_and_the_scales_and_none_without_experts(real, tmp_path):
     prediction = predict(plan(real, to="nemo").plan, {"ep_shard": 2, "ep": 8})
     experts = 16 * (1_015_021_568 + 507_510_784) // 128
     assert {share.read_bytes for share in prediction.shares} == {30 * (experts + 128 * 2)}
@@ -69,7 +62,7 @@ def test_bytes_read_are_whole_experts_and_the_scales_and_none_without_experts(re
     assert prediction.balance == pytest.approx(2 / 1.25)
 
 
-def test_plan_previews_a_mesh_given_as_text_or_as_a_mapping(real: Path) -> None:
+def test_plan_previews_a_mesh_given_as_text_or_as_a_mapping(real):
     assert plan(real).mesh is None
     mesh = {"ep_shard": 2, "ep": 8}
     assert plan(real, mesh="ep_shard=2,ep=8").mesh == plan(real, mesh=mesh).mesh == predict(plan(real).plan, mesh)
@@ -78,12 +71,12 @@ def test_plan_previews_a_mesh_given_as_text_or_as_a_mapping(real: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "ep", "ep=", "ep=0", "ep=-2", "tp=2", "ep=2,ep=2", "ep=99999999", "ep=²"])
-def test_what_is_no_mesh_is_a_usage_error(text: str) -> None:
+def test_what_is_no_mesh_is_a_usage_error(text):
     with pytest.raises(UsageError, match="not a mesh"):
         parse_mesh(text)
 
 
-def test_a_mesh_is_for_the_nemo_layout(tmp_path: Path) -> None:
+def test_a_mesh_is_for_the_nemo_layout(tmp_path):
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
     convert(source, tmp_path / "nemo")
     with pytest.raises(UsageError, match="nemo layout"):

@@ -1,9 +1,5 @@
 """`convert --dtype`: values that become infinite are counted and said, and so are tensors that keep their dtype."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pytest
 import torch
@@ -17,14 +13,11 @@ from support.checkpoints import contents, flip_bit, write_checkpoint
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 COUNT = 6000
 
 
 @pytest.fixture
-def values() -> np.ndarray:
+def values():
     """Every third value is beyond fp16's range, every fifth was never finite."""
     values = np.random.default_rng(7).standard_normal(COUNT).astype(np.float32)
     values[::3] *= 1e6
@@ -33,15 +26,13 @@ def values() -> np.ndarray:
     return values
 
 
-def counted_in_turn(values: np.ndarray) -> int:
+def counted_in_turn(values):
     return sum(1 for value in values.tolist() if np.isfinite(value) and abs(value) >= 65_520)  # infinite in fp16
 
 
 @pytest.mark.parametrize("piece", [2**20, 1000, 7])
 @pytest.mark.parametrize("shape", [(COUNT,), (3, 50, 40)])
-def test_finite_values_that_became_infinite_are_counted(
-    shape: tuple[int, ...], piece: int, values: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finite_values_that_became_infinite_are_counted(shape, piece, values, monkeypatch):
     monkeypatch.setattr(steps, "_PIECE", piece)
     shaped = values.reshape(shape)
     with np.errstate(over="ignore"):
@@ -54,7 +45,7 @@ def test_finite_values_that_became_infinite_are_counted(
     assert count_overflows(shaped[:0], result[:0]) == 0
 
 
-def test_a_dtype_overflows_where_its_largest_value_is_smaller() -> None:
+def test_a_dtype_overflows_where_its_largest_value_is_smaller():
     floats = [dtypes.FLOAT32, dtypes.BFLOAT16, dtypes.FLOAT16]
     for old in floats:
         for new in floats:
@@ -69,7 +60,7 @@ PATH = "model.language_model.layers."
 
 
 @pytest.fixture
-def state() -> dict[str, torch.Tensor]:
+def state():
     """Finite values beyond fp16's range in experts of both kinds and elsewhere, and others that are no news."""
     state = random_hf_state_dict(layers=3, E=6, H=40, I=24, dtype=torch.float32)
     for layer in range(3):
@@ -81,14 +72,14 @@ def state() -> dict[str, torch.Tensor]:
     return state
 
 
-def counted(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, int]:
+def counted(state, dtype):
     """The finite values that the fold in fp32 has, and that are infinite in `dtype`, of each native tensor."""
     wide, narrow = nemo_from_hf(state), nemo_from_hf(state, dtype)
     counts = {name: int((wide[name].isfinite() & narrow[name].to(dtype).isinf()).sum()) for name in wide}
     return {name: count for name, count in counts.items() if count}
 
 
-def test_finite_values_that_become_infinite_are_counted(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_finite_values_that_become_infinite_are_counted(state, tmp_path):
     done = convert(write_checkpoint(tmp_path / "hf", state), tmp_path / "nemo", dtype="float16")
     expected = counted(state, torch.float16)
     assert len(expected) == 8
@@ -101,7 +92,7 @@ def test_finite_values_that_become_infinite_are_counted(state: dict[str, torch.T
         assert [note for note in done.notes if f" {group} " in note and note.startswith(f"{count:,} finite ")], group
 
 
-def test_the_same_on_the_way_back_and_in_bf16(tmp_path: Path) -> None:
+def test_the_same_on_the_way_back_and_in_bf16(tmp_path):
     state = random_hf_state_dict(dtype=torch.float32)
     name = f"{PATH}1.experts.gate_up_proj"
     state[name][1, 2, 3:5] = torch.tensor([3.4e38, 3.38e38])  # bfloat16 ends at 3.3895e38
@@ -113,10 +104,8 @@ def test_the_same_on_the_way_back_and_in_bf16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("budget", [32_768, 60_000])
-def test_blocks_and_resuming_do_not_show_in_the_counts(
-    budget: int, state: dict[str, torch.Tensor], tmp_path: Path, small_blocks: None
-) -> None:
-    def stop(done: int, total: int) -> None:
+def test_blocks_and_resuming_do_not_show_in_the_counts(budget, state, tmp_path, small_blocks):
+    def stop(done, total):
         if done > 20_000:
             raise KeyboardInterrupt
 
@@ -138,7 +127,7 @@ def test_blocks_and_resuming_do_not_show_in_the_counts(
     assert again.notes == whole.notes
 
 
-def test_tensors_that_keep_their_dtype_are_named(tmp_path: Path) -> None:
+def test_tensors_that_keep_their_dtype_are_named(tmp_path):
     state = random_hf_state_dict(layers=3, dtype=torch.float32)
     state["model.position_ids"] = torch.arange(5)
     for layer in range(3):

@@ -1,7 +1,5 @@
 """`plan`: the real model from headers alone, and the planner's own accounts."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -19,7 +17,7 @@ from support.checkpoints import write_checkpoint
 from support.models import random_hf_state_dict
 
 
-def test_the_real_model_has_the_published_counts_and_large_tensors_start_on_pages(real: Path) -> None:
+def test_the_real_model_has_the_published_counts_and_large_tensors_start_on_pages(real):
     preview = plan(real)
     assert (preview.source_tensors, preview.source_bytes) == (1013, 51_611_872_412)
     assert len(preview.plan.tensors) == 1013 - 30  # the scales are folded away
@@ -29,7 +27,7 @@ def test_the_real_model_has_the_published_counts_and_large_tensors_start_on_page
     assert all(entry.start % 4096 == 0 for entry in entries if entry.nbytes >= 2**20)
 
 
-def test_the_real_model_is_planned_by_the_command(real: Path) -> None:
+def test_the_real_model_is_planned_by_the_command(real):
     command = [sys.executable, "-m", "gemma4_moe", "plan", "--format", "json", str(real)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     assert found["source"] | {"tensors": 1013, "bytes": 51_611_872_412} == found["source"]
@@ -37,7 +35,7 @@ def test_the_real_model_is_planned_by_the_command(real: Path) -> None:
     assert found["peak_memory_bytes"] <= 2**30
 
 
-def test_the_plan_is_what_convert_does(tmp_path: Path) -> None:
+def test_the_plan_is_what_convert_does(tmp_path):
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
     preview = plan(source, max_shard_size=2000)
     done = convert(source, tmp_path / "nemo", max_shard_size=2000)
@@ -47,9 +45,7 @@ def test_the_plan_is_what_convert_does(tmp_path: Path) -> None:
     assert sum(sizes.values()) == preview.plan.target_bytes
 
 
-def test_free_space_is_that_of_the_disk_and_a_shortfall_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_free_space_is_that_of_the_disk_and_a_shortfall_is_told(tmp_path, monkeypatch):
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     preview = plan(source)
@@ -57,9 +53,7 @@ def test_free_space_is_that_of_the_disk_and_a_shortfall_is_told(
     assert preview.space.missing_bytes == preview.plan.target_bytes - 1000
 
 
-def test_a_budget_below_one_block_is_refused_with_what_it_takes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_budget_below_one_block_is_refused_with_what_it_takes(tmp_path, monkeypatch):
     monkeypatch.setattr("gemma4_moe.converter.blocks.BLOCK_BYTES", 1)
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(H=64, I=48))
     expert = 2 * 48 * 64 * 2 + 2 * 4096  # three whole pages, and the pages around them
@@ -79,13 +73,13 @@ def test_a_budget_below_one_block_is_refused_with_what_it_takes(
         ({"max_memory": 0}, "positive"),
     ],
 )
-def test_arguments_without_meaning_are_usage_errors(tmp_path: Path, arguments: dict[str, object], words: str) -> None:
+def test_arguments_without_meaning_are_usage_errors(tmp_path, arguments, words):
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
     with pytest.raises(UsageError, match=words):
-        plan(source, **arguments)  # type: ignore[arg-type]
+        plan(source, **arguments)
 
 
-def test_names_sort_as_a_person_would() -> None:
+def test_names_sort_as_a_person_would():
     names = ["layers.10.a", "layers.2.b", "layers.2.a", "layers", "1", "10", "2"]
     assert sorted(names, key=natural_key) == ["1", "2", "10", "layers", "layers.2.a", "layers.2.b", "layers.10.a"]
 
@@ -105,21 +99,19 @@ def test_names_sort_as_a_person_would() -> None:
         (Space(100, 1000, cache_bytes=50, cache_free_bytes=0), 50, 0),
     ],
 )
-def test_what_is_missing(space: Space, missing: int, without_cache: int) -> None:
+def test_what_is_missing(space, missing, without_cache):
     assert (space.missing_bytes, space.missing_without_cache) == (missing, without_cache)
 
 
 @pytest.mark.parametrize(("device", "cache_free"), [(1, None), (2, 2000)])
-def test_the_cache_s_disk_is_that_of_the_nearest_directory_there_is(
-    device: int, cache_free: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_s_disk_is_that_of_the_nearest_directory_there_is(device, cache_free, tmp_path, monkeypatch):
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
     cache, target = tmp_path / "caches", tmp_path / "targets"
     cache.mkdir()
     target.mkdir()
     stat = Path.stat
 
-    def stat_on_disks(path: Path, **options: bool) -> object:
+    def stat_on_disks(path, **options):
         devices = {cache: device, target: 1}
         return SimpleNamespace(st_dev=devices[path]) if path in devices else stat(path, **options)
 

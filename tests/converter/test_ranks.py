@@ -1,13 +1,10 @@
 """Ranks that convert one checkpoint together: the same bytes for 1, 2 and 4, one failure stops all, torchrun works."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -22,19 +19,13 @@ from support import ranks
 from support.checkpoints import contents, flip_bit, write_checkpoint
 from support.models import random_hf_state_dict, read_directory
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
-    from gemma4_moe.target.pieces import Piece
-
 OPTIONS = {"max_shard_size": 60_000, "max_memory": 70_000}
 
 
-def fail_on_the_last(source: Path, target: Path) -> None:
+def fail_on_the_last(source, target):
     world, rank = dist.get_world_size(), dist.get_rank()
 
-    def fill_the_disk(done: int, total: int) -> None:
+    def fill_the_disk(done, total):
         if rank == world - 1 and done > total // 2:
             raise StorageError("no space left, says the test")
 
@@ -42,13 +33,13 @@ def fail_on_the_last(source: Path, target: Path) -> None:
         convert_small(source, target, progress=fill_the_disk)
 
 
-def convert_small(source: Path, target: Path, **options: Any) -> None:
+def convert_small(source, target, **options):
     blocks.BLOCK_BYTES = journal.FLUSH_BYTES = 8192
     convert(source, target, **OPTIONS | options)
 
 
-def convert_on_all(source: Path, target: Path) -> None:
-    done: list[int] = []
+def convert_on_all(source, target):
+    done = []
     convert_small(source, target, progress=lambda now, _: done.append(now))
     tensors = 2 * 6 * 3 * 32 * 64 * 2 + 5000  # two layers of experts, and a little of everything else
     assert done[-1] <= tensors / dist.get_world_size() + blocks.BLOCK_BYTES, "a rank has done more than its share"
@@ -57,12 +48,12 @@ def convert_on_all(source: Path, target: Path) -> None:
 resume_on_all = partial(convert_small, resume=True)
 
 
-def find_one_other_byte(source: Path, target: Path) -> None:
+def find_one_other_byte(source, target):
     """In one piece of a file after the other: they are shared among the ranks, and the one that finds it tells all."""
     copy_files = directory.copy_files
     for position in range(4100, 6 * 8192, 8192):
 
-        def flip(paths: Iterable[Path], out: Path, position: int = position) -> list[Piece]:
+        def flip(paths, out, position=position):
             flip_bit(max(out.glob("*.safetensors"), key=lambda path: path.stat().st_size), position)
             return copy_files(paths, out)
 
@@ -74,29 +65,25 @@ def find_one_other_byte(source: Path, target: Path) -> None:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(tmp_path):
     """Experts of whole pages: ranks share a file where a page begins."""
     return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=64, I=32))
 
 
 @pytest.fixture
-def alone(source: Path, tmp_path: Path) -> dict[str, str]:
+def alone(source, tmp_path):
     ranks.run(1, convert_on_all, source, tmp_path / "alone")
     return contents(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_bytes_do_not_depend_on_the_number_of_ranks(
-    world: int, source: Path, alone: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_bytes_do_not_depend_on_the_number_of_ranks(world, source, alone, tmp_path):
     ranks.run(world, convert_on_all, source, tmp_path / "together")
     assert contents(tmp_path / "together") == alone
     assert remains(tmp_path / "together") is None
 
 
-def test_one_failure_stops_all_and_any_number_of_ranks_can_go_on(
-    source: Path, alone: dict[str, str], tmp_path: Path
-) -> None:
+def test_one_failure_stops_all_and_any_number_of_ranks_can_go_on(source, alone, tmp_path):
     ranks.run(2, fail_on_the_last, source, tmp_path / "nemo")
     assert not (tmp_path / "nemo").exists()
     left = remains(tmp_path / "nemo")
@@ -108,7 +95,7 @@ def test_one_failure_stops_all_and_any_number_of_ranks_can_go_on(
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_judge_the_experts_of_the_way_back_together(world: int, source: Path, tmp_path: Path) -> None:
+def test_ranks_judge_the_experts_of_the_way_back_together(world, source, tmp_path):
     convert(source, tmp_path / "nemo", dtype="float32")
     with_base = partial(convert_small, base=source)
     ranks.run(1, with_base, tmp_path / "nemo", tmp_path / "alone")
@@ -118,7 +105,7 @@ def test_ranks_judge_the_experts_of_the_way_back_together(world: int, source: Pa
     assert all(torch.equal(back[name], state[name].float()) for name in state)
 
 
-def test_ranks_count_together_what_becomes_infinite(tmp_path: Path) -> None:
+def test_ranks_count_together_what_becomes_infinite(tmp_path):
     state = random_hf_state_dict(layers=2, E=6, H=40, I=24, dtype=torch.float32)
     for name, tensor in state.items():
         if "gate_up" in name:
@@ -130,21 +117,21 @@ def test_ranks_count_together_what_becomes_infinite(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "alone/gemma4_moe.json").read_text())["overflowed"]) == 2
 
 
-def test_ranks_read_back_every_piece_between_them(source: Path, alone: dict[str, str], tmp_path: Path) -> None:
+def test_ranks_read_back_every_piece_between_them(source, alone, tmp_path):
     assert max(path.stat().st_size for path in (tmp_path / "alone").iterdir()) > 5 * 8192 + 4100
     ranks.run(2, find_one_other_byte, source, tmp_path / "nemo")
     ranks.run(2, resume_on_all, source, tmp_path / "nemo")
     assert contents(tmp_path / "nemo") == alone
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "gemma4_moe", "convert", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-def test_under_torchrun_rank_0_speaks_for_all(source: Path, tmp_path: Path) -> None:
+def test_under_torchrun_rank_0_speaks_for_all(source, tmp_path):
     done = torchrun(source, tmp_path / "nemo")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("target ") == 1

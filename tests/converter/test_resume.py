@@ -1,11 +1,8 @@
 """`--resume`: a run goes on where another has ended, or says why it can't; what is left over is seen and removed."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,22 +14,17 @@ from gemma4_moe.target.recovery import clean
 from support.checkpoints import contents, flip_bit
 from support.interrupted import interrupt, resume
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @pytest.fixture
-def whole(source: Path, tmp_path: Path) -> dict[str, str]:
+def whole(source, tmp_path):
     convert(source, tmp_path / "undisturbed", max_shard_size=60_000)
     return contents(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("flush_bytes", [8192, 2**30], ids=["several entries", "one entry, at the interrupt"])
-def test_it_writes_only_what_is_missing(
-    flush_bytes: int, source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_writes_only_what_is_missing(flush_bytes, source, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "FLUSH_BYTES", flush_bytes)
     interrupt(source, tmp_path / "nemo")
     total = sum(path.stat().st_size for path in (tmp_path / "undisturbed").glob("*.safetensors"))
@@ -41,19 +33,19 @@ def test_it_writes_only_what_is_missing(
     assert contents(tmp_path / "nemo") == whole
 
 
-def test_with_nothing_to_resume_it_starts_afresh(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
+def test_with_nothing_to_resume_it_starts_afresh(source, whole, tmp_path):
     resume(source, tmp_path / "nemo")
     assert contents(tmp_path / "nemo") == whole
 
 
-def test_a_complete_identical_target_is_left_as_it_is(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
+def test_a_complete_identical_target_is_left_as_it_is(source, whole, tmp_path):
     before = (tmp_path / "undisturbed").stat().st_ino
     assert resume(source, tmp_path / "undisturbed") == []
     assert (tmp_path / "undisturbed").stat().st_ino == before
     assert contents(tmp_path / "undisturbed") == whole
 
 
-def test_without_resume_an_unfinished_run_is_not_thrown_away(source: Path, tmp_path: Path) -> None:
+def test_without_resume_an_unfinished_run_is_not_thrown_away(source, tmp_path):
     interrupt(source, tmp_path / "nemo")
     before = contents(tmp_path)
     with pytest.raises(UsageError, match="was not finished") as caught:
@@ -75,16 +67,14 @@ def test_without_resume_an_unfinished_run_is_not_thrown_away(source: Path, tmp_p
         lambda file: file.with_name("stranger.safetensors").write_bytes(b"not ours"),
     ],
 )
-def test_whatever_is_not_as_it_was_is_written_again(
-    change: Callable[[Path], object], source: Path, whole: dict[str, str], tmp_path: Path
-) -> None:
+def test_whatever_is_not_as_it_was_is_written_again(change, source, whole, tmp_path):
     interrupt(source, tmp_path / "nemo")
     change(tmp_path / ".nemo.gemma4-moe/out/model-00001-of-00002.safetensors")
     resume(source, tmp_path / "nemo")
     assert contents(tmp_path / "nemo") == whole
 
 
-def test_a_source_that_gives_other_bytes_under_the_same_name_is_noticed(source: Path, tmp_path: Path) -> None:
+def test_a_source_that_gives_other_bytes_under_the_same_name_is_noticed(source, tmp_path):
     interrupt(source, tmp_path / "nemo", after=15_000)
     (journal,) = (tmp_path / ".nemo.gemma4-moe").glob("journal-*")
     records = [json.loads(line.split(" ", 1)[1]) for line in journal.read_text().splitlines()]
@@ -103,7 +93,7 @@ def test_a_source_that_gives_other_bytes_under_the_same_name_is_noticed(source: 
     assert not (tmp_path / "nemo").exists()
 
 
-def test_reading_an_unfinished_target_says_what_to_run(source: Path, tmp_path: Path) -> None:
+def test_reading_an_unfinished_target_says_what_to_run(source, tmp_path):
     interrupt(source, tmp_path / "nemo")
     with pytest.raises(CheckpointFormatError, match="no such directory") as caught:
         open_checkpoint(tmp_path / "nemo")
@@ -111,7 +101,7 @@ def test_reading_an_unfinished_target_says_what_to_run(source: Path, tmp_path: P
     assert f"gemma4-moe clean {tmp_path / 'nemo'}" in str(caught.value)
 
 
-def test_clean_removes_what_is_left_and_nothing_else(source: Path, tmp_path: Path) -> None:
+def test_clean_removes_what_is_left_and_nothing_else(source, tmp_path):
     interrupt(source, tmp_path / "nemo")
     before = contents(source)
     removed = clean(tmp_path / "nemo")
@@ -122,9 +112,7 @@ def test_clean_removes_what_is_left_and_nothing_else(source: Path, tmp_path: Pat
     assert clean(tmp_path / "nemo") is None
 
 
-def test_clean_takes_a_tilde_for_the_home_directory(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clean_takes_a_tilde_for_the_home_directory(source, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     interrupt(source, tmp_path / "nemo")
     found = clean("~/nemo")

@@ -1,14 +1,11 @@
 """Which runs are the same: every fact of source, plan and options is compared, and none is taken on trust."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json
 from dataclasses import replace
 from functools import reduce
 from operator import getitem
-from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,21 +22,16 @@ from support.checkpoints import contents, write_checkpoint
 from support.interrupted import interrupt, resume
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from gemma4_moe.converter.plan import Plan
-
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @pytest.fixture
-def done(source: Path, tmp_path: Path) -> Path:
+def done(source, tmp_path):
     convert(source, tmp_path / "done", max_shard_size=60_000)
     return tmp_path / "done"
 
 
-def test_what_a_run_is_called_by_is_what_the_filesystem_says(source: Path) -> None:
+def test_what_a_run_is_called_by_is_what_the_filesystem_says(source):
     with open_checkpoint(source) as checkpoint:
         plan = make_plan(checkpoint)
         opening = resume_module.opening_record(plan, checkpoint, {"dtype": "keep", "commit": "abc"})
@@ -62,13 +54,13 @@ def test_what_a_run_is_called_by_is_what_the_filesystem_says(source: Path) -> No
     }
 
 
-def leaves(record: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def leaves(record, path=()):
     if not isinstance(record, dict):
         return [path]
     return [leaf for key, value in record.items() for leaf in leaves(value, (*path, key))]
 
 
-def test_each_fact_of_a_run_is_compared_and_named(source: Path, tmp_path: Path) -> None:
+def test_each_fact_of_a_run_is_compared_and_named(source, tmp_path):
     interrupt(source, tmp_path / "nemo")
     control = tmp_path / ".nemo.gemma4-moe"
     known, written = read_journals(control), contents(control / "out")
@@ -88,17 +80,17 @@ def test_each_fact_of_a_run_is_compared_and_named(source: Path, tmp_path: Path) 
         assert contents(control / "out") == written
 
 
-def test_whatever_decides_the_bytes_decides_the_hash_of_the_plan(source: Path) -> None:
+def test_whatever_decides_the_bytes_decides_the_hash_of_the_plan(source):
     with open_checkpoint(source) as checkpoint:
         plan = make_plan(checkpoint)
         name, down = next((name, tensor) for name, tensor in plan.tensors.items() if tensor.scale is not None)
         other = next(tensor.origin for tensor in plan.tensors.values() if tensor.origin.file is not down.origin.file)
         (part,), (file,) = down.source.parts, plan.files
 
-        def having(**changes: Any) -> Plan:
+        def having(**changes):
             return replace(plan, tensors={**plan.tensors, name: replace(down, **changes)})
 
-        def stored(**changes: Any) -> Plan:
+        def stored(**changes):
             made_from = replace(part, stored=replace(part.stored, **changes))
             return having(source=replace(down.source, parts=(made_from,)))
 
@@ -124,9 +116,7 @@ def test_whatever_decides_the_bytes_decides_the_hash_of_the_plan(source: Path) -
 
 
 @pytest.mark.parametrize("different", ["option", "files", "model", "side file"])
-def test_a_complete_target_of_another_conversion_is_not_taken_for_it(
-    different: str, source: Path, done: Path, tmp_path: Path
-) -> None:
+def test_a_complete_target_of_another_conversion_is_not_taken_for_it(different, source, done, tmp_path):
     state = random_hf_state_dict(layers=2, E=6, H=40, I=24)
     if different == "model":  # a fine-tuned model has the same headers
         state["model.language_model.layers.1.input_layernorm.weight"][39] += 1
@@ -156,9 +146,7 @@ NONSENSE = (None, True, 3, "x", [], {}, {"bytes": None})
         *((("given_back",), {SCALAR: -3 if said == 3 else said}) for said in NONSENSE),
     ],
 )
-def test_a_manifest_that_says_something_else_is_of_another_conversion(
-    path: tuple[str, ...], said: object, source: Path, done: Path
-) -> None:
+def test_a_manifest_that_says_something_else_is_of_another_conversion(path, said, source, done):
     manifest = json.loads((done / "gemma4_moe.json").read_text())
     reduce(getitem, path[:-1], manifest)[path[-1]] = said
     (done / "gemma4_moe.json").write_text(json.dumps(manifest))
@@ -166,7 +154,7 @@ def test_a_manifest_that_says_something_else_is_of_another_conversion(
         resume(source, done)
 
 
-def test_a_commit_says_what_a_source_is(source: Path, done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_says_what_a_source_is(source, done, monkeypatch):
     options = {"dtype": "keep", "max_shard_size": 60_000, "commit": "c" * 40}
     path = done / "gemma4_moe.json"
     manifest = json.loads(path.read_text())
@@ -176,7 +164,7 @@ def test_a_commit_says_what_a_source_is(source: Path, done: Path, monkeypatch: p
     with open_checkpoint(source) as checkpoint:
         plan = make_plan(checkpoint, max_shard_size=60_000)
 
-        def is_made_already(**changes: str) -> bool:
+        def is_made_already(**changes):
             return resume_module.is_made_already(done, plan, checkpoint, options | changes, 2**20)
 
         assert is_made_already()

@@ -7,8 +7,6 @@ new directory and over an old checkpoint. After each, the checks of `cases.py`. 
 with 1 if any point failed. Needs strace 5.3 or later.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -35,7 +33,7 @@ FAULTS = {
 ONE_THREAD = Path(__file__).with_name("one_thread.py")
 
 
-def traced(case: Case, *strace: str) -> subprocess.CompletedProcess[str]:
+def traced(case, *strace):
     """Run the conversion of a case under strace."""
     program = [sys.executable, ONE_THREAD, case.source, case.target, case.options["overwrite"]]
     command = ["strace", "--follow-forks", "--seccomp-bpf", "--quiet=all", *strace, *map(str, program)]
@@ -43,7 +41,7 @@ def traced(case: Case, *strace: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
 
 
-def count_calls(case: Case) -> Counter[str]:
+def count_calls(case):
     """Return how often an undisturbed run makes each system call."""
     with tempfile.NamedTemporaryFile("r") as log:
         done = traced(case, "-e", f"trace={','.join(WRITES + OTHERS)}", "-o", log.name)
@@ -51,11 +49,11 @@ def count_calls(case: Case) -> Counter[str]:
         return Counter(re.findall(r"^\d+ +(\w+)\(", log.read(), re.MULTILINE))
 
 
-def disturb(case: Case, call: str, fault: str, number: int) -> None:
+def disturb(case, call, fault, number):
     traced(case, "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={number}", "-o", os.devnull)
 
 
-def main() -> int:
+def main():
     options = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     options.add_argument("--directory", type=Path, help="where to work; a temporary directory by default")
     options.add_argument("--every", type=int, default=1, help="only every so many calls")

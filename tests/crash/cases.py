@@ -1,24 +1,17 @@
 """A small conversion to disturb, and what must hold after every disturbance."""
 
-from __future__ import annotations
-
 import shutil
-from typing import TYPE_CHECKING
 
 from crash.sizes import OPTIONS, shrink
 from gemma4_moe import convert
 from support.checkpoints import contents, write_checkpoint
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
 
 class Case:
     """One conversion: into a new directory, or over an old checkpoint."""
 
-    def __init__(self, directory: Path, *, overwrite: bool) -> None:
+    def __init__(self, directory, *, overwrite):
         self.directory = directory
         directory.mkdir(exist_ok=True)
         shrink()
@@ -36,13 +29,13 @@ class Case:
         assert self._old != self._whole
         self.reset()
 
-    def reset(self) -> None:
+    def reset(self):
         """Put back what was there before the conversion."""
         shutil.rmtree(self.target, ignore_errors=True)
         if self._old is not None:
             shutil.copytree(self._kept, self.target)
 
-    def check(self, disturb: Callable[[Case], None]) -> None:
+    def check(self, disturb):
         """Disturb one run, and check that nothing is lost, that nothing is half done, and that it can be resumed."""
         self.reset()
         disturb(self)

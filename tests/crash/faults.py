@@ -3,25 +3,16 @@
 Nothing has to be installed, and nothing in the package knows of it: the calls are replaced in the module `os`.
 """
 
-from __future__ import annotations
-
 import errno
 import multiprocessing
 import os
 import signal
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from crash.sizes import shrink
 from gemma4_moe.converter import convert
 from gemma4_moe.target import transaction
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from crash.cases import Case
 
 CALLS = ("pwrite", "fsync", "ftruncate", "mkdir", "unlink", "rename", "rmdir")
 
@@ -40,18 +31,18 @@ class Fault:
 class Points:
     """Counts the calls, and lets the fault happen."""
 
-    def __init__(self, fault: Fault) -> None:
+    def __init__(self, fault):
         self.fault = fault
         self.seen: list[str] = []
         self.lock = threading.Lock()
 
-    def install(self) -> None:
+    def install(self):
         for name in CALLS:
             setattr(os, name, self.watched(name, getattr(os, name)))
         transaction.exchange = self.watched("exchange", transaction.exchange)
 
-    def watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def watch(*arguments: Any, **more: Any) -> Any:
+    def watched(self, name, call):
+        def watch(*arguments, **more):
             with self.lock:
                 number = len(self.seen)
                 self.seen.append(name)
@@ -61,7 +52,7 @@ class Points:
 
         return watch
 
-    def fail(self, name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def fail(self, name, call, arguments):
         if self.fault.kind == "tear" and name == "pwrite":
             descriptor, content, offset = arguments
             call(descriptor, bytes(content[: len(content) // 2]), offset)
@@ -74,7 +65,7 @@ class Points:
             raise OSError(code, os.strerror(code))
 
 
-def _convert(source: Path, target: Path, options: dict[str, Any], fault: Fault, results: Any) -> None:
+def _convert(source, target, options, fault, results):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     shrink()
     points = Points(fault)
@@ -86,7 +77,7 @@ def _convert(source: Path, target: Path, options: dict[str, Any], fault: Fault, 
         results.put(repr(error))
 
 
-def convert_with(case: Case, fault: Fault) -> Any:
+def convert_with(case, fault):
     """Convert in a process of its own. Return the calls that it made, what it raised, or None where it was killed."""
     results = _CONTEXT.SimpleQueue()
     process = _CONTEXT.Process(target=_convert, args=(case.source, case.target, case.options, fault, results))

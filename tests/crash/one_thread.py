@@ -1,11 +1,8 @@
 """The conversion that `campaign.py` disturbs: all its writing in one thread, so that system calls can be counted."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -15,21 +12,15 @@ from gemma4_moe.checkpoint.readers import allocate
 from gemma4_moe.converter import write
 from gemma4_moe.errors import Gemma4MoEError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
-    from gemma4_moe.converter.blocks import Block, Memory
-    from gemma4_moe.converter.steps import ConversionSteps
-
-
-def run_in_order(blocks: Iterable[Block], steps: ConversionSteps, memory: Memory) -> None:
+def run_in_order(blocks, steps, memory):
     source, target = allocate(memory.buffer_bytes), allocate(memory.buffer_bytes)
     for block in blocks:
         facts = steps.compute(block, steps.read(block, source), target)
         steps.write(block, target, steps.digest(block, target, facts))
 
 
-def main() -> int:
+def main():
     source, target, overwrite = sys.argv[1:]
     shrink()
     write.run = run_in_order

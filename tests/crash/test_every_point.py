@@ -4,11 +4,8 @@ Every nineteenth call in an ordinary run, each kind of fault beginning with anot
 GEMMA4_MOE_CRASH_STEP=1. The program `campaign.py` does the same from outside of the process, at system calls.
 """
 
-from __future__ import annotations
-
 import os
 from functools import partial
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,21 +14,18 @@ from crash.faults import Fault, convert_with
 from gemma4_moe.converter import blocks
 from gemma4_moe.target import journal
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 KINDS = ("kill", "tear", "ENOSPC", "EIO", "term")
 
 
 @pytest.fixture(autouse=True)
-def sizes_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+def sizes_as_they_were(monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", blocks.BLOCK_BYTES)
     monkeypatch.setattr(journal, "FLUSH_BYTES", journal.FLUSH_BYTES)
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_at_calls_that_change_the_disk(kind: str, overwrite: bool, tmp_path: Path) -> None:
+def test_at_calls_that_change_the_disk(kind, overwrite, tmp_path):
     case = Case(tmp_path / "work", overwrite=overwrite)
     calls = convert_with(case, Fault(-1, "none"))
     assert {"pwrite", "fsync", "mkdir", "unlink", "exchange" if overwrite else "rename"} <= set(calls)

@@ -1,9 +1,5 @@
 """`load_hf` and `save_hf` on each rank: shards of the formula's model, and files whose bytes don't know the ranks."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,20 +16,17 @@ from support.checkpoints import flip_bit
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 E, H, I = 5, 9, 11  # noqa: E741
 MODEL = torch.float32
 
 
-def native() -> dict[str, torch.Tensor]:
+def native():
     """The nemo model of the checkpoint that the test wrote: bf16 on disk, fp32 in memory."""
     hf = random_hf_state_dict(E=E, H=H, I=I, layers=2)
     return {name: tensor.to(MODEL) for name, tensor in nemo_from_hf(hf, MODEL).items()}
 
 
-def shard_all(state: dict[str, torch.Tensor], mesh: Any, placements: Any) -> dict[str, Any]:
+def shard_all(state, mesh, placements):
     """Shard the experts by `placements` and every matrix beside them as FSDP does; vectors stay whole."""
     sharded = shard(state, mesh, placements)
     return {
@@ -44,7 +37,7 @@ def shard_all(state: dict[str, torch.Tensor], mesh: Any, placements: Any) -> dic
     }
 
 
-def check_load(world: int, source: Path) -> None:
+def check_load(world, source):
     for shape, placements, _ in CASES[world]:
         expected = shard_all(native(), init_device_mesh("cpu", shape), placements)
         model = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
@@ -56,7 +49,7 @@ def check_load(world: int, source: Path) -> None:
         assert set(found.filled) == set(expected)
 
 
-def check_save(world: int, source: Path, target: Path) -> None:
+def check_save(world, source, target):
     for number, (shape, placements, _) in enumerate(CASES[world]):
         model = shard_all(native(), init_device_mesh("cpu", shape), placements)
         model["lm_head.weight"] = model["model.language_model.embed_tokens.weight"]
@@ -66,14 +59,14 @@ def check_save(world: int, source: Path, target: Path) -> None:
         assert saved.tensors == len(native()) + 2
 
 
-def check_save_pipeline(source: Path, target: Path) -> None:
+def check_save_pipeline(source, target):
     """Each rank has one of the two layers, and the first has the embedding."""
     rank = dist.get_rank()
     state = {n: t for n, t in native().items() if f"layers.{1 - rank}." not in n and (rank == 0 or "embed" not in n)}
     save_hf(state, target, config_from=source, max_shard_size=2000, dtype="bfloat16")
 
 
-def check_load_pipeline(source: Path) -> None:
+def check_load_pipeline(source):
     rank = dist.get_rank()
     expected = {name: tensor for name, tensor in native().items() if f"layers.{rank}." in name}
     model = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
@@ -82,13 +75,13 @@ def check_load_pipeline(source: Path) -> None:
     assert set(found.unused) == native().keys() - expected.keys()
 
 
-def check_save_failures(source: Path, target: Path) -> None:
+def check_save_failures(source, target):
     """If ranks disagree on anything, all raise and nothing is published: a hole would read as zeros."""
     mesh = init_device_mesh("cpu", (2,))
     sharded = shard_all(native(), mesh, (Shard(0),))
     second = dist.get_rank() == 1
     scale, experts = (f"model.language_model.layers.0.moe.{rest}" for rest in ("gate.scale", "experts.down_projs"))
-    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    cases = [
         (scale, native() | ({scale: native()[scale][:4]} if second else {}), {}),
         ("what to save", native(), {"dtype": "float16" if second else None}),
         ("what to save", native(), {"max_shard_size": 1000 if second else 2000}),
@@ -102,7 +95,7 @@ def check_save_failures(source: Path, target: Path) -> None:
         assert not target.exists()
 
 
-def check_save_uneven(source: Path, target: Path) -> None:
+def check_save_uneven(source, target):
     """Ranks that hold 6 and 5 of 11 rows of each expert gather the same blocks, whatever fits of their own rows."""
     from gemma4_moe.converter import blocks
 
@@ -111,14 +104,14 @@ def check_save_uneven(source: Path, target: Path) -> None:
     save_hf(model, target, config_from=source, max_shard_size="2kB", dtype="bfloat16")
 
 
-def check_save_groups(source: Path, target: Path) -> None:
+def check_save_groups(source, target):
     """Two data-parallel groups that each hold all experts on a mesh of their own: one of them writes."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     state = shard(native(), mesh["ep"], (Shard(0),))
     save_hf(state, target, config_from=source, max_shard_size=2000, dtype="bfloat16")
 
 
-def check_save_read_back(source: Path, target: Path) -> None:
+def check_save_read_back(source, target):
     """The last byte of the last rank's experts changes on the disk before the target appears: no rank publishes it."""
     from gemma4_moe.target import directory
 
@@ -126,7 +119,7 @@ def check_save_read_back(source: Path, target: Path) -> None:
     model = shard_all(native(), mesh, (Shard(0),))
     copy_files = directory.copy_files
 
-    def flipping(paths: Any, out: Path) -> Any:
+    def flipping(paths, out):
         file = out / "model.safetensors"
         with safe_open(file, "pt") as opened:
             last = opened.get_tensor("model.language_model.layers.1.experts.down_proj").numpy().tobytes()
@@ -141,17 +134,17 @@ def check_save_read_back(source: Path, target: Path) -> None:
     save_hf(model, target, config_from=source)
 
 
-def _everyones(value: int) -> list[int]:
-    values: list[Any] = [None] * dist.get_world_size()
+def _everyones(value):
+    values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def whole(tensor: Any) -> torch.Tensor:
+def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def check_form(world: int, source: Path, form: str) -> None:
+def check_form(world, source, form):
     """A made-up form is loaded into every placement, from the directory and by `from_hf`."""
     forms.register()
     state = forms.FORMS[form](random_hf_state_dict(E=E, H=H, I=I, layers=2))
@@ -171,9 +164,9 @@ def check_form(world: int, source: Path, form: str) -> None:
             same({n: t for n, t in found.items() if is_expert(n)}, {n: t for n, t in expected.items() if is_expert(n)})
 
 
-def check_form_of_dtensors(form: str) -> None:
+def check_form_of_dtensors(form):
     forms.register()
-    state: dict[str, Any] = forms.FORMS[form](random_hf_state_dict(E=E, H=H, I=I, layers=2))
+    state = forms.FORMS[form](random_hf_state_dict(E=E, H=H, I=I, layers=2))
     mesh = init_device_mesh("cpu", (1,))
     state = {name: distribute_tensor(tensor, mesh, [Replicate()]) for name, tensor in state.items()}
     with pytest.raises(ParallelError, match="several tensors for a role"):

@@ -1,11 +1,7 @@
 """Checks of every placement, run on each rank: expected shards come from torch's own distribute_tensor."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
@@ -18,7 +14,7 @@ State = dict[str, torch.Tensor]
 #: A mesh's shape, the placements of a native expert tensor on it, and names for its dimensions if NeMo has them.
 Case = tuple[tuple[int, ...], tuple[Placement, ...], tuple[str, ...] | None]
 
-CASES: dict[int, list[Case]] = {
+CASES = {
     1: [((1,), (Shard(0),), ("ep",)), ((1,), (Replicate(),), None)],
     2: [((2,), (Shard(0),), ("ep",)), ((2,), (Shard(1),), None), ((1, 2), (Shard(1), Shard(0)), ("ep_shard", "ep"))],
     3: [((3,), (Shard(0),), ("dp_shard",)), ((3,), (Shard(1),), None)],
@@ -41,15 +37,15 @@ CASES: dict[int, list[Case]] = {
 SIZES = [(8, 12, 16), (6, 10, 7), (5, 9, 11), (3, 4, 5)]
 
 
-def is_expert(name: str) -> bool:
+def is_expert(name):
     return "experts" in name or "per_expert_scale" in name
 
 
-def hf_placements(placements: tuple[Placement, ...]) -> tuple[Placement, ...]:
+def hf_placements(placements):
     """Of a native tensor's placements, those of the hf tensor: axes 1 and 2 change places."""
     swapped = {0: 0, 1: 2, 2: 1}
 
-    def turned(placement: Placement) -> Placement:
+    def turned(placement):
         if isinstance(placement, _StridedShard):
             return _StridedShard(swapped[placement.dim], split_factor=placement.split_factor)
         return Shard(swapped[placement.dim]) if isinstance(placement, Shard) else placement
@@ -57,11 +53,11 @@ def hf_placements(placements: tuple[Placement, ...]) -> tuple[Placement, ...]:
     return tuple(turned(placement) for placement in placements)
 
 
-def on_experts(placements: tuple[Placement, ...]) -> tuple[Placement, ...]:
+def on_experts(placements):
     return tuple(p if isinstance(p, Shard | _StridedShard) and p.dim == 0 else Replicate() for p in placements)
 
 
-def shard(state: State, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> dict[str, Any]:
+def shard(state, mesh, placements):
     """Shard expert tensors as torch does it, each rank from its own copy; others stay."""
     return {
         name: distribute_tensor(
@@ -73,7 +69,7 @@ def shard(state: State, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> 
     }
 
 
-def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def same(found, expected):
     """Compare keys, global shapes, strides, placements and every bit of the local parts."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -87,7 +83,7 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert torch.equal(found[name], tensor), name
 
 
-def check_all(world: int) -> None:
+def check_all(world):
     for shape, placements, names in CASES[world]:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         for sizes in SIZES:
@@ -97,7 +93,7 @@ def check_all(world: int) -> None:
         check_mesh_of_one()
 
 
-def check_mesh_of_one() -> None:
+def check_mesh_of_one():
     """A mesh of one rank is no mesh."""
     mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("ep_shard", "ep"))
     adapter = Gemma4MoEStateDictAdapter(None, None, None, dtype=torch.bfloat16)
@@ -106,9 +102,7 @@ def check_mesh_of_one() -> None:
     same(adapter.to_hf(nemo_from_hf(hf), device_mesh=mesh), hf_from_nemo(nemo_from_hf(hf)))
 
 
-def check_placement(
-    mesh: DeviceMesh, placements: tuple[Placement, ...], sizes: tuple[int, ...], file: torch.dtype, model: torch.dtype
-) -> None:
+def check_placement(mesh, placements, sizes, file, model):
     experts, hidden, inner = sizes
     adapter = Gemma4MoEStateDictAdapter(None, MoEConfig(experts, hidden, inner), None, dtype=model)
     hf = random_hf_state_dict(E=experts, H=hidden, I=inner, dtype=file, layers=2)
@@ -150,15 +144,15 @@ def check_placement(
     same(hf, untouched)
 
 
-def local_parts(state: dict[str, Any]) -> State:
+def local_parts(state):
     return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
 
 
-def whole(tensor: Any) -> Any:
+def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def check_lazy(adapter: Any, hf: State, expected: dict[str, Any], mesh: DeviceMesh) -> None:
+def check_lazy(adapter, hf, expected, mesh):
     """Lazy values give the same, and no more of an expert tensor is read than this rank holds."""
     lazy = {name: Lazy(tensor) for name, tensor in hf.items()}
     same(adapter.from_hf(iter(lazy.items()), mesh), expected)
@@ -166,7 +160,7 @@ def check_lazy(adapter: Any, hf: State, expected: dict[str, Any], mesh: DeviceMe
     assert sum(sum(value.read) for name, value in lazy.items() if is_expert(name) and value.tensor.ndim == 3) == held
 
 
-def check_out(adapter: Any, hf: State, expected: dict[str, Any]) -> None:
+def check_out(adapter, hf, expected):
     """Given native tensors are filled, whatever their placements, and nothing else is made."""
     out = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
     found = adapter.from_hf(hf, out=out)
@@ -174,9 +168,7 @@ def check_out(adapter: Any, hf: State, expected: dict[str, Any]) -> None:
     same(found, expected)
 
 
-def check_destinations(
-    adapter: Any, hf: State, expected: dict[str, Any], mesh: DeviceMesh, placements: tuple[Placement, ...]
-) -> None:
+def check_destinations(adapter, hf, expected, mesh, placements):
     """Destinations alias the model; once filled as a checkpoint reader does it, from_hf makes them the fold, once."""
     model = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
     destinations = adapter.to_hf(model, for_checkpoint_load=True)

@@ -1,9 +1,5 @@
 """A training program without NeMo: a module with nemo names, its experts over `ep`, all of it over FSDP."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -14,11 +10,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from gemma4_moe import load_hf, plan, save_hf
 from support.models import module_of
 
-if TYPE_CHECKING:
-    from pathlib import Path
 
-
-def shard(module: nn.Module, ep: int, dp: int) -> None:
+def shard(module, ep, dp):
     """Shard experts over `ep` and then all parameters over `dp`, as FSDP2 does it."""
     mesh = init_device_mesh("cpu", (dp, ep), mesh_dim_names=("dp", "ep"))
     for owner in module.modules():
@@ -32,7 +25,7 @@ def shard(module: nn.Module, ep: int, dp: int) -> None:
     fully_shard(module, mesh=mesh["dp"])
 
 
-def run(source: Path, target: Path, ep: int, dp: int) -> None:
+def run(source, target, ep, dp):
     """Load, and save what was loaded."""
     tensors = plan(source, to="nemo").plan.tensors
     module = module_of({name: torch.full(planned.shape, 3.0) for name, planned in tensors.items()})

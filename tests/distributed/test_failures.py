@@ -1,10 +1,7 @@
 """Nothing hangs: ranks that disagree fail together, and a rank that is lost is named with the logs to read."""
 
-from __future__ import annotations
-
 import os
 import time
-from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -21,19 +18,16 @@ from support import ranks
 from support.formulas import nemo_from_hf
 from support.models import NATIVE_DOWN, random_hf_state_dict
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
-
-def model(world: int) -> dict[str, torch.Tensor]:
+def model(world):
     return shard(nemo_from_hf(random_hf_state_dict()), init_device_mesh("cpu", (world,)), (Shard(0),))
 
 
-def adapter() -> Gemma4MoEStateDictAdapter:
+def adapter():
     return Gemma4MoEStateDictAdapter(None, MoEConfig(6), None, dtype=torch.bfloat16)
 
 
-def fail_together_if_they_disagree(world: int) -> None:
+def fail_together_if_they_disagree(world):
     """One rank leaves a layer out: every rank raises, not only those that see the difference first."""
     state = model(world)
     mesh = init_device_mesh("cpu", (2, world // 2))
@@ -52,7 +46,7 @@ def fail_together_if_they_disagree(world: int) -> None:
         adapter().convert_single_tensor_to_hf(NATIVE_DOWN, wrong)
 
 
-def fail_together_if_they_disagree_on_arguments(world: int) -> None:
+def fail_together_if_they_disagree_on_arguments(world):
     """Excluded names and the size of the staging decide which collectives run, so ranks must agree on them too."""
     state, mine = model(world), str(dist.get_rank())
     with pytest.raises(ParallelError, match="ranks disagree"):
@@ -61,7 +55,7 @@ def fail_together_if_they_disagree_on_arguments(world: int) -> None:
         adapter().to_hf(state, gather=True, staging_bytes=1000 + dist.get_rank())
 
 
-def do_not_wait_for_one_that_stays_away(world: int) -> None:
+def do_not_wait_for_one_that_stays_away(world):
     """The last rank never calls: the others say so once the time limit is over."""
     state = model(world)
     collectives.AGREEMENT_SECONDS = 2.0
@@ -75,18 +69,18 @@ def do_not_wait_for_one_that_stays_away(world: int) -> None:
     assert "logs of the other ranks" in str(caught.value)
 
 
-def end_when_one_is_killed(world: int) -> None:
+def end_when_one_is_killed(world):
     """The last rank is gone in the middle of a gather."""
     state = model(world)
     if dist.get_rank() == world - 1:
         original = collectives.gather
         calls = []
 
-        def gather(*arguments: object) -> torch.Tensor:
+        def gather(*arguments):
             calls.append(arguments)
             if len(calls) == 2:
                 os._exit(0)
-            return original(*arguments)  # type: ignore[arg-type]
+            return original(*arguments)
 
         to_hf.gather = gather
     with pytest.raises(ParallelError, match="could not gather") as caught:
@@ -94,7 +88,7 @@ def end_when_one_is_killed(world: int) -> None:
     assert "was killed" in str(caught.value)
 
 
-def refuse_partial(world: int) -> None:
+def refuse_partial(world):
     state = model(world)
     mesh = init_device_mesh("cpu", (world,))
     whole = nemo_from_hf(random_hf_state_dict())[NATIVE_DOWN]
@@ -105,7 +99,7 @@ def refuse_partial(world: int) -> None:
         assert NATIVE_DOWN in str(caught.value)
 
 
-def refuse_an_unknown_mesh(world: int) -> None:
+def refuse_an_unknown_mesh(world):
     hf = random_hf_state_dict()
     for names in (None, ("tp",)):
         with pytest.raises(ParallelError, match="does not say how experts are sharded"):
@@ -118,7 +112,7 @@ def refuse_an_unknown_mesh(world: int) -> None:
         adapter().from_hf({name: t[:2] if t.shape[:1] == (6,) else t for name, t in hf.items()}, mesh)
 
 
-def cut_an_outer_pipeline_dimension_away(world: int) -> None:
+def cut_an_outer_pipeline_dimension_away(world):
     """An outer pp dimension says nothing of experts: the stage's own ranks share them."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("pp", "ep"))
     hf = random_hf_state_dict()
@@ -140,5 +134,5 @@ def cut_an_outer_pipeline_dimension_away(world: int) -> None:
         (cut_an_outer_pipeline_dimension_away, 4, {}),
     ],
 )
-def test_ranks(check: Callable[[int], None], world: int, options: dict[str, Any]) -> None:
+def test_ranks(check, world, options):
     ranks.run(world, check, world, **options)

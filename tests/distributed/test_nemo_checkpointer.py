@@ -1,10 +1,7 @@
 """NeMo AutoModel's own Checkpointer with our adapter installed: load, save consolidated, reload, on every placement."""
 
-from __future__ import annotations
-
 import gc
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,17 +15,13 @@ from support import peer, ranks
 from support.formulas import assert_same_tensors, hf_from_nemo, nemo_from_hf
 from support.models import read_directory
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
 State = dict[str, torch.Tensor]
 TIED = "lm_head.weight"
 TOLERANCE = 5e-6
 SIX = [("six-fp32", "float32"), ("six-bf16", "bfloat16"), ("six-bf16", "float32")]
 FOUR = [("four-fp32", "float32")]
 #: Ranks, parallelism, cases of a base checkpoint and a model's dtype.
-PLACEMENTS: dict[str, tuple[int, dict[str, int], list[tuple[str, str]]]] = {
+PLACEMENTS = {
     "one process": (1, {}, SIX),
     "ep 2": (2, {"ep_size": 2}, SIX),
     "ep 2 x ep_shard 2": (4, {"ep_size": 2}, SIX[::2]),
@@ -39,7 +32,7 @@ PLACEMENTS: dict[str, tuple[int, dict[str, int], list[tuple[str, str]]]] = {
 
 
 @pytest.fixture(autouse=True, scope="module")
-def nemo_is_imported_once() -> Iterator[None]:
+def nemo_is_imported_once():
     """It takes ten seconds or more."""
     modules = ("checkpoint.checkpointing", "distributed.mesh", "models.gemma4_moe.model", "moe.parallelizer")
     with ranks.preloading(*(f"nemo_automodel.components.{module}" for module in modules)):
@@ -47,7 +40,7 @@ def nemo_is_imported_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bases(tmp_path_factory):
     """Checkpoints as transformers publishes them, of six experts in two dtypes, and of four."""
     directory = tmp_path_factory.mktemp("bases")
     for name, dtype in (("six-fp32", "float32"), ("six-bf16", "bfloat16")):
@@ -56,7 +49,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in directory.iterdir()}
 
 
-def of_four_experts(model: Any) -> Any:
+def of_four_experts(model):
     """The same model without its last experts."""
     config = type(model.config).from_dict(model.config.to_dict())
     config.text_config.num_experts = 4
@@ -70,7 +63,7 @@ def of_four_experts(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_load_save_consolidated_and_reload(placement: str, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_load_save_consolidated_and_reload(placement, bases, tmp_path):
     world, sizes, cases = PLACEMENTS[placement]
     ranks.run(world, check_all, sizes, bases, tmp_path, cases)
 
@@ -81,11 +74,11 @@ def test_load_save_consolidated_and_reload(placement: str, bases: dict[str, Path
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_file_that_would_be_rounded_twice_is_refused(world: int, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_file_that_would_be_rounded_twice_is_refused(world, bases, tmp_path):
     ranks.run(world, check_refusal, {}, bases["six-fp32"], tmp_path)
 
 
-def load(directory: Path) -> Any:
+def load(directory):
     from transformers import Gemma4ForConditionalGeneration
 
     model, names = Gemma4ForConditionalGeneration.from_pretrained(
@@ -95,7 +88,7 @@ def load(directory: Path) -> Any:
     return model
 
 
-def check_all(sizes: dict[str, int], bases: dict[str, Path], target: Path, cases: list[tuple[str, str]]) -> None:
+def check_all(sizes, bases, target, cases):
     """Check each pair of a base checkpoint's name and the model's dtype, with our adapter installed."""
     gc.freeze()  # the Checkpointer collects garbage after each load, and would walk through all of NeMo's modules
     with nemo_automodel.installed():
@@ -103,7 +96,7 @@ def check_all(sizes: dict[str, int], bases: dict[str, Path], target: Path, cases
             check(sizes, bases[name], target / f"{name}-{dtype}", getattr(torch, dtype))
 
 
-def check(sizes: dict[str, int], base: Path, target: Path, dtype: torch.dtype) -> None:
+def check(sizes, base, target, dtype):
     """Load an hf checkpoint, save it consolidated, and load both that and the shards again."""
     model, checkpointer = parallelized(sizes, base, target, dtype)
     expected = native(read_directory(base), dtype)
@@ -122,14 +115,14 @@ def check(sizes: dict[str, int], base: Path, target: Path, dtype: torch.dtype) -
     checkpointer.close()
 
 
-def check_load_alone(ours: bool, base: Path, target: Path) -> None:
+def check_load_alone(ours, base, target):
     """Load under FSDP, with our adapter or with theirs."""
     with nemo_automodel.installed() if ours else nullcontext():
         model, checkpointer = parallelized({}, base, target, torch.float32)
         check_load(model, checkpointer, base, native(read_directory(base), torch.float32))
 
 
-def check_save_alone(ours: bool, base: Path, target: Path) -> None:
+def check_save_alone(ours, base, target):
     """Save under FSDP what torch has put in place, with our adapter or with theirs."""
     with nemo_automodel.installed() if ours else nullcontext():
         model, checkpointer = parallelized({}, base, target, torch.float32)
@@ -140,7 +133,7 @@ def check_save_alone(ours: bool, base: Path, target: Path) -> None:
     assert_same_tensors(read_directory(target / "model" / "consolidated"), exported_like(base, expected))
 
 
-def check_refusal(sizes: dict[str, int], base: Path, target: Path) -> None:
+def check_refusal(sizes, base, target):
     """Values of fp32 are not read into bf16 storage, on no rank, and the weights stay as they are."""
     with nemo_automodel.installed():
         model, checkpointer = parallelized(sizes, base, target, torch.bfloat16)
@@ -151,23 +144,23 @@ def check_refusal(sizes: dict[str, int], base: Path, target: Path) -> None:
     assert all(bool((local_of(tensor) == 2).all()) for tensor in model.state_dict().values())
 
 
-def check_load(model: torch.nn.Module, checkpointer: Any, directory: Path, expected: State) -> None:
+def check_load(model, checkpointer, directory, expected):
     forget(model)
     checkpointer.load_base_model(model, torch.device("cpu"), str(directory.parent), str(directory))
     assert_same_tensors(whole_state(model), expected)
 
 
-def native(published: State, dtype: torch.dtype) -> State:
+def native(published, dtype):
     return {name: tensor.to(dtype) for name, tensor in nemo_from_hf(published, dtype).items()}
 
 
-def exported_like(base: Path, expected: State) -> State:
+def exported_like(base, expected):
     """Return NeMo's export of native weights: the hf layout in the dtype of the base checkpoint."""
     dtype = next(iter(read_directory(base).values())).dtype
     return {name: tensor.to(dtype) for name, tensor in hf_from_nemo(expected).items()}
 
 
-def parallelized(sizes: dict[str, int], base: Path, target: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:
+def parallelized(sizes, base, target, dtype):
     """NeMo's model of a checkpoint's config, sharded by NeMo's parallelizer over NeMo's meshes, and a Checkpointer."""
     from nemo_automodel.components.distributed.config import FSDP2Config
     from nemo_automodel.components.distributed.mesh import MeshContext, ParallelismSizes
@@ -185,7 +178,7 @@ def parallelized(sizes: dict[str, int], base: Path, target: Path, dtype: torch.d
     return model, peer.checkpointer(target, dist.get_rank(), moe_mesh, **options)
 
 
-def fill(model: torch.nn.Module, values: State) -> None:
+def fill(model, values):
     """Give every weight its value, sharded by torch as the weight is."""
     for name, tensor in model.state_dict().items():
         value = values["model.language_model.embed_tokens.weight" if name == TIED else name].expand(tensor.shape)
@@ -194,13 +187,13 @@ def fill(model: torch.nn.Module, values: State) -> None:
         local_of(tensor).copy_(local_of(value))
 
 
-def forget(model: torch.nn.Module) -> None:
+def forget(model):
     """Make every weight NaN, so that one which is not loaded shows."""
     for tensor in model.state_dict().values():
         local_of(tensor).fill_(float("nan"))
 
 
-def whole_state(model: torch.nn.Module) -> State:
+def whole_state(model):
     """Every weight and persistent buffer, gathered by torch; the head must be the embedding, and is left out."""
     state = {
         name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -210,7 +203,7 @@ def whole_state(model: torch.nn.Module) -> State:
     return state
 
 
-def local_of(tensor: torch.Tensor) -> torch.Tensor:
+def local_of(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -219,7 +212,5 @@ THEIRS = pytest.mark.xfail(strict=True, raises=AssertionError, reason="NeMo's ow
 
 @pytest.mark.parametrize("ours", [True, pytest.param(False, marks=THEIRS)], ids=["ours", "theirs"])
 @pytest.mark.parametrize("part", [check_load_alone, check_save_alone], ids=["load", "save"])
-def test_fsdp_on_two_ranks_with_our_adapter_and_with_theirs(
-    part: Callable[..., None], ours: bool, bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_fsdp_on_two_ranks_with_our_adapter_and_with_theirs(part, ours, bases, tmp_path):
     ranks.run(2, part, ours, bases["six-fp32"], tmp_path)

@@ -1,9 +1,5 @@
 """Every placement, even and uneven: bits equal the one-process result, through the adapter and through torch's DCP."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -19,23 +15,20 @@ from support.checkpoints import write_checkpoint
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
-def test_placements(world: int) -> None:
+def test_placements(world):
     ranks.run(world, check_all, world)
 
 
 @pytest.mark.parametrize("world", [1, 3, 4])
-def test_dcp_fills_models_from_both_layouts(world: int, tmp_path: Path) -> None:
+def test_dcp_fills_models_from_both_layouts(world, tmp_path):
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
     convert(source, tmp_path / "nemo")
     ranks.run(world, check_dcp, world, source, tmp_path / "nemo")
 
 
-def check_dcp(world: int, hf_directory: Path, nemo_directory: Path) -> None:
+def check_dcp(world, hf_directory, nemo_directory):
     hf = random_hf_state_dict()
     adapter = Gemma4MoEStateDictAdapter(None, MoEConfig(6), None)
     for shape, placements, _ in CASES[world]:

@@ -1,11 +1,8 @@
 """`load_hf` and `save_hf` for every placement: the bytes don't tell how many ranks wrote."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -28,23 +25,19 @@ from support.checkpoints import contents, flip_bit, write_checkpoint
 from support.formulas import hf_from_nemo
 from support.models import random_hf_state_dict, read_directory
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory):
     state = random_hf_state_dict(E=io_checks.E, H=io_checks.H, I=io_checks.I, layers=2)
     return write_checkpoint(tmp_path_factory.mktemp("source") / "hf", state)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_load(world: int, source: Path) -> None:
+def test_load(world, source):
     ranks.run(world, io_checks.check_load, world, source)
 
 
-def test_save_gives_the_same_bytes_on_any_ranks(source: Path, tmp_path: Path) -> None:
+def test_save_gives_the_same_bytes_on_any_ranks(source, tmp_path):
     for world in (1, 2, 4):
         ranks.run(world, io_checks.check_save, world, source, tmp_path)
     ranks.run(2, io_checks.check_save_pipeline, source, tmp_path / "pipeline")
@@ -63,14 +56,14 @@ def test_save_gives_the_same_bytes_on_any_ranks(source: Path, tmp_path: Path) ->
         assert check_manifest(directory).wrong == (), directory
 
 
-def without_manifest(directory: Path) -> dict[str, str]:
+def without_manifest(directory):
     """The content of each file, but of the manifest: its pieces tell how the ranks have cut the files."""
     found = contents(directory)
     del found["gemma4_moe.json"]
     return found
 
 
-def test_a_check_against_the_manifest_finds_whatever_is_not_as_it_was_saved(source: Path, tmp_path: Path) -> None:
+def test_a_check_against_the_manifest_finds_whatever_is_not_as_it_was_saved(source, tmp_path):
     save_hf(io_checks.native(), tmp_path / "hf", config_from=source, max_shard_size="12kB")
     found = check_manifest(tmp_path / "hf")
     assert found.wrong == ()
@@ -91,11 +84,11 @@ def test_a_check_against_the_manifest_finds_whatever_is_not_as_it_was_saved(sour
     )
 
 
-def test_pipeline_stages_load_their_layers(source: Path) -> None:
+def test_pipeline_stages_load_their_layers(source):
     ranks.run(2, io_checks.check_load_pipeline, source)
 
 
-def test_a_disagreement_fails_on_all_ranks_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+def test_a_disagreement_fails_on_all_ranks_and_leaves_nothing(source, tmp_path):
     ranks.run(2, io_checks.check_save_failures, source, tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
 
@@ -112,13 +105,11 @@ FLIPPED = {
 
 @pytest.mark.parametrize("place", FLIPPED)
 @pytest.mark.parametrize("read_back", [True, False])
-def test_bytes_that_the_disk_changed_are_not_published(
-    place: str, read_back: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_that_the_disk_changed_are_not_published(place, read_back, source, tmp_path, monkeypatch):
     name, position = FLIPPED[place]
     complete = TargetFiles.complete
 
-    def flipping(files: TargetFiles, *others: Any) -> Any:
+    def flipping(files, *others):
         written = complete(files, *others)
         flip_bit(next(path for path in files.out.iterdir() if path.name.startswith(name)), position)
         return written
@@ -134,7 +125,7 @@ def test_bytes_that_the_disk_changed_are_not_published(
         assert (tmp_path / "hf").is_dir()
 
 
-def test_a_bit_that_flips_in_another_ranks_experts_stops_all(source: Path, tmp_path: Path) -> None:
+def test_a_bit_that_flips_in_another_ranks_experts_stops_all(source, tmp_path):
     ranks.run(2, io_checks.check_save_read_back, source, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -143,12 +134,12 @@ def test_a_bit_that_flips_in_another_ranks_experts_stops_all(source: Path, tmp_p
     ("owner", "after", "confirmed"), [(TargetFiles, "complete", 0), (Transaction, "publish", 15 + 2)]
 )
 def test_a_long_save_gives_signs_of_life_and_stops_when_its_lock_is_broken(
-    owner: type, after: str, confirmed: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    owner, after, confirmed, source, tmp_path, monkeypatch
+):
     """At each of 15 tensors and 2 scales while it writes, then at every piece that it reads back."""
     calls = []
 
-    def broken(self: Transaction) -> None:
+    def broken(self):
         calls.append(self.target)
         if len(calls) > confirmed + 2:
             raise TargetBusyError("another process has broken this lock", hint="let only one of them run")
@@ -160,7 +151,7 @@ def test_a_long_save_gives_signs_of_life_and_stops_when_its_lock_is_broken(
     assert not (tmp_path / "hf").exists()
 
 
-def test_a_state_that_is_no_whole_model_is_not_saved(source: Path, tmp_path: Path) -> None:
+def test_a_state_that_is_no_whole_model_is_not_saved(source, tmp_path):
     router = "model.language_model.layers.0.moe.gate.proj.weight"
     incomplete = {name: tensor for name, tensor in io_checks.native().items() if name != router}
     arrays = {name: tensor.numpy() for name, tensor in io_checks.native().items()}
@@ -172,11 +163,11 @@ def test_a_state_that_is_no_whole_model_is_not_saved(source: Path, tmp_path: Pat
         (meta, "meta"),
     ):
         with pytest.raises(Gemma4MoEError, match=words):
-            save_hf(state, tmp_path / "hf", config_from=source)  # type: ignore[arg-type]
+            save_hf(state, tmp_path / "hf", config_from=source)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensors_that_share_storage_or_have_odd_strides_are_all_written(source: Path, tmp_path: Path) -> None:
+def test_tensors_that_share_storage_or_have_odd_strides_are_all_written(source, tmp_path):
     model = io_checks.native()
     scales = [name for name in model if name.endswith("moe.gate.scale")]
     shared = torch.rand(io_checks.H)
@@ -203,9 +194,7 @@ TURNS = [lambda tensor: tensor.double(), lambda tensor: tensor.int()]
         *((TensorShapeError, EMBEDDING, turn) for turn in TURNS),
     ],
 )
-def test_a_tensor_that_the_checkpoint_can_not_fill_is_named_before_anything_is_filled(
-    error: type[Gemma4MoEError], name: str, change: Callable[[Any], torch.Tensor], source: Path
-) -> None:
+def test_a_tensor_that_the_checkpoint_can_not_fill_is_named_before_anything_is_filled(error, name, change, source):
     model = io_checks.native()
     model[name] = change(model.get(name))
     before = {key: tensor.clone() for key, tensor in model.items()}
@@ -214,7 +203,7 @@ def test_a_tensor_that_the_checkpoint_can_not_fill_is_named_before_anything_is_f
     assert all(tensor.is_meta or torch.equal(model[key], tensor) for key, tensor in before.items())
 
 
-def test_a_plain_fsdp_program_saves_the_model_that_it_loaded(tmp_path: Path) -> None:
+def test_a_plain_fsdp_program_saves_the_model_that_it_loaded(tmp_path):
     """Experts over ep, all parameters over FSDP: the same bytes on 1, 2 and 4 ranks, and the source's logits."""
     from transformers import Gemma4ForConditionalGeneration
 
@@ -229,9 +218,7 @@ def test_a_plain_fsdp_program_saves_the_model_that_it_loaded(tmp_path: Path) -> 
     assert (logits(result) - logits(model)).abs().max() < 5e-6
 
 
-def test_a_tilde_is_the_home_directory_and_results_say_in_a_line_what_was_done(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tilde_is_the_home_directory_and_results_say_in_a_line_what_was_done(source, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     model = io_checks.native()
     shutil.copytree(source, tmp_path / "hf")

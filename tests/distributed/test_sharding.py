@@ -1,7 +1,5 @@
 """Indices that a rank holds and a range have in common, counted one by one."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
@@ -10,7 +8,7 @@ from gemma4_moe.distributed.sharding import overlaps
 
 
 @pytest.mark.parametrize("runs", [(range(10),), (range(2, 5), range(7, 9)), (range(6, 9), range(1, 3)), ()])
-def test_overlaps_give_each_common_index_its_position(runs: tuple[range, ...]) -> None:
+def test_overlaps_give_each_common_index_its_position(runs):
     held = [index for run in runs for index in run]
     for start, end in itertools.combinations_with_replacement(range(11), 2):
         found = {}

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,13 @@ PAGE = (Path(__file__).parents[2] / "docs/python.md").read_text()
 RESULTS = sorted(set(re.findall(r"^\| `\w+\(.*?\)` \| `gemma4_moe\.([\w.]+)`", PAGE, re.M)))
 
 
-def test_every_public_name_is_in_the_table() -> None:
+def test_every_public_name_is_in_the_table():
     listed = set(re.findall(r"^\| `(\w+)", PAGE, re.M))
     assert listed == set(gemma4_moe.__all__) - {"__version__"}
 
 
 @pytest.mark.parametrize("name", RESULTS)
-def test_every_result_is_a_frozen_dataclass_whose_fields_are_explained(name: str) -> None:
+def test_every_result_is_a_frozen_dataclass_whose_fields_are_explained(name):
     module, _, name = name.rpartition(".")
     result = getattr(importlib.import_module(f"gemma4_moe.{module}"), name)
     assert result.__dataclass_params__.frozen
@@ -34,7 +33,7 @@ def test_every_result_is_a_frozen_dataclass_whose_fields_are_explained(name: str
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def real(tmp_path_factory):
     directory = tmp_path_factory.mktemp("real") / "gemma-4-26B-A4B"
     write_sparse_checkpoint(directory, real_names_and_shapes(), BFLOAT16, real_config())
     return directory
@@ -48,13 +47,11 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda real: plan(real, mesh="ep_shard=2,ep=8").mesh, ["ep_shard 2, ep 8", "16 ranks", "8.82 GB"]),
     ],
 )
-def test_a_result_of_the_real_model_fits_on_a_screen(
-    call: Callable[[Path], object], words: list[str], real: Path
-) -> None:
+def test_a_result_of_the_real_model_fits_on_a_screen(call, words, real):
     assert_fits(call(real), words)
 
 
-def test_a_comparison_fits_on_a_screen(tmp_path: Path) -> None:
+def test_a_comparison_fits_on_a_screen(tmp_path):
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
     other = write_checkpoint(tmp_path / "other", random_hf_state_dict(seed=1))
     assert_fits(diff(source, other), [str(other), "17 tensors, 0 equal, 17 different"])
@@ -70,7 +67,7 @@ def test_a_comparison_fits_on_a_screen(tmp_path: Path) -> None:
     )
 
 
-def assert_fits(result: object, words: list[str]) -> None:
+def assert_fits(result, words):
     text = repr(result)
     assert len(text.splitlines()) <= 20
     assert len(text) <= 20 * 100

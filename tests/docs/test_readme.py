@@ -5,7 +5,6 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,13 +22,13 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("doc
 FOLDERS = ("docs", "src", "tests", "tests_vllm", "benchmarks", "examples", "cpp", ".ci")
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
 
 
-def commands() -> list[tuple[str, list[str]]]:
+def commands():
     """Each command of the README's consoles, and the lines below it."""
-    found: list[tuple[str, list[str]]] = []
+    found = []
     for line in "".join(blocks("console")).splitlines():
         if line.startswith("$ "):
             found.append((line[2:], []))
@@ -39,7 +38,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory):
     """A working directory with the real model's headers and the demo's model."""
     place = tmp_path_factory.mktemp("place")
     write_sparse_checkpoint(place / "gemma-4-26B-A4B", real_names_and_shapes(), BFLOAT16, real_config())
@@ -47,13 +46,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def normal(line: str) -> str:
+def normal(line):
     """A line without sizes, versions, measured differences and the width of its columns."""
     line = re.sub(r"\d\.\d+e-\d+|transformers [\d.]+|[\d.]+ (?:[kMGT]?B)\b|\d{1,3}(?:,\d{3})+", "#", line)
     return " ".join(re.sub("─+", "─", line).split())
 
 
-def test_the_consoles_show_what_the_commands_print(place: Path) -> None:
+def test_the_consoles_show_what_the_commands_print(place):
     """In the README's order, since later commands read what earlier ones wrote."""
     for command, shown in commands():
         program, *arguments = shlex.split(command)
@@ -67,14 +66,14 @@ def test_the_consoles_show_what_the_commands_print(place: Path) -> None:
         assert re.fullmatch(pattern + ended + last, printed + "\n"), f"{command}\n{printed}\nis not\n{wanted}"
 
 
-def test_the_snippets_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_snippets_run_as_printed(tmp_path, monkeypatch):
     class Engine:
-        def load_weights(self, weights: Any) -> None:
+        def load_weights(self, weights):
             self.loaded = dict(weights)
 
     save_model(build_model(), tmp_path / "gemma-4-26B-A4B")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"engine": Engine()}
+    names = {"engine": Engine()}
     for snippet in blocks("python"):
         exec(compile(snippet, "README.md", "exec"), names)
     assert {"gemma-4-nemo", "step-1000"} <= {path.name for path in tmp_path.iterdir()}
@@ -82,7 +81,7 @@ def test_the_snippets_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(names["engine"].loaded) == 63
 
 
-def test_the_installation_names_extras_and_targets_that_exist() -> None:
+def test_the_installation_names_extras_and_targets_that_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {extra for group in re.findall(r"'\.\[([\w,]+)\]'", README) for extra in group.split(",")}
     assert named
@@ -93,7 +92,7 @@ def test_the_installation_names_extras_and_targets_that_exist() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_link_path_and_module_exists(document: Path) -> None:
+def test_every_link_path_and_module_exists(document):
     text = document.read_text()
     for link in re.findall(r"\]\(([^)#\s]+)\)", text):
         assert link.startswith("https://") or (document.parent / link).exists(), link
@@ -108,7 +107,7 @@ def test_every_link_path_and_module_exists(document: Path) -> None:
             assert named(word.partition("(")[0]), word
 
 
-def named(word: str) -> object:
+def named(word):
     """What a dotted name means, or an error."""
     try:
         return importlib.import_module(word)
@@ -117,7 +116,7 @@ def named(word: str) -> object:
         return getattr(named(parent), name)
 
 
-def test_each_promise_and_each_row_beside_other_tools_names_its_test() -> None:
+def test_each_promise_and_each_row_beside_other_tools_names_its_test():
     for heading in ("## What is promised", "## Beside other tools"):
         rows = [line for line in README.split(heading)[1].split("\n## ")[0].splitlines() if line.startswith("| ")]
         assert len(rows) > 3
@@ -125,7 +124,7 @@ def test_each_promise_and_each_row_beside_other_tools_names_its_test() -> None:
             assert re.search(r"\]\(tests/\S+\.py\)", row.rstrip("|").rpartition(" | ")[2]), row
 
 
-def test_the_table_of_names_is_that_of_the_code() -> None:
+def test_the_table_of_names_is_that_of_the_code():
     """Names and axes; E, H and I as the README explains them."""
     listed = set()
     for row in re.findall(r"^\| `(?:experts|router)\..*", README, re.M):
@@ -139,5 +138,5 @@ def test_the_table_of_names_is_that_of_the_code() -> None:
     assert listed == expected
 
 
-def test_no_count_of_tests_is_quoted() -> None:
+def test_no_count_of_tests_is_quoted():
     assert not re.search(r"\d+ (?:tests|passed)\b", README)

@@ -2,9 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,8 +15,8 @@ State = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def require_refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    def require(source: Path, target: Path, words: tuple[str, ...], status: int = 3) -> None:
+def require_refusal(tmp_path, capsys):
+    def require(source, target, words, status=3):
         before = contents(tmp_path)
         with pytest.raises(SystemExit) as caught:
             commands.main(["convert", str(source), str(target)])
@@ -32,41 +29,41 @@ def require_refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Calla
     return require
 
 
-def without(rest: str) -> Callable[[State], Any]:
+def without(rest):
     return lambda state: state.pop(P + rest)
 
 
-def added(rest: str, *shape: int, prefix: str = P) -> Callable[[State], Any]:
+def added(rest, *shape, prefix=P):
     return lambda state: state.update({prefix + rest: torch.zeros(shape, dtype=torch.bfloat16)})
 
 
-def transposed(rest: str) -> Callable[[State], Any]:
+def transposed(rest):
     return lambda state: state.update({P + rest: state[P + rest].transpose(-1, -2).contiguous()})
 
 
-def fewer_experts(state: State) -> None:
+def fewer_experts(state):
     for name, tensor in state.items():
         if name.endswith(("gate_up_proj", "experts.down_proj", "per_expert_scale", "router.proj.weight")):
             state[name] = tensor[:4].clone()
 
 
-def one_with_fewer_experts(state: State) -> None:
+def one_with_fewer_experts(state):
     state[P + "experts.down_proj"] = state[P + "experts.down_proj"][:5].clone()
 
 
-def as_float8(state: State) -> None:
+def as_float8(state):
     for name in (P + "experts.gate_up_proj", P + "experts.down_proj"):
         state[name] = state[name].to(torch.float8_e4m3fn)
 
 
-def per_expert(state: State) -> None:
+def per_expert(state):
     fused = state.pop(P + "experts.gate_up_proj")
     for expert, rows in enumerate(fused):
         state[f"{P}experts.{expert}.gate_proj.weight"] = rows[:7].clone()
         state[f"{P}experts.{expert}.up_proj.weight"] = rows[7:].clone()
 
 
-def text(**changes: object) -> Callable[[dict[str, Any]], Any]:
+def text(**changes):
     return lambda config: config["text_config"].update(changes)
 
 
@@ -115,7 +112,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", [*STATES, *CONFIGS])
-def test_a_bad_state_dict_or_config_is_refused(name: str, tmp_path: Path, require_refusal: Callable[..., None]) -> None:
+def test_a_bad_state_dict_or_config_is_refused(name, tmp_path, require_refusal):
     state = random_hf_state_dict()
     config = config_of(state)
     damage, *words = (STATES | CONFIGS)[name]
@@ -127,16 +124,16 @@ FIRST, STALE = "model-00001-of-00002.safetensors", "model-00003-of-00003.safeten
 INDEX = "model.safetensors.index.json"
 
 
-def written(name: str, content: bytes) -> Callable[[Path], Any]:
+def written(name, content):
     return lambda source: (source / name).write_bytes(content)
 
 
-def removed(name: str) -> Callable[[Path], Any]:
+def removed(name):
     return lambda source: (source / name).unlink()
 
 
-def indexed(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
-    def damage(source: Path) -> None:
+def indexed(change):
+    def damage(source):
         index = json.loads((source / INDEX).read_text())
         change(index["weight_map"])
         (source / INDEX).write_text(json.dumps(index))
@@ -144,12 +141,12 @@ def indexed(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
     return damage
 
 
-def pickles_alone(source: Path) -> None:
+def pickles_alone(source):
     for path in source.glob("*.safetensors*"):
         path.rename(source / "pytorch_model.bin")
 
 
-def empty(source: Path) -> None:
+def empty(source):
     for path in source.iterdir():
         path.unlink()
 
@@ -171,7 +168,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_directory_is_refused(name: str, tmp_path: Path, require_refusal: Callable[..., None]) -> None:
+def test_a_damaged_directory_is_refused(name, tmp_path, require_refusal):
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
     damage, *words = DAMAGES[name]
     damage(source)
@@ -191,9 +188,7 @@ def test_a_damaged_directory_is_refused(name: str, tmp_path: Path, require_refus
         ("../file", "a file"),
     ],
 )
-def test_a_target_that_may_not_be_written_is_2(
-    target: str, words: str, tmp_path: Path, require_refusal: Callable[..., None]
-) -> None:
+def test_a_target_that_may_not_be_written_is_2(target, words, tmp_path, require_refusal):
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/notes.txt").write_text("mine")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from gemma4_moe.checkpoint.file import SafetensorsFile
-from gemma4_moe.checkpoint.header import Header, parse_header
+from gemma4_moe.checkpoint.header import parse_header
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, TensorShapeError
 from gemma4_moe.layout import dtypes
 from gemma4_moe.target.file_layout import layout_header
@@ -28,7 +28,7 @@ MUTANTS = int(os.environ.get("GEMMA4_MOE_FUZZ", "2000"))
 U8 = '"dtype":"U8","shape":[4],"data_offsets":[0,4]'
 
 
-def fields(dtype='"U8"', shape="[4]", offsets="[0,4]") -> str:
+def fields(dtype='"U8"', shape="[4]", offsets="[0,4]"):
     return f'{{"t":{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}}}}}'
 
 
@@ -45,7 +45,7 @@ OFFSETS = [
 ]  # fmt: skip
 
 
-def ours(raw: bytes) -> Header | None:
+def ours(raw):
     """Return what our reader makes of a file, None if it refuses it."""
     try:
         return parse_header(raw, len(raw), file="f.safetensors")
@@ -56,7 +56,7 @@ def ours(raw: bytes) -> Header | None:
     return None
 
 
-def theirs(raw: bytes) -> list[tuple[str, str, list[int], bytes]] | None:
+def theirs(raw):
     """Return what the safetensors library makes of a file, None if it refuses it."""
     try:
         tensors = safetensors.deserialize(raw)
@@ -65,7 +65,7 @@ def theirs(raw: bytes) -> list[tuple[str, str, list[int], bytes]] | None:
     return sorted((name, of["dtype"], of["shape"], bytes(of["data"])) for name, of in tensors)
 
 
-def check_promise(raw: bytes) -> bool:
+def check_promise(raw):
     """Compare both readers, and return whether ours accepts the file."""
     header, tensors = ours(raw), theirs(raw)
     if header is None:
@@ -147,7 +147,7 @@ def test_megabytes_of_nonsense_end_soon_and_in_little_memory(unit):
         assert ours(raw_file(text)) is None
 
 
-def _documents() -> list[dict]:
+def _documents():
     """Honest headers of several shapes, from which the mutator starts."""
     return [
         {"t": entry("U8", [4], 0, 4)},
@@ -167,7 +167,7 @@ _TOKENS = [
 _TOKENS = [bytes([token]) if isinstance(token, int) else token for token in _TOKENS]
 
 
-def mutate(rng: random.Random, header: bytes, data: bytes) -> bytes:
+def mutate(rng, header, data):
     """Return a file whose header was changed in one to four places, and perhaps its length or its data."""
     text = bytearray(header)
     for _ in range(rng.choice((0, 1, 1, 1, 2, 3, 4))):
@@ -191,7 +191,7 @@ def mutate(rng: random.Random, header: bytes, data: bytes) -> bytes:
     return raw_file(bytes(text), data, max(0, length))
 
 
-def _change_a_number(rng: random.Random, text: bytearray) -> None:
+def _change_a_number(rng, text):
     digits = [at for at, byte in enumerate(text) if 0x30 <= byte <= 0x39]
     if digits:
         at = rng.choice(digits)

@@ -1,13 +1,10 @@
 """Disks that refuse, limits that are met, sources that shrink meanwhile: status 5 or 3, words, and no target."""
 
-from __future__ import annotations
-
 import errno
 import os
 import resource
 import subprocess
 import sys
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,12 +17,9 @@ from support.checkpoints import contents, write_checkpoint
 from support.direct_io import refusing
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(tmp_path):
     return write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=2, E=6, H=40, I=24), files=5)
 
 
@@ -41,9 +35,9 @@ def source(tmp_path: Path) -> Path:
 )
 @pytest.mark.parametrize("call", ["mkdir", "pwrite", "ftruncate", "fsync", "rename"])
 def test_a_refusal_has_words_a_next_step_and_status_5(
-    call: str, code: int, hint: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    call, code, hint, source, tmp_path, capsys,
+    monkeypatch,
+):  # fmt: skip
     before = contents(source)
     (tmp_path / "nemo").mkdir()  # so that publishing is a plain rename
     with monkeypatch.context() as broken:
@@ -59,9 +53,7 @@ def test_a_refusal_has_words_a_next_step_and_status_5(
     assert contents(source) == before
 
 
-def test_what_an_unfinished_run_has_left_can_be_removed_from_a_full_disk(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_an_unfinished_run_has_left_can_be_removed_from_a_full_disk(source, tmp_path, monkeypatch):
     target, control = tmp_path / "nemo", tmp_path / ".nemo.gemma4-moe"
     control.mkdir()
     with Journal(control, 0) as journal:
@@ -91,9 +83,9 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("place", ["links in a circle", "a directory that is gone", "a name that is too long"])
 def test_a_path_that_leads_nowhere_is_told_by_every_command(
-    place: str, command: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    place, command, source, tmp_path, capsys,
+    monkeypatch,
+):  # fmt: skip
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     path = "x"
@@ -118,9 +110,7 @@ def test_a_path_that_leads_nowhere_is_told_by_every_command(
         (resource.RLIMIT_NOFILE, 20, ["Too many open files", "ulimit -n"]),
     ],
 )
-def test_a_limit_of_the_operating_system_is_met_in_words(
-    limit: int, value: int, words: list[str], tmp_path: Path
-) -> None:
+def test_a_limit_of_the_operating_system_is_met_in_words(limit, value, words, tmp_path):
     state = random_hf_state_dict(layers=3, E=6, H=40, I=24)
     source = write_checkpoint(tmp_path / "hf", state, files=25)
     done = subprocess.run(
@@ -137,10 +127,8 @@ def test_a_limit_of_the_operating_system_is_met_in_words(
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("buffered", [False, True])
-def test_a_source_cut_off_while_it_is_read_is_an_error_and_no_signal(
-    buffered: bool, source: Path, tmp_path: Path
-) -> None:
-    def cut(done: int, total: int) -> None:
+def test_a_source_cut_off_while_it_is_read_is_an_error_and_no_signal(buffered, source, tmp_path):
+    def cut(done, total):
         for path in source.glob("*.safetensors"):
             os.truncate(path, 1000)
 

@@ -1,9 +1,6 @@
 """State dicts that are not what they seem: each is refused by the tensor's name, none is guessed at."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -31,25 +28,23 @@ GATE_UP, DOWN, SCALE = f"{LAYER}experts.gate_up_proj", f"{LAYER}experts.down_pro
 NATIVE_GATE_UP, NATIVE_DOWN = f"{LAYER}moe.experts.gate_and_up_projs", f"{LAYER}moe.experts.down_projs"
 
 
-def adapter() -> Gemma4MoEStateDictAdapter:
+def adapter():
     return Gemma4MoEStateDictAdapter(None, None, None, dtype=torch.bfloat16)
 
 
 @pytest.fixture
-def hf() -> dict[str, torch.Tensor]:
+def hf():
     return random_hf_state_dict()
 
 
 @pytest.fixture
-def nemo(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def nemo(hf):
     return nemo_from_hf(hf)
 
 
 @pytest.mark.parametrize("missing", [GATE_UP, DOWN, SCALE])
 @pytest.mark.parametrize("as_iterator", [False, True])
-def test_an_incomplete_layer_is_refused_in_the_words_that_callers_match(
-    hf: dict[str, torch.Tensor], missing: str, as_iterator: bool
-) -> None:
+def test_an_incomplete_layer_is_refused_in_the_words_that_callers_match(hf, missing, as_iterator):
     del hf[missing]
     with pytest.raises(RuntimeError, match="Incomplete expert weights for layer 0") as raised:
         adapter().from_hf(iter(hf.items()) if as_iterator else hf)
@@ -59,14 +54,14 @@ def test_an_incomplete_layer_is_refused_in_the_words_that_callers_match(
 
 @pytest.mark.parametrize("missing", [NATIVE_GATE_UP, NATIVE_DOWN])
 @pytest.mark.parametrize("as_iterator", [False, True])
-def test_half_of_a_native_layer_is_refused(nemo: dict[str, torch.Tensor], missing: str, as_iterator: bool) -> None:
+def test_half_of_a_native_layer_is_refused(nemo, missing, as_iterator):
     del nemo[missing]
     with pytest.raises(RuntimeError, match="Incomplete expert weights for layer 0") as raised:
         adapter().to_hf(iter(nemo.items()) if as_iterator else nemo)
     assert raised.value.facts["tensor"] == missing
 
 
-def test_a_mapping_is_checked_before_any_of_it_is_read(hf: dict[str, torch.Tensor]) -> None:
+def test_a_mapping_is_checked_before_any_of_it_is_read(hf):
     del hf[f"{P}layers.1.router.per_expert_scale"]
     with pytest.raises(IncompleteExpertsError):
         adapter().from_hf({name: Unread(tensor) for name, tensor in hf.items()})
@@ -75,20 +70,20 @@ def test_a_mapping_is_checked_before_any_of_it_is_read(hf: dict[str, torch.Tenso
 class Unread:
     """A lazy value that must not be read."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor):
         self._shape = list(tensor.shape)
 
-    def get_shape(self) -> list[int]:
+    def get_shape(self):
         return self._shape
 
-    def get_dtype(self) -> str:
+    def get_dtype(self):
         return "BF16"
 
-    def __getitem__(self, key: object) -> torch.Tensor:
+    def __getitem__(self, key):
         raise AssertionError("read before all of the state dict was checked")
 
 
-def test_a_name_that_only_contains_the_experts_name_is_no_expert(nemo: dict[str, torch.Tensor]) -> None:
+def test_a_name_that_only_contains_the_experts_name_is_no_expert(nemo):
     for name in (f"{NATIVE_DOWN}_bias", f"{NATIVE_GATE_UP}_bias", f"{NATIVE_DOWN}.weight"):
         with pytest.raises(UnknownTensorError) as raised:
             adapter().to_hf(nemo | {name: torch.zeros(6, 10)})
@@ -99,7 +94,7 @@ def test_a_name_that_only_contains_the_experts_name_is_no_expert(nemo: dict[str,
             adapter().get_hf_state_dict_keys([*nemo.items(), (name, None)])
 
 
-def test_both_spellings_of_one_tensor_are_refused_even_if_they_are_equal(hf: dict[str, torch.Tensor]) -> None:
+def test_both_spellings_of_one_tensor_are_refused_even_if_they_are_equal(hf):
     for name in (GATE_UP, DOWN, SCALE):
         for state in ({**hf, legacy_name(name): hf[name]}, {legacy_name(name): hf[name], **hf}):
             with pytest.raises(DuplicateTensorError, match="two spellings"):
@@ -109,7 +104,7 @@ def test_both_spellings_of_one_tensor_are_refused_even_if_they_are_equal(hf: dic
 
 
 @pytest.mark.parametrize("name", ["norm.weight", SCALE, DOWN, f"{LAYER}router.scale"])
-def test_one_name_twice_in_an_iterator_is_refused(hf: dict[str, torch.Tensor], name: str) -> None:
+def test_one_name_twice_in_an_iterator_is_refused(hf, name):
     entries = [*hf.items(), ("norm.weight", torch.ones(3)), (name, hf.get(name, torch.ones(3)))]
     with pytest.raises(DuplicateTensorError, match="one name"):
         adapter().from_hf(iter(entries))
@@ -127,21 +122,19 @@ def test_one_name_twice_in_an_iterator_is_refused(hf: dict[str, torch.Tensor], n
         "experts.lora_B.weight",
     ],
 )
-def test_quantised_per_expert_and_lora_keys_do_not_pass_unconverted(hf: dict[str, torch.Tensor], rest: str) -> None:
+def test_quantised_per_expert_and_lora_keys_do_not_pass_unconverted(hf, rest):
     with pytest.raises(UnknownTensorError) as raised:
         adapter().from_hf(hf | {LAYER + rest: torch.ones(7, 10)})
     assert raised.value.facts["tensor"] == LAYER + rest
 
 
 @pytest.mark.parametrize("rest", ["lora_gate_and_up_A", "lora_down_B", "0.down_proj.weight"])
-def test_lora_and_per_expert_native_keys_do_not_pass_unconverted(nemo: dict[str, torch.Tensor], rest: str) -> None:
+def test_lora_and_per_expert_native_keys_do_not_pass_unconverted(nemo, rest):
     with pytest.raises(UnknownTensorError):
         adapter().to_hf(nemo | {f"{LAYER}moe.experts.{rest}": torch.ones(6, 10, 2)})
 
 
-def test_a_state_dict_of_the_other_layout_is_refused(
-    hf: dict[str, torch.Tensor], nemo: dict[str, torch.Tensor]
-) -> None:
+def test_a_state_dict_of_the_other_layout_is_refused(hf, nemo):
     with pytest.raises(UnknownTensorError, match="name of the nemo layout"):
         adapter().from_hf(nemo)
     with pytest.raises(UnknownTensorError, match="name of the hf layout"):
@@ -149,14 +142,14 @@ def test_a_state_dict_of_the_other_layout_is_refused(
 
 
 @pytest.mark.parametrize("name", [GATE_UP, DOWN])
-def test_a_transposed_tensor_is_refused(hf: dict[str, torch.Tensor], name: str) -> None:
+def test_a_transposed_tensor_is_refused(hf, name):
     with pytest.raises(TensorShapeError, match="wrong shape"):
         adapter().from_hf(hf | {name: hf[name].mT})
     with pytest.raises(TensorShapeError, match="wrong shape"):
         adapter().from_hf({name: hf[name].mT} | {other: value for other, value in hf.items() if other != name})
 
 
-def test_where_H_is_2I_a_transposed_gate_up_proj_has_the_right_shape_and_is_taken_at_its_word() -> None:  # noqa: N802
+def test_where_H_is_2I_a_transposed_gate_up_proj_has_the_right_shape_and_is_taken_at_its_word():  # noqa: N802
     hf = random_hf_state_dict(H=14, I=7)
     assert hf[GATE_UP].mT.shape == hf[GATE_UP].shape
     found = adapter().from_hf(hf | {GATE_UP: hf[GATE_UP].mT.contiguous()})
@@ -176,9 +169,7 @@ def test_where_H_is_2I_a_transposed_gate_up_proj_has_the_right_shape_and_is_take
         (SimpleNamespace(moe_intermediate_size=14), MoEConfig(6)),
     ],
 )
-def test_a_checkpoint_of_other_sizes_than_the_configs_is_refused_though_it_agrees_with_itself(
-    hf: dict[str, torch.Tensor], nemo: dict[str, torch.Tensor], configured: tuple[Any, Any]
-) -> None:
+def test_a_checkpoint_of_other_sizes_than_the_configs_is_refused_though_it_agrees_with_itself(hf, nemo, configured):
     sized = Gemma4MoEStateDictAdapter(*configured, None)
     for call in (lambda: sized.from_hf(hf), lambda: sized.to_hf(nemo)):
         with pytest.raises(TensorShapeError) as raised:
@@ -190,14 +181,14 @@ def test_a_checkpoint_of_other_sizes_than_the_configs_is_refused_though_it_agree
                 sized.convert_single_tensor_to_hf(name, nemo[name])
 
 
-def test_configs_that_disagree_are_refused_at_once() -> None:
+def test_configs_that_disagree_are_refused_at_once():
     with pytest.raises(ConfigError, match="disagree about E"):
         Gemma4MoEStateDictAdapter(SimpleNamespace(num_experts=6), MoEConfig(8), None)
     with pytest.raises(UsageError, match="unknown kernel"):
         Gemma4MoEStateDictAdapter(None, None, SimpleNamespace(conversion="fast"))
 
 
-def test_quantised_output_is_refused(nemo: dict[str, torch.Tensor]) -> None:
+def test_quantised_output_is_refused(nemo):
     for call in (
         lambda: adapter().to_hf(nemo, quantization=True),
         lambda: adapter().convert_single_tensor_to_hf(NATIVE_DOWN, nemo[NATIVE_DOWN], quantization=True),
@@ -208,7 +199,7 @@ def test_quantised_output_is_refused(nemo: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", [NATIVE_DOWN, NATIVE_GATE_UP, f"{LAYER}moe.gate.scale", f"{LAYER}layer_scalar"])
-def test_out_of_another_model_is_refused_by_name(hf: dict[str, torch.Tensor], name: str) -> None:
+def test_out_of_another_model_is_refused_by_name(hf, name):
     out = {key: torch.empty_like(tensor) for key, tensor in nemo_from_hf(hf).items()}
     with pytest.raises(TensorShapeError, match="write into") as raised:
         adapter().from_hf(hf, out=out | {name: torch.empty(2, *out[name].shape)})

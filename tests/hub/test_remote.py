@@ -7,12 +7,9 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import huggingface_hub
 import pytest
@@ -23,7 +20,7 @@ from gemma4_moe.layout.dtypes import BFLOAT16
 from support.checkpoints import config_of, contents, write_checkpoint
 from support.command import run as run_apart
 from support.formulas import assert_same_tensors
-from support.hub_server import COMMIT, FILE_PATH, Hub, serving
+from support.hub_server import COMMIT, FILE_PATH, serving
 from support.models import random_hf_state_dict, read_directory
 from support.sparse import real_config, real_names_and_shapes, write_sparse_checkpoint
 
@@ -32,20 +29,20 @@ MANIFEST = "gemma4_moe.json"
 
 
 @pytest.fixture
-def hub(source: Path) -> Iterator[Hub]:
+def hub(source):
     with serving(MODEL, source) as hub:
         yield hub
 
 
 @pytest.fixture
-def nemo_hub(source: Path, tmp_path: Path) -> Iterator[Hub]:
+def nemo_hub(source, tmp_path):
     convert(source, tmp_path / "published", max_shard_size=4000)
     with serving(MODEL, tmp_path / "published") as hub:
         yield hub
 
 
 @pytest.fixture
-def large_hub(tmp_path: Path) -> Iterator[Hub]:
+def large_hub(tmp_path):
     """A model of 100 MB in five files, all zeros."""
     state = random_hf_state_dict()
     E, H, I, V = 16, 512, 640, 9000  # noqa: E741
@@ -69,9 +66,7 @@ def large_hub(tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
-def run(
-    hub: Hub, home: Path, *arguments: object, status: int = 0, offline: bool = False, free: int | None = None
-) -> subprocess.CompletedProcess[str]:
+def run(hub, home, *arguments, status=0, offline=False, free=None):
     """Run the command in this process, below `home`, with `hub` for the Hub and its cache in `home/cache`."""
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -94,12 +89,12 @@ def run(
     return subprocess.CompletedProcess(arguments, status, data.getvalue(), talk.getvalue())
 
 
-def ask(hub: Hub, home: Path, *arguments: object, **options: Any) -> dict[str, Any]:
+def ask(hub, home, *arguments, **options):
     """The JSON of a command that succeeds."""
     return json.loads(run(hub, home, *arguments, "--format", "json", **options).stdout)
 
 
-def start(hub: Hub, home: Path, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+def start(hub, home, *arguments, **more):
     """Run the command in a process of its own, whose environment says the same, with its home in `home/home`."""
     environment = {
         "HF_ENDPOINT": hub.url,
@@ -112,7 +107,7 @@ def start(hub: Hub, home: Path, *arguments: object, **more: str) -> subprocess.C
     return run_apart(*arguments, cwd=home, **environment | more)
 
 
-def test_the_target_is_that_of_the_same_directory_and_nothing_is_kept(hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_the_target_is_that_of_the_same_directory_and_nothing_is_kept(hub, source, tmp_path):
     start(hub, tmp_path, "convert", MODEL, tmp_path / "nemo", "--stream")
     convert(source, tmp_path / "local")
     _require_the_same_but_for_the_commit(tmp_path / "nemo", tmp_path / "local")
@@ -123,7 +118,7 @@ def test_the_target_is_that_of_the_same_directory_and_nothing_is_kept(hub: Hub, 
 
 
 @pytest.mark.parametrize("options", [["--stream"], []])
-def test_a_base_is_read_on_the_hub_or_fetched(options: list[str], hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_a_base_is_read_on_the_hub_or_fetched(options, hub, source, tmp_path):
     convert(source, tmp_path / "nemo")
     run(hub, tmp_path, "convert", tmp_path / "nemo", tmp_path / "back", "--base", MODEL, *options)
     assert_same_tensors(read_directory(tmp_path / "back"), read_directory(source))
@@ -132,12 +127,12 @@ def test_a_base_is_read_on_the_hub_or_fetched(options: list[str], hub: Hub, sour
     assert told.get("base_commit") == (COMMIT if options else None)
 
 
-def test_a_plan_counts_the_space_for_a_base(hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_a_plan_counts_the_space_for_a_base(hub, source, tmp_path):
     convert(source, tmp_path / "nemo")
     assert ask(hub, tmp_path, "plan", tmp_path / "nemo", "--base", MODEL)["cache_bytes"] == sum(_weights(source))
 
 
-def _require_the_same_but_for_the_commit(streamed: Path, local: Path) -> None:
+def _require_the_same_but_for_the_commit(streamed, local):
     one, other = contents(streamed), contents(local)
     assert one.keys() == other.keys()
     assert {name for name in other if one[name] != other[name]} == {MANIFEST}
@@ -146,7 +141,7 @@ def _require_the_same_but_for_the_commit(streamed: Path, local: Path) -> None:
     assert manifest == json.loads((local / MANIFEST).read_text())
 
 
-def test_a_nemo_model_gets_its_scales_back_by_its_manifest(nemo_hub: Hub, tmp_path: Path) -> None:
+def test_a_nemo_model_gets_its_scales_back_by_its_manifest(nemo_hub, tmp_path):
     run(nemo_hub, tmp_path, "convert", MODEL, tmp_path / "streamed", "--stream")
     run(nemo_hub, tmp_path, "convert", MODEL, tmp_path / "fetched")
     local = convert(nemo_hub.directory, tmp_path / "local")
@@ -156,7 +151,7 @@ def test_a_nemo_model_gets_its_scales_back_by_its_manifest(nemo_hub: Hub, tmp_pa
     assert json.loads((tmp_path / "streamed" / MANIFEST).read_text())["layout"] == "hf", "its own, not the source's"
 
 
-def test_a_nemo_model_without_a_manifest_is_read_too(nemo_hub: Hub, tmp_path: Path) -> None:
+def test_a_nemo_model_without_a_manifest_is_read_too(nemo_hub, tmp_path):
     (nemo_hub.directory / MANIFEST).unlink()
     run(nemo_hub, tmp_path, "convert", MODEL, tmp_path / "streamed", "--stream")
     convert(nemo_hub.directory, tmp_path / "local")
@@ -164,9 +159,7 @@ def test_a_nemo_model_without_a_manifest_is_read_too(nemo_hub: Hub, tmp_path: Pa
 
 
 @pytest.mark.parametrize("options", [[], ["--stream"]])
-def test_what_is_read_is_what_lies_beside_the_weights(
-    options: list[str], hub: Hub, source: Path, tmp_path: Path
-) -> None:
+def test_what_is_read_is_what_lies_beside_the_weights(options, hub, source, tmp_path):
     read = {path.name for path in source.iterdir()}
     (source / "onnx").mkdir()
     for other in ("onnx/model.safetensors", "model.gguf", "training_args.bin"):
@@ -183,7 +176,7 @@ def test_what_is_read_is_what_lies_beside_the_weights(
 
 @pytest.mark.parametrize("options", [[], ["--stream"]])
 @pytest.mark.parametrize("command", [["plan", MODEL], ["convert", MODEL, "nemo", "--dry-run"]])
-def test_a_plan_reads_headers_alone(command: list[str], options: list[str], large_hub: Hub, tmp_path: Path) -> None:
+def test_a_plan_reads_headers_alone(command, options, large_hub, tmp_path):
     found = ask(large_hub, tmp_path, *command, *options)
     assert (found["source"]["path"], found["source"]["tensors"]) == (MODEL, 17)
     assert found["source"]["bytes"] > 60_000_000
@@ -192,18 +185,18 @@ def test_a_plan_reads_headers_alone(command: list[str], options: list[str], larg
     _require_headers_alone(large_hub, tmp_path, found["source"]["bytes"])
 
 
-def test_an_inspection_reads_headers_alone(large_hub: Hub, tmp_path: Path) -> None:
+def test_an_inspection_reads_headers_alone(large_hub, tmp_path):
     found = ask(large_hub, tmp_path, "inspect", MODEL)
     assert (found["source"], found["layout"], found["problems"]) == (MODEL, "hf", [])
     assert found["config"] == {"E": 16, "H": 512, "I": 640, "L": 2}
     _require_headers_alone(large_hub, tmp_path, found["bytes"])
 
 
-def _weights(directory: Path) -> list[int]:
+def _weights(directory):
     return [path.stat().st_size for path in directory.glob("*.safetensors")]
 
 
-def _require_headers_alone(hub: Hub, home: Path, total: int) -> None:
+def _require_headers_alone(hub, home, total):
     files = len(_weights(hub.directory))
     assert hub.listings == 1
     assert len(hub.weight_requests) == files, "one for each header"
@@ -213,7 +206,7 @@ def _require_headers_alone(hub: Hub, home: Path, total: int) -> None:
     assert [path.name for path in home.iterdir()] == ["large"], "nothing is kept"
 
 
-def test_a_plan_says_when_the_cache_and_the_target_do_not_fit(large_hub: Hub, tmp_path: Path) -> None:
+def test_a_plan_says_when_the_cache_and_the_target_do_not_fit(large_hub, tmp_path):
     source = sum(_weights(large_hub.directory))
     target = ask(large_hub, tmp_path, "plan", MODEL)["target"]["bytes"]
     short = run(large_hub, tmp_path, "plan", MODEL, free=target + source - 10)
@@ -229,7 +222,7 @@ def test_a_plan_says_when_the_cache_and_the_target_do_not_fit(large_hub: Hub, tm
     assert "--stream" not in streamed.stderr
 
 
-def test_nothing_is_fetched_where_it_and_the_target_do_not_fit(large_hub: Hub, tmp_path: Path) -> None:
+def test_nothing_is_fetched_where_it_and_the_target_do_not_fit(large_hub, tmp_path):
     source = sum(_weights(large_hub.directory))
     target = ask(large_hub, tmp_path, "plan", MODEL)["target"]["bytes"]
     for free, hint in ((target + source - 10, "give --stream"), (target - 10, "free some space")):
@@ -240,7 +233,7 @@ def test_nothing_is_fetched_where_it_and_the_target_do_not_fit(large_hub: Hub, t
     assert [path.name for path in tmp_path.iterdir()] == ["large"]
 
 
-def test_a_base_is_not_fetched_where_it_does_not_fit(hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_a_base_is_not_fetched_where_it_does_not_fit(hub, source, tmp_path):
     convert(source, tmp_path / "nemo")
     command = ["convert", tmp_path / "nemo", tmp_path / "back", "--base", MODEL]
     short = run(hub, tmp_path, *command, free=sum(_weights(source)), status=5)
@@ -251,7 +244,7 @@ def test_a_base_is_not_fetched_where_it_does_not_fit(hub: Hub, source: Path, tmp
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_is_in_the_cache_needs_no_space_no_connection_and_no_access(hub: Hub, tmp_path: Path) -> None:
+def test_what_is_in_the_cache_needs_no_space_no_connection_and_no_access(hub, tmp_path):
     cached = ask(hub, tmp_path, "plan", MODEL) | {"cache_bytes": 0}
     run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo")
     again = ask(hub, tmp_path, "plan", MODEL)
@@ -270,14 +263,14 @@ def test_what_is_in_the_cache_needs_no_space_no_connection_and_no_access(hub: Hu
     run(hub, tmp_path, "plan", MODEL)
 
 
-def test_a_conversion_asks_once_for_each_header(hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_a_conversion_asks_once_for_each_header(hub, source, tmp_path):
     run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo")
     ranges = [asked for asked in hub.weight_requests if asked is not None]
     assert len(ranges) == len(_weights(source)), "the download is not planned again over the network"
     assert hub.weight_requests.count(None) == len(_weights(source))
 
 
-def test_a_file_in_the_cache_with_another_header_is_refused(hub: Hub, tmp_path: Path) -> None:
+def test_a_file_in_the_cache_with_another_header_is_refused(hub, tmp_path):
     run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo")
     (damaged, *_) = (tmp_path / "cache").rglob("model-00001-of-00002.safetensors")
     damaged.write_bytes(damaged.read_bytes().replace(b'"BF16"', b' "F16"', 1))
@@ -286,9 +279,7 @@ def test_a_file_in_the_cache_with_another_header_is_refused(hub: Hub, tmp_path: 
     assert not (tmp_path / "again").exists()
 
 
-def test_a_revision_that_moves_before_the_download_is_told(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_revision_that_moves_before_the_download_is_told(hub, tmp_path, monkeypatch):
     moved = tmp_path / "cache" / ("f" * 40)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(moved))
     done = run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo", status=3)
@@ -297,7 +288,7 @@ def test_a_revision_that_moves_before_the_download_is_told(
 
 
 @pytest.mark.parametrize("command", ["plan", "inspect", "convert nemo", "convert nemo --stream"])
-def test_offline_a_model_must_be_in_the_cache(command: str, hub: Hub, tmp_path: Path) -> None:
+def test_offline_a_model_must_be_in_the_cache(command, hub, tmp_path):
     name, *rest = command.split()
     done = run(hub, tmp_path, name, MODEL, *rest, offline=True, status=5)
     assert MODEL in done.stderr
@@ -305,7 +296,7 @@ def test_offline_a_model_must_be_in_the_cache(command: str, hub: Hub, tmp_path: 
     assert not (tmp_path / "nemo").exists()
 
 
-def test_another_format_is_named(hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_another_format_is_named(hub, source, tmp_path):
     for path in source.glob("*.safetensors*"):
         path.unlink()
     (source / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
@@ -313,17 +304,17 @@ def test_another_format_is_named(hub: Hub, source: Path, tmp_path: Path) -> None
     assert hub.served["model-Q4_K_M.gguf"] == 0
 
 
-def test_a_pull_request_is_a_revision(hub: Hub, tmp_path: Path) -> None:
+def test_a_pull_request_is_a_revision(hub, tmp_path):
     run(hub, tmp_path, "plan", MODEL, "--revision", "refs/pr/1")
 
 
-def test_errors_name_the_model_and_its_commit(hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_errors_name_the_model_and_its_commit(hub, source, tmp_path):
     (source / "config.json").write_text("{")
     done = run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo", "--stream", status=3)
     assert f"{MODEL}@{COMMIT[:12]}/config.json" in done.stderr
 
 
-def test_a_busy_hub_that_lists_no_sizes_is_asked_again_and_for_them(hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_a_busy_hub_that_lists_no_sizes_is_asked_again_and_for_them(hub, source, tmp_path):
     hub.answers = [(429, {"Retry-After": "0"})]
     hub.sizes = False
     run(hub, tmp_path, "convert", MODEL, tmp_path / "nemo", "--stream")
@@ -332,7 +323,7 @@ def test_a_busy_hub_that_lists_no_sizes_is_asked_again_and_for_them(hub: Hub, so
     _require_the_same_but_for_the_commit(tmp_path / "nemo", tmp_path / "local")
 
 
-def test_a_side_file_without_end_is_refused_before_it_is_fetched(hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_a_side_file_without_end_is_refused_before_it_is_fetched(hub, source, tmp_path):
     os.truncate(source / "tokenizer.json", 2**30 + 1)
     for command in (["plan", MODEL], ["convert", MODEL, tmp_path / "nemo", "--stream"]):
         done = run(hub, tmp_path, *command, status=3)
@@ -340,7 +331,7 @@ def test_a_side_file_without_end_is_refused_before_it_is_fetched(hub: Hub, sourc
     assert hub.served["tokenizer.json"] == 0
 
 
-def test_the_real_model_is_planned_in_a_few_requests(tmp_path: Path) -> None:
+def test_the_real_model_is_planned_in_a_few_requests(tmp_path):
     write_sparse_checkpoint(tmp_path / "real", real_names_and_shapes(), BFLOAT16, real_config())
     with serving(MODEL, tmp_path / "real") as hub:
         assert ask(hub, tmp_path, "plan", MODEL)["source"]["bytes"] == 51_611_872_412
@@ -348,7 +339,7 @@ def test_the_real_model_is_planned_in_a_few_requests(tmp_path: Path) -> None:
         assert sum(hub.served.values()) < 500_000
 
 
-def test_a_streamed_conversion_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+def test_a_streamed_conversion_goes_on_where_it_was_cut_off(tmp_path):
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=4, H=34, I=22))
     command = ["convert", MODEL, tmp_path / "nemo", "--stream", "--max-shard-size", "20KB"]
     with serving(MODEL, source) as hub:
@@ -386,9 +377,7 @@ IS_GATED = ["a gated model, which this token may not read", "hf auth login"]
         (f"plan {MODEL}", 5, ["HF_ENDPOINT"], {"answers": [(200, {})]}),
     ],
 )
-def test_what_is_not_there_is_told(
-    arguments: str, status: int, words: list[str], trouble: dict[str, Any], hub: Hub, tmp_path: Path
-) -> None:
+def test_what_is_not_there_is_told(arguments, status, words, trouble, hub, tmp_path):
     vars(hub).update(trouble)
     done = run(hub, tmp_path, *arguments.split(), status=status)
     assert all(word in done.stderr for word in words), done.stderr

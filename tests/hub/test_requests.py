@@ -5,35 +5,32 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
 from gemma4_moe import inspect
-from gemma4_moe.errors import CheckpointFormatError, Gemma4MoEError, InputError, StorageError, UsageError
+from gemma4_moe.errors import CheckpointFormatError, InputError, StorageError, UsageError
 from gemma4_moe.hub.remote import RemoteFile, open_on_hub
 from gemma4_moe.hub.requests import read_range, read_small, refusals
 from gemma4_moe.hub.source import locate
-from support.hub_server import COMMIT, FILE_PATH, Hub, serving
+from support.hub_server import COMMIT, FILE_PATH, serving
 
 MODEL = "google/small-gemma"
 WEIGHTS = "model-00001-of-00002.safetensors"
 
 
 @pytest.fixture
-def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def slept(monkeypatch):
     """How long each pause between two attempts was to be; none is made."""
-    seconds: list[float] = []
+    seconds = []
     monkeypatch.setattr("time.sleep", seconds.append)
     return seconds
 
 
 @pytest.fixture
-def hub(source: Path, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(source, slept, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
     with serving(MODEL, source) as hub:
@@ -43,32 +40,32 @@ def hub(source: Path, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> It
         huggingface_hub.close_session()
 
 
-def url_of(hub: Hub, name: str = WEIGHTS) -> str:
+def url_of(hub, name=WEIGHTS):
     return f"{hub.url}/{MODEL}/resolve/{COMMIT}/{name}"
 
 
-def read(hub: Hub, first: int = 100, count: int = 57) -> bytes:
+def read(hub, first=100, count=57):
     buffer = bytearray(count)
     size = read_range(url_of(hub), first, memoryview(buffer), file=WEIGHTS)
     assert size == (hub.directory / WEIGHTS).stat().st_size
     return bytes(buffer)
 
 
-def read_config(hub: Hub, most: int = 1000) -> bytes:
+def read_config(hub, most=1000):
     return read_small(url_of(hub, "config.json"), most, file="it")
 
 
-def require_the_files_bytes(hub: Hub) -> None:
+def require_the_files_bytes(hub):
     assert read(hub) == (hub.directory / WEIGHTS).read_bytes()[100:157]
 
 
-def test_a_range_is_the_file_s_bytes(hub: Hub) -> None:
+def test_a_range_is_the_file_s_bytes(hub):
     require_the_files_bytes(hub)
     assert hub.requests == [(WEIGHTS, "bytes=100-156")]
 
 
 @pytest.mark.parametrize("failures", [1, 5])
-def test_an_answer_that_breaks_off_is_asked_for_again(failures: int, hub: Hub) -> None:
+def test_an_answer_that_breaks_off_is_asked_for_again(failures, hub):
     hub.broken = failures
     require_the_files_bytes(hub)
     assert len(hub.requests) == failures + 1
@@ -76,7 +73,7 @@ def test_an_answer_that_breaks_off_is_asked_for_again(failures: int, hub: Hub) -
     assert read_config(hub) == (hub.directory / "config.json").read_bytes()
 
 
-def test_a_server_that_says_nothing_is_left_in_time(hub: Hub) -> None:
+def test_a_server_that_says_nothing_is_left_in_time(hub):
     hub.stalled = 1
     start = time.monotonic()
     require_the_files_bytes(hub)
@@ -84,7 +81,7 @@ def test_a_server_that_says_nothing_is_left_in_time(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_a_busy_server_is_asked_again(status: int, hub: Hub) -> None:
+def test_a_busy_server_is_asked_again(status, hub):
     hub.answers = [(status, {"Retry-After": "1"})] * 2
     require_the_files_bytes(hub)
 
@@ -94,7 +91,7 @@ def test_a_busy_server_is_asked_again(status: int, hub: Hub) -> None:
     [({"broken": 100}, "the Hub can't be read: ", 6), ({"answers": [(429, {})] * 100}, r"can't be read: .*429", 0)],
     ids=["it breaks off", "it is busy"],
 )
-def test_trouble_without_end_is_told(trouble: dict[str, Any], words: str, requests: int, hub: Hub) -> None:
+def test_trouble_without_end_is_told(trouble, words, requests, hub):
     vars(hub).update(trouble)
     with pytest.raises(StorageError, match=words):
         read(hub)
@@ -110,7 +107,7 @@ def test_trouble_without_end_is_told(trouble: dict[str, Any], words: str, reques
         ({"shift": 1}, "bytes 101-157"),
     ],
 )
-def test_anything_but_the_range_is_not_taken(trouble: dict[str, Any], found: str, hub: Hub) -> None:
+def test_anything_but_the_range_is_not_taken(trouble, found, hub):
     os.truncate(hub.directory / WEIGHTS, 2**26)
     vars(hub).update(trouble)
     buffer = bytearray(b"-" * 100)
@@ -121,26 +118,26 @@ def test_anything_but_the_range_is_not_taken(trouble: dict[str, Any], found: str
     assert hub.served[WEIGHTS] < 100, "the connection is closed before 64 MiB have come"
 
 
-def test_a_range_beyond_the_end_is_not_taken(hub: Hub) -> None:
+def test_a_range_beyond_the_end_is_not_taken(hub):
     size = (hub.directory / WEIGHTS).stat().st_size
     with pytest.raises(StorageError, match="did not answer with the range"):
         read(hub, size - 10)
 
 
-def test_a_server_that_compresses_changes_nothing(hub: Hub) -> None:
+def test_a_server_that_compresses_changes_nothing(hub):
     hub.encodes = True
     require_the_files_bytes(hub)
     assert read_config(hub) == (hub.directory / "config.json").read_bytes()
 
 
-def test_a_small_file_is_never_a_large_one(hub: Hub) -> None:
+def test_a_small_file_is_never_a_large_one(hub):
     size = (hub.directory / "config.json").stat().st_size
     assert len(read_config(hub, size)) == size
     with pytest.raises(CheckpointFormatError, match="far larger"):
         read_config(hub, size - 1)
 
 
-def test_a_header_is_one_request_and_a_long_one_two(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_header_is_one_request_and_a_long_one_two(hub, monkeypatch):
     size = (hub.directory / WEIGHTS).stat().st_size
     whole = RemoteFile(MODEL, COMMIT, WEIGHTS, size)
     assert len(hub.requests) == 1
@@ -165,9 +162,7 @@ def test_a_header_is_one_request_and_a_long_one_two(hub: Hub, monkeypatch: pytes
         ((418, {}), StorageError, "can't be read: .*418", "connection"),
     ],
 )
-def test_a_refusal_is_told_once_and_in_words(
-    answer: tuple[int, dict[str, str]], kind: type[Gemma4MoEError], words: str, hint: str, hub: Hub
-) -> None:
+def test_a_refusal_is_told_once_and_in_words(answer, kind, words, hint, hub):
     hub.answers = [answer]
     with pytest.raises(kind, match=words) as caught:
         read_config(hub)
@@ -175,16 +170,14 @@ def test_a_refusal_is_told_once_and_in_words(
     assert hub.answers == hub.requests == []
 
 
-def test_the_first_request_for_a_model_is_not_tried_again(
-    hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_request_for_a_model_is_not_tried_again(hub, slept, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match="the Hub can't be read"), open_on_hub(MODEL):
         pass
     assert not slept
 
 
-def test_a_connection_that_does_not_come_about_is_tried_a_few_times(hub: Hub, slept: list[float]) -> None:
+def test_a_connection_that_does_not_come_about_is_tried_a_few_times(hub, slept):
     with pytest.raises(StorageError, match="the Hub can't be read"):
         read_small("http://127.0.0.1:9/x", 1000, file="it")
     assert slept == [1, 2, 4, 8, 8]
@@ -200,7 +193,7 @@ def test_a_connection_that_does_not_come_about_is_tried_a_few_times(hub: Hub, sl
         (errors.LocalEntryNotFoundError("not here"), "no such directory, and the Hub can't be reached"),
     ],
 )
-def test_an_error_that_says_little_is_told_too(error: OSError, words: str) -> None:
+def test_an_error_that_says_little_is_told_too(error, words):
     with pytest.raises(StorageError) as caught, refusals("it"):
         raise error
     assert caught.value.facts == {"file": "it"}
@@ -228,10 +221,8 @@ CACHE, NETWORK = "can't bring the model into the Hub's cache: ", "the Hub can't 
         (ConnectionResetError(104, "no answer"), f"{NETWORK}[Errno 104] no answer", "check the connection"),
     ],
 )
-def test_a_disk_that_refuses_the_cache_is_told_from_a_connection_that_fails(
-    error: Exception, problem: str, hint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
+def test_a_disk_that_refuses_the_cache_is_told_from_a_connection_that_fails(error, problem, hint, monkeypatch):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/there/hub")
@@ -244,7 +235,7 @@ def test_a_disk_that_refuses_the_cache_is_told_from_a_connection_that_fails(
 
 
 @pytest.mark.parametrize("use", [locate, inspect])
-def test_without_the_client_the_extra_is_named(use: Callable[[str], object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_client_the_extra_is_named(use, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UsageError, match="needs huggingface_hub") as caught:
         use(MODEL)
@@ -252,7 +243,7 @@ def test_without_the_client_the_extra_is_named(use: Callable[[str], object], mon
 
 
 @pytest.mark.parametrize("error", [InputError("ours", hint="so"), StorageError("ours", hint="so")])
-def test_our_own_errors_pass(error: Gemma4MoEError) -> None:
+def test_our_own_errors_pass(error):
     with pytest.raises(type(error)) as caught, refusals("it"):
         raise error
     assert caught.value is error

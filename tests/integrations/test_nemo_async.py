@@ -1,9 +1,5 @@
 """NeMo AutoModel's asynchronous save with our adapter installed: what is saved is what the weights were at the call."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,10 +10,6 @@ from support import peer
 from support.formulas import assert_same_tensors, hf_from_nemo
 from support.models import read_directory
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: so does NeMo's stager"),
     pytest.mark.filterwarnings("ignore"),  # torch and NeMo warn of each other
@@ -25,14 +17,14 @@ pytestmark = [
 
 
 @pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
+def one_rank(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_asynchronous_save(tmp_path: Path) -> None:
+def test_asynchronous_save(tmp_path):
     from transformers import AutoConfig
 
     base = tmp_path / "base"

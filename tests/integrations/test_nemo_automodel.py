@@ -1,14 +1,11 @@
 """install, uninstall and the class that NeMo AutoModel gets: what it looks for, and what is put back."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import inspect
 import sys
 import types
 import warnings
-from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,9 +15,6 @@ from gemma4_moe.errors import UsageError
 from gemma4_moe.integrations import nemo_automodel, nemo_contract
 from support import peer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
 MODULES = ["models.gemma4_moe.model", "models.gemma4_moe.state_dict_adapter", "checkpoint.checkpointing"]
 ADAPTER = "Gemma4MoEStateDictAdapter"
 #: The names that may be replaced, and where they are.
@@ -28,7 +22,7 @@ NAMES = [(MODULES[0], ADAPTER), (MODULES[1], ADAPTER), ("Checkpointer", "_do_loa
 
 
 @pytest.fixture(autouse=True)
-def nothing_installed() -> Iterator[None]:
+def nothing_installed():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NeMo warns when it is first imported
         nemo_contract.find()
@@ -36,19 +30,19 @@ def nothing_installed() -> Iterator[None]:
     nemo_automodel.uninstall()
 
 
-def all_names() -> dict[str, dict[str, Any]]:
+def all_names():
     """Everything in the modules, and in the Checkpointer's class, that `install` touches."""
     modules = {module: importlib.import_module(f"nemo_automodel.components.{module}") for module in MODULES}
     checkpointer = modules["checkpoint.checkpointing"].Checkpointer
     return {name: dict(vars(module)) for name, module in modules.items()} | {"Checkpointer": dict(vars(checkpointer))}
 
 
-def objects_under_the_names() -> list[Any]:
+def objects_under_the_names():
     everything = all_names()
     return [everything[place][name] for place, name in NAMES]
 
 
-def test_it_replaces_three_names_and_puts_back_exactly_what_was_there_however_often_it_is_called() -> None:
+def test_it_replaces_three_names_and_puts_back_exactly_what_was_there_however_often_it_is_called():
     before, everything = objects_under_the_names(), all_names()
     nemo_automodel.uninstall()
     nemo_automodel.install()
@@ -63,10 +57,10 @@ def test_it_replaces_three_names_and_puts_back_exactly_what_was_there_however_of
         assert all_names() == everything
 
 
-def test_with_blocks_nest_and_end_when_the_outermost_does_even_by_an_error() -> None:
+def test_with_blocks_nest_and_end_when_the_outermost_does_even_by_an_error():
     before = objects_under_the_names()
 
-    def fail_inside() -> None:
+    def fail_inside():
         with nemo_automodel.installed():
             with nemo_automodel.installed():
                 inside = objects_under_the_names()
@@ -82,7 +76,7 @@ def test_with_blocks_nest_and_end_when_the_outermost_does_even_by_an_error() -> 
     assert objects_under_the_names()[0] is nemo_automodel.adapter_class(), "it was installed before the block"
 
 
-def test_the_class_is_theirs_by_every_isinstance_and_ours_in_every_method() -> None:
+def test_the_class_is_theirs_by_every_isinstance_and_ours_in_every_method():
     from nemo_automodel.components.checkpoint.state_dict_adapter import StateDictAdapter
     from nemo_automodel.components.moe.state_dict_mixin import MoESplitExpertsStateDictMixin
 
@@ -96,7 +90,7 @@ def test_the_class_is_theirs_by_every_isinstance_and_ours_in_every_method() -> N
         assert inspect.getattr_static(found, name) is inspect.getattr_static(Gemma4MoEStateDictAdapter, name)
 
 
-def test_nemo_rl_finds_our_class_by_the_ending_of_its_name() -> None:
+def test_nemo_rl_finds_our_class_by_the_ending_of_its_name():
     nemo_automodel.install()
     model = importlib.import_module("nemo_automodel.components.models.gemma4_moe.model").Gemma4ForConditionalGeneration
     beside = importlib.import_module(model.__module__.rpartition(".")[0] + ".state_dict_adapter")
@@ -106,7 +100,7 @@ def test_nemo_rl_finds_our_class_by_the_ending_of_its_name() -> None:
     assert not getattr(first.convert_single_tensor_to_hf, "__isabstractmethod__", False)
 
 
-def test_models_built_while_it_is_installed_have_our_adapter_and_keep_it_and_nemo_reads_its_attributes() -> None:
+def test_models_built_while_it_is_installed_have_our_adapter_and_keep_it_and_nemo_reads_its_attributes():
     config = build_model("multimodal").config
     with nemo_automodel.installed():
         model = peer.model(config)
@@ -124,7 +118,7 @@ def test_models_built_while_it_is_installed_have_our_adapter_and_keep_it_and_nem
     assert names == list(adapter.to_hf(state))
 
 
-def test_without_nemo_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nemo_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "nemo_automodel.components.checkpoint.checkpointing", None)
     with pytest.raises(UsageError, match="can't be imported") as refused:
         nemo_automodel.install()
@@ -132,14 +126,14 @@ def test_without_nemo_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     assert refused.value.facts["expected"] == "nemo_automodel.components.checkpoint.checkpointing"
 
 
-def test_a_class_that_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_that_moved_is_named(monkeypatch):
     monkeypatch.delattr("nemo_automodel.components.moe.state_dict_mixin.MoESplitExpertsStateDictMixin")
     with pytest.raises(UsageError, match="not where") as refused:
         nemo_automodel.install()
     assert refused.value.facts["expected"].startswith("MoESplitExpertsStateDictMixin in nemo_automodel.components.moe")
 
 
-def without(module: types.ModuleType, *names: str, **changed: Any) -> Any:
+def without(module, *names, **changed):
     return types.SimpleNamespace(**{k: v for k, v in vars(module).items() if k not in names} | changed)
 
 
@@ -148,23 +142,23 @@ class Elsewhere:
 
     __abstractmethods__ = frozenset({"from_hf", "a_new_method"})
 
-    def __init__(self, config: Any, moe_config: Any) -> None: ...
+    def __init__(self, config, moe_config): ...
 
-    def _do_load(self, state_dict: Any, path: Any) -> None: ...
+    def _do_load(self, state_dict, path): ...
 
-    def load_model(self) -> None: ...
+    def load_model(self): ...
 
 
 class Looking(Elsewhere):
-    def load_model(self) -> None:
+    def load_model(self):
         self._do_load(1, 2)
 
 
-def loading_as_nemo_does(nemo: nemo_contract.Nemo, base: type) -> type:
+def loading_as_nemo_does(nemo, base):
     return type("Checkpointer", (base,), {"_do_load": nemo.checkpointer._do_load})
 
 
-CHANGES: dict[str, Callable[[nemo_contract.Nemo], dict[str, Any]]] = {
+CHANGES = {
     "has the adapter's class": lambda nemo: {"model": without(nemo.model, nemo_contract.ADAPTER)},
     "is made from config": lambda nemo: {
         "model": without(nemo.model, Gemma4MoEStateDictAdapter=Elsewhere),
@@ -190,7 +184,7 @@ CHANGES: dict[str, Callable[[nemo_contract.Nemo], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("failing", CHANGES)
-def test_each_expectation_is_checked_and_named(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_expectation_is_checked_and_named(failing, monkeypatch):
     nemo, before = nemo_contract.find(), objects_under_the_names()
     expectations = [expected for expected, _ in nemo_contract._checks(nemo)]
     assert len(expectations) == len(CHANGES)
@@ -204,8 +198,8 @@ def test_each_expectation_is_checked_and_named(failing: str, monkeypatch: pytest
 
 
 def test_only_a_version_that_was_not_tested_is_used_with_a_warning(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nemo_automodel.install()

@@ -1,10 +1,7 @@
 """NeMo AutoModel's Checkpointer in one process: loads that would round twice are refused, and LoRA goes by names."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,9 +15,6 @@ from gemma4_moe.integrations.nemo_automodel import refuse_two_roundings
 from support import peer
 from support.formulas import assert_same_tensors, nemo_from_hf
 from support.models import random_hf_state_dict, read_directory
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
@@ -38,14 +32,14 @@ LORA = SimpleNamespace(**OPTIONS, to_dict=lambda: OPTIONS)
 LAYERS = "model.language_model.layers."
 
 
-def destinations(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def destinations(dtype):
     native = nemo_from_hf(random_hf_state_dict(prefix=""), dtype)
     return Gemma4MoEStateDictAdapter(None, None, None).to_hf(native, for_checkpoint_load=True)
 
 
 @pytest.mark.parametrize("model", [BF16, FP16, FP32])
 @pytest.mark.parametrize("file", [BF16, FP16, FP32])
-def test_down_proj_is_refused_where_a_cast_loses_a_value(file: torch.dtype, model: torch.dtype) -> None:
+def test_down_proj_is_refused_where_a_cast_loses_a_value(file, model):
     holds_all = torch.finfo(model).eps <= torch.finfo(file).eps and torch.finfo(model).max >= torch.finfo(file).max
     loaded = destinations(model)
     files = dict.fromkeys(loaded, file) | {SCALE: FP32}
@@ -58,7 +52,7 @@ def test_down_proj_is_refused_where_a_cast_loses_a_value(file: torch.dtype, mode
     assert all(part in message for part in (str(file)[6:], str(model)[6:], "down_proj", "DIR", "load_hf"))
 
 
-def test_a_scale_in_double_precision_is_refused_and_neither_gate_up_nor_a_tensor_that_lacks_ever_is() -> None:
+def test_a_scale_in_double_precision_is_refused_and_neither_gate_up_nor_a_tensor_that_lacks_ever_is():
     loaded = destinations(BF16)
     refuse_two_roundings(loaded, dict.fromkeys(set(loaded) - {DOWN}, BF16), "DIR")
     loaded = destinations(FP32)
@@ -69,21 +63,21 @@ def test_a_scale_in_double_precision_is_refused_and_neither_gate_up_nor_a_tensor
     assert refused.value.facts["tensor"] == SCALE
 
 
-def load_base(model: torch.nn.Module, base: Path) -> None:
+def load_base(model, base):
     peer.checkpointer(base, model_repo_id=str(base)).load_base_model(model, torch.device("cpu"), str(base), str(base))
 
 
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if name != TIED}
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
+def base(tmp_path):
     save_model(build_model("multimodal", seed=3), tmp_path / "base")
     return tmp_path / "base"
 
 
-def test_the_checkpointer_refuses_before_it_reads_and_no_longer_than_it_is_installed(base: Path) -> None:
+def test_the_checkpointer_refuses_before_it_reads_and_no_longer_than_it_is_installed(base):
     with nemo_automodel.installed():
         model = peer.model(build_model("multimodal").config).to(BF16)
         before = weights(model)
@@ -99,7 +93,7 @@ def test_the_checkpointer_refuses_before_it_reads_and_no_longer_than_it_is_insta
 
 
 @pytest.mark.parametrize("form", ["safetensors", "torch_save"])
-def test_training_checkpoints_are_loaded_and_their_dtypes_looked_at_too(form: str, base: Path, tmp_path: Path) -> None:
+def test_training_checkpoints_are_loaded_and_their_dtypes_looked_at_too(form, base, tmp_path):
     with nemo_automodel.installed():
         model = peer.model(build_model("multimodal").config)
         load_base(model, base)
@@ -116,27 +110,27 @@ def test_training_checkpoints_are_loaded_and_their_dtypes_looked_at_too(form: st
 
 
 @pytest.fixture
-def model() -> Any:
+def model():
     with nemo_automodel.installed():
         built = peer.model(build_model("multimodal").config)
     return built.requires_grad_(False)
 
 
-def layers_of(model: Any) -> list[Any]:
+def layers_of(model):
     return [module for name, module in model.named_modules() if name.startswith(LAYERS) and name.count(".") == 3]
 
 
-def add_lora_to_experts(model: Any) -> None:
+def add_lora_to_experts(model):
     for layer in layers_of(model):
         layer.moe.experts.lora_down_A = torch.nn.Parameter(torch.ones(E, I, R))
         layer.moe.experts.lora_down_B = torch.nn.Parameter(torch.ones(E, R, H))
 
 
-def trained(model: Any) -> dict[str, torch.Tensor]:
+def trained(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_lora_of_attention_is_saved_under_its_own_names_and_loaded_again(model: Any, tmp_path: Path) -> None:
+def test_lora_of_attention_is_saved_under_its_own_names_and_loaded_again(model, tmp_path):
     for layer in layers_of(model):
         projection = layer.self_attn.q_proj
         projection.lora_A = torch.nn.Linear(H, R, bias=False)
@@ -159,7 +153,7 @@ def test_lora_of_attention_is_saved_under_its_own_names_and_loaded_again(model: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained(model).items())
 
 
-def test_lora_of_experts_is_refused_by_name_before_anything_is_written(model: Any, tmp_path: Path) -> None:
+def test_lora_of_experts_is_refused_by_name_before_anything_is_written(model, tmp_path):
     add_lora_to_experts(model)
     with pytest.raises(UnknownTensorError, match="LoRA adapter") as refused:
         peer.checkpointer(tmp_path, is_peft=True).save_model(model, str(tmp_path), peft_config=LORA)
@@ -167,7 +161,7 @@ def test_lora_of_experts_is_refused_by_name_before_anything_is_written(model: An
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_nemo_names_the_fused_experts_as_target_parameters(model: Any) -> None:
+def test_nemo_names_the_fused_experts_as_target_parameters(model):
     from nemo_automodel.components.checkpoint import addons
 
     assert addons._extract_target_parameters(model) == []

@@ -1,7 +1,5 @@
 """The demo passes on sound code, fails on broken code, and says which."""
 
-from __future__ import annotations
-
 import errno
 import json
 import re
@@ -10,7 +8,6 @@ import sys
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ from safetensors import SafetensorError
 
 from gemma4_moe import kernels
 from gemma4_moe.demo import small_models
-from gemma4_moe.demo.demo import Check, run_demo
+from gemma4_moe.demo.demo import run_demo
 from gemma4_moe.errors import DifferenceError, StorageError, UsageError
 
 STEPS = ["build", "hf → nemo", "nemo → hf", "from_pretrained", "logits", "control"]
@@ -27,19 +24,17 @@ STEPS = ["build", "hf → nemo", "nemo → hf", "from_pretrained", "logits", "co
 class Shown:
     """The checks that the demo shows."""
 
-    def __call__(self, checks: tuple[Check, ...]) -> None:
+    def __call__(self, checks):
         self.checks = checks
         self.passed = {check.step: check.passed for check in checks}
 
 
 @pytest.fixture
-def shown() -> Shown:
+def shown():
     return Shown()
 
 
-def test_every_step_passes_and_the_checkpoints_stay_unless_they_were_temporary(
-    shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_step_passes_and_the_checkpoints_stay_unless_they_were_temporary(shown, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run_demo(None, show=shown)
     assert list(tmp_path.iterdir()) == []
@@ -53,10 +48,8 @@ def test_every_step_passes_and_the_checkpoints_stay_unless_they_were_temporary(
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
 )
-def test_a_disk_that_refuses_is_told(
-    error: Exception, shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
+def test_a_disk_that_refuses_is_told(error, shown, tmp_path, monkeypatch):
+    def refuse(*_, **__):
         raise error
 
     monkeypatch.setattr(small_models, "save_model", refuse)
@@ -65,7 +58,7 @@ def test_a_disk_that_refuses_is_told(
     assert caught.value.facts["file"] == str(tmp_path / "demo/hf")
 
 
-def test_a_fold_that_is_left_out_is_a_difference(shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fold_that_is_left_out_is_a_difference(shown, tmp_path, monkeypatch):
     sound = kernels.transpose_scale_cast
     monkeypatch.setattr(kernels, "transpose_scale_cast", lambda x, **options: sound(x, **options | {"scale": None}))
     with pytest.raises(DifferenceError) as caught:
@@ -75,10 +68,8 @@ def test_a_fold_that_is_left_out_is_a_difference(shown: Shown, tmp_path: Path, m
     assert shown.passed == dict.fromkeys(STEPS, True) | {"hf → nemo": False, "logits": False}
 
 
-def test_a_model_whose_logits_would_not_tell_is_not_called_a_success(
-    shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def insensitive(kind: Any) -> Any:
+def test_a_model_whose_logits_would_not_tell_is_not_called_a_success(shown, tmp_path, monkeypatch):
+    def insensitive(kind):
         model = small_models_build(kind)
         for name, parameter in model.named_parameters():
             if name.endswith("per_expert_scale"):
@@ -92,7 +83,7 @@ def test_a_model_whose_logits_would_not_tell_is_not_called_a_success(
     assert shown.passed == dict.fromkeys(STEPS, True) | {"control": False}
 
 
-def test_a_directory_with_something_in_it_is_left_alone(shown: Shown, tmp_path: Path) -> None:
+def test_a_directory_with_something_in_it_is_left_alone(shown, tmp_path):
     (tmp_path / "mine").write_text("keep")
     with pytest.raises(UsageError, match="not empty"):
         run_demo(tmp_path, show=shown)
@@ -100,7 +91,7 @@ def test_a_directory_with_something_in_it_is_left_alone(shown: Shown, tmp_path: 
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_the_command_shows_every_step(as_json: bool, tmp_path: Path) -> None:
+def test_the_command_shows_every_step(as_json, tmp_path):
     command = [sys.executable, "-m", "gemma4_moe", "demo", tmp_path, "--format", "json" if as_json else "human"]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     if as_json:
@@ -112,7 +103,7 @@ def test_the_command_shows_every_step(as_json: bool, tmp_path: Path) -> None:
         assert out.count("✓") == len(STEPS)
 
 
-def test_a_missing_library_is_named(shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(shown, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UsageError, match="pip install") as caught:
         run_demo(tmp_path / "demo", show=shown)
@@ -123,6 +114,6 @@ def test_a_missing_library_is_named(shown: Shown, tmp_path: Path, monkeypatch: p
     assert any(requirement.startswith("transformers>=") for requirement in requirements)
 
 
-def test_importing_the_demo_loads_neither_torch_nor_rich() -> None:
+def test_importing_the_demo_loads_neither_torch_nor_rich():
     code = "import sys, gemma4_moe.demo.demo; sys.exit(' '.join({'torch', 'transformers', 'rich'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""

@@ -1,7 +1,5 @@
 """Our adapter against NeMo AutoModel's own, as a black box, wherever theirs has one right answer."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -17,11 +15,11 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 PREFIX = "model.language_model."
 
 
-def ours(dtype: torch.dtype) -> Gemma4MoEStateDictAdapter:
+def ours(dtype):
     return Gemma4MoEStateDictAdapter(None, None, None, dtype=dtype)
 
 
-def hf_state_dict(sizes: Sizes, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def hf_state_dict(sizes, dtype):
     E, H, I, layers, seed = sizes  # noqa: E741
     return random_hf_state_dict(E=E, H=H, I=I, layers=layers, seed=seed, dtype=dtype)
 
@@ -30,13 +28,13 @@ def hf_state_dict(sizes: Sizes, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     ("file", "model"), [*zip(DTYPES, DTYPES, strict=True), (torch.float32, torch.bfloat16)], ids=str
 )
 @pytest.mark.parametrize("sizes", MODELS, ids=str)
-def test_from_hf_has_their_bits(sizes: Sizes, file: torch.dtype, model: torch.dtype) -> None:
+def test_from_hf_has_their_bits(sizes, file, model):
     hf = hf_state_dict(sizes, file)
     assert_same_tensors(ours(model).from_hf(hf), peer.adapter(*sizes[:3], model).from_hf(dict(hf)))
 
 
 @pytest.mark.parametrize("sizes", MODELS, ids=str)
-def test_bf16_to_fp32_is_exact_where_theirs_has_two_answers(sizes: Sizes) -> None:
+def test_bf16_to_fp32_is_exact_where_theirs_has_two_answers(sizes):
     hf = hf_state_dict(sizes, torch.bfloat16)
     found = ours(torch.float32).from_hf(hf)
     whole = peer.adapter(*sizes[:3], torch.float32).from_hf(dict(hf))
@@ -50,7 +48,7 @@ def test_bf16_to_fp32_is_exact_where_theirs_has_two_answers(sizes: Sizes) -> Non
         assert not torch.equal(whole[down].double(), exact), "theirs has become exact: compare with it directly"
 
 
-def _loaded_in_place(adapter: Gemma4MoEStateDictAdapter, hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _loaded_in_place(adapter, hf):
     """What an adapter makes of a checkpoint that is read into its own destinations."""
     model = {name: torch.full_like(tensor, -3, dtype=adapter.dtype) for name, tensor in nemo_from_hf(hf).items()}
     destinations = adapter.to_hf(model, for_checkpoint_load=True)
@@ -63,7 +61,7 @@ def _loaded_in_place(adapter: Gemma4MoEStateDictAdapter, hf: dict[str, torch.Ten
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", MODELS, ids=str)
-def test_to_hf_and_its_keys_are_theirs(sizes: Sizes, dtype: torch.dtype) -> None:
+def test_to_hf_and_its_keys_are_theirs(sizes, dtype):
     nemo = nemo_from_hf(hf_state_dict(sizes, dtype))
     found = ours(dtype).to_hf(nemo)
     peers = peer.adapter(*sizes[:3], dtype)
@@ -80,7 +78,7 @@ def test_to_hf_and_its_keys_are_theirs(sizes: Sizes, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("adapter_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_convert_single_tensor_to_hf_is_theirs(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
+def test_convert_single_tensor_to_hf_is_theirs(dtype, adapter_dtype):
     nemo = nemo_from_hf(hf_state_dict(MODELS[0], dtype))
     theirs = peer.adapter(*MODELS[0][:3], adapter_dtype)
     for name, tensor in nemo.items():
@@ -104,7 +102,7 @@ def test_convert_single_tensor_to_hf_is_theirs(dtype: torch.dtype, adapter_dtype
         r"per_expert_scale",
     ],
 )
-def test_exclude_key_regex_unites_their_two_meanings(regex: str) -> None:
+def test_exclude_key_regex_unites_their_two_meanings(regex):
     nemo = nemo_from_hf(hf_state_dict(MODELS[0], torch.bfloat16))
     theirs = peer.adapter(*MODELS[0][:3], torch.bfloat16)
     by_hf_name = set(theirs.to_hf(nemo, exclude_key_regex=regex))
@@ -113,7 +111,7 @@ def test_exclude_key_regex_unites_their_two_meanings(regex: str) -> None:
     assert set(_singly(ours(torch.bfloat16), nemo, regex)) == by_hf_name & by_native_name
 
 
-def _singly(adapter: Gemma4MoEStateDictAdapter, nemo: dict[str, torch.Tensor], regex: str) -> list[str]:
+def _singly(adapter, nemo, regex):
     return [
         hf
         for name, tensor in nemo.items()
@@ -122,7 +120,7 @@ def _singly(adapter: Gemma4MoEStateDictAdapter, nemo: dict[str, torch.Tensor], r
 
 
 @pytest.mark.parametrize("missing", ["experts.gate_up_proj", "experts.down_proj", "router.per_expert_scale"])
-def test_an_incomplete_layer_raises_what_their_callers_expect(missing: str) -> None:
+def test_an_incomplete_layer_raises_what_their_callers_expect(missing):
     hf = {k: v for k, v in hf_state_dict(MODELS[0], torch.bfloat16).items() if not k.endswith(f"layers.1.{missing}")}
     for adapter in (peer.adapter(*MODELS[0][:3], torch.bfloat16), ours(torch.bfloat16)):
         with pytest.raises(RuntimeError, match="Incomplete expert weights"):

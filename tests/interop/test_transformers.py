@@ -1,9 +1,5 @@
 """Models of transformers, converted there and back on disk, and into NeMo AutoModel's model, compute the same."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 import pytest
 import torch
 
@@ -13,28 +9,25 @@ from support import peer
 from support.formulas import assert_same_tensors, nemo_from_hf
 from support.models import read_directory, respell_as_legacy
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 TOLERANCE = 5e-6
 KINDS = ["multimodal", "text"]
 PREFIXES = {"multimodal": "model.language_model.layers.0.", "text": "model.layers.0."}
 
 
-def load(model: Any, directory: Path) -> Any:
+def load(model, directory):
     """`from_pretrained` in fp32 of the class of `model`, which must find every name and leave none over."""
     loaded, names = type(model).from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
     assert not any(names.values()), names
     return loaded
 
 
-def difference(model: Any, other: Any) -> float:
+def difference(model, other):
     return (logits(model) - logits(other)).abs().max().item()
 
 
 @pytest.mark.parametrize("spelling", ["current", "legacy"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_there_and_back_computes_the_same_logits(kind: Any, spelling: str, tmp_path: Path) -> None:
+def test_there_and_back_computes_the_same_logits(kind, spelling, tmp_path):
     source = build_model(kind, layers=3, seed=1)
     save_model(source, tmp_path / "hf")
     published = read_directory(tmp_path / "hf")
@@ -56,7 +49,7 @@ def test_there_and_back_computes_the_same_logits(kind: Any, spelling: str, tmp_p
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bf16_to_fp32_and_back_computes_the_same_logits(kind: Any, tmp_path: Path) -> None:
+def test_bf16_to_fp32_and_back_computes_the_same_logits(kind, tmp_path):
     source = build_model(kind, seed=2, dtype="bfloat16")
     save_model(source, tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "nemo", dtype="float32")
@@ -66,7 +59,7 @@ def test_bf16_to_fp32_and_back_computes_the_same_logits(kind: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_nemo_to_hf_to_nemo_has_the_same_bits(kind: Any, dtype: str, tmp_path: Path) -> None:
+def test_nemo_to_hf_to_nemo_has_the_same_bits(kind, dtype, tmp_path):
     save_model(build_model(kind, seed=3, dtype=dtype), tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "nemo")
     convert(tmp_path / "nemo", tmp_path / "back")
@@ -74,11 +67,11 @@ def test_nemo_to_hf_to_nemo_has_the_same_bits(kind: Any, dtype: str, tmp_path: P
     assert_same_tensors(read_directory(tmp_path / "again"), read_directory(tmp_path / "nemo"))
 
 
-def adapter_of(source: Any) -> Gemma4MoEStateDictAdapter:
+def adapter_of(source):
     return Gemma4MoEStateDictAdapter(source.config.text_config, None, None, dtype=torch.float32)
 
 
-def nemo_model(source: Any, hf: dict[str, torch.Tensor]) -> torch.nn.Module:
+def nemo_model(source, hf):
     """NeMo's model of the source's config, with the weights of `hf`."""
     model = peer.model(source.config)
     model.load_state_dict(adapter_of(source).from_hf(hf), strict=True)
@@ -86,7 +79,7 @@ def nemo_model(source: Any, hf: dict[str, torch.Tensor]) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(("layers", "seed"), [(2, 0), (3, 1), (2, 2)])
-def test_the_model_of_nemo_has_the_logits_of_transformers_there_and_back(layers: int, seed: int) -> None:
+def test_the_model_of_nemo_has_the_logits_of_transformers_there_and_back(layers, seed):
     source = build_model("multimodal", layers=layers, seed=seed)
     model = nemo_model(source, source.state_dict())
     assert difference(model, source) <= TOLERANCE
@@ -96,7 +89,7 @@ def test_the_model_of_nemo_has_the_logits_of_transformers_there_and_back(layers:
     assert difference(back, source) <= TOLERANCE
 
 
-def test_the_logits_tell_a_fold_that_was_left_out() -> None:
+def test_the_logits_tell_a_fold_that_was_left_out():
     source = build_model("multimodal", seed=0)
     hf = source.state_dict()
     unscaled = {k: torch.ones_like(v) if k.endswith("per_expert_scale") else v for k, v in hf.items()}

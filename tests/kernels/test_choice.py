@@ -1,7 +1,5 @@
 """The kernel that is taken by default, on request and without the extension, and that nothing goes past them."""
 
-from __future__ import annotations
-
 import logging
 import sys
 
@@ -138,7 +136,7 @@ def test_ml_dtypes_arrays_and_torch_tensors_give_the_same_bits():
 class ExpertOperations(TorchDispatchMode):
     """Names the operations on tensors of three axes that do more than allocate or view."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.names: list[str] = []
 

@@ -1,7 +1,5 @@
 """The extension module: its stub, instructions and dependencies, runs under sanitizers, its threads, forks, the GIL."""
 
-from __future__ import annotations
-
 import ast
 import multiprocessing
 import os
@@ -64,7 +62,7 @@ def test_new_results_may_come_in_large_pages():
     assert "hg" in flags_at(found.data_ptr() + found.nbytes // 2)
 
 
-def flags_at(address: int) -> list[str]:
+def flags_at(address):
     """What the system says about the mapping that holds an address."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -77,7 +75,7 @@ def flags_at(address: int) -> list[str]:
     raise AssertionError("no mapping holds the address")
 
 
-def wide_functions(compiled: Path) -> set[str]:
+def wide_functions(compiled):
     """Return the functions of an object file, by their linkers' names, that hold an instruction of AVX or later."""
     found, function = set(), ""
     for line in output("objdump", "--disassemble", "--no-show-raw-insn", compiled).splitlines():
@@ -88,19 +86,19 @@ def wide_functions(compiled: Path) -> set[str]:
     return found
 
 
-def visible_functions(compiled: Path) -> set[str]:
+def visible_functions(compiled):
     """Return the functions that a linker may take for another file's: those that are not local to the file."""
     return set(output("nm", "--extern-only", "--defined-only", "--format=just-symbols", compiled).split())
 
 
-def output(*command: str | Path) -> str:
+def output(*command):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="is about x86-64 processors")
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
-def test_wide_instructions_stay_in_functions_that_no_other_file_can_get(tmp_path: Path) -> None:
-    def build(source: Path) -> Path:
+def test_wide_instructions_stay_in_functions_that_no_other_file_can_get(tmp_path):
+    def build(source):
         compiled = tmp_path / f"{source.stem}.o"
         subprocess.run([*COMPILER, *OPTIONS, "-c", str(source), "-o", str(compiled)], check=True)
         return compiled
@@ -113,7 +111,7 @@ def test_wide_instructions_stay_in_functions_that_no_other_file_can_get(tmp_path
         assert wide[name] & visible_functions(objects[name]) == set()
 
 
-def links(directory: Path, *options: str) -> bool:
+def links(directory, *options):
     program = directory / "empty.cpp"
     program.write_text("int main() {}\n")
     command = [*COMPILER, *options, str(program), "-o", str(directory / "empty")]

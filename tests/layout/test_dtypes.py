@@ -1,7 +1,5 @@
 """Dtypes: names and sizes against NumPy and safetensors, and "exact" against every value that there is."""
 
-from __future__ import annotations
-
 import json
 
 import ml_dtypes
@@ -19,7 +17,6 @@ from gemma4_moe.layout.dtypes import (
     FLOAT8_E4M3,
     FLOAT16,
     FLOAT32,
-    DType,
     FloatFormat,
     is_exact,
 )
@@ -27,12 +24,12 @@ from gemma4_moe.layout.dtypes import (
 COMPUTED = (*EXPERT_DTYPES, FLOAT8_E4M3)
 
 
-def test_no_name_and_no_tag_means_two_dtypes() -> None:
+def test_no_name_and_no_tag_means_two_dtypes():
     assert len({dtype.tag for dtype in ALL}) == len({dtype.name for dtype in ALL}) == len(ALL)
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=lambda dtype: dtype.tag)
-def test_numpy_has_it_under_the_same_name_with_the_same_size(dtype: DType) -> None:
+def test_numpy_has_it_under_the_same_name_with_the_same_size(dtype):
     found = dtype.numpy()
     assert found.name == dtype.name
     assert found.itemsize == max(dtype.itemsize, 1)
@@ -40,7 +37,7 @@ def test_numpy_has_it_under_the_same_name_with_the_same_size(dtype: DType) -> No
 
 
 @pytest.mark.parametrize("dtype", [d for d in ALL if hasattr(torch, d.name)], ids=lambda dtype: dtype.tag)
-def test_safetensors_writes_the_torch_dtype_under_this_tag(dtype: DType) -> None:
+def test_safetensors_writes_the_torch_dtype_under_this_tag(dtype):
     raw = save({"x": torch.zeros(4, dtype=torch.uint8).view(torch.uint8).to(getattr(torch, dtype.name))})
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert header["x"]["dtype"] == dtype.tag
@@ -48,19 +45,19 @@ def test_safetensors_writes_the_torch_dtype_under_this_tag(dtype: DType) -> None
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
-def test_a_name_is_found_with_and_without_torch(name: str) -> None:
+def test_a_name_is_found_with_and_without_torch(name):
     assert dtypes.named(name) is BFLOAT16
 
 
 @pytest.mark.parametrize("name", ["BF16", "torch.torch.bfloat16", "float", "numpy.float32", "", "bfloat16 "])
-def test_an_unknown_name_is_refused_by_name(name: str) -> None:
+def test_an_unknown_name_is_refused_by_name(name):
     with pytest.raises(InputError, match="unknown dtype") as raised:
         dtypes.named(name)
     assert raised.value.facts["found"] == name
     assert "bfloat16, float16, float32" in raised.value.facts["expected"]
 
 
-def every_finite_value(dtype: DType) -> np.ndarray:
+def every_finite_value(dtype):
     """All finite values of a dtype of at most 16 bits; of fp32, those around every edge of the others."""
     if dtype.bits <= 16:
         bits = np.arange(1 << dtype.bits).astype(f"u{dtype.itemsize}")
@@ -74,7 +71,7 @@ def every_finite_value(dtype: DType) -> np.ndarray:
 
 @pytest.mark.parametrize("target", COMPUTED, ids=lambda dtype: dtype.tag)
 @pytest.mark.parametrize("source", COMPUTED, ids=lambda dtype: dtype.tag)
-def test_exact_means_that_every_finite_value_comes_back(source: DType, target: DType) -> None:
+def test_exact_means_that_every_finite_value_comes_back(source, target):
     values = every_finite_value(source)
     with np.errstate(over="ignore", invalid="ignore"):
         there = values.astype(target.numpy()).astype(np.float64)
@@ -82,7 +79,7 @@ def test_exact_means_that_every_finite_value_comes_back(source: DType, target: D
     assert is_exact(source, target) == came_back
 
 
-def test_between_dtypes_that_are_not_computed_with_only_the_identity_is_exact() -> None:
+def test_between_dtypes_that_are_not_computed_with_only_the_identity_is_exact():
     int64, uint8 = dtypes.named("int64"), dtypes.named("uint8")
     assert is_exact(int64, int64)
     assert not is_exact(uint8, int64)
@@ -91,7 +88,7 @@ def test_between_dtypes_that_are_not_computed_with_only_the_identity_is_exact() 
 
 
 @pytest.mark.parametrize("dtype", COMPUTED, ids=lambda dtype: dtype.tag)
-def test_formats_are_those_of_the_dtype(dtype: DType) -> None:
+def test_formats_are_those_of_the_dtype(dtype):
     info = ml_dtypes.finfo(dtype.numpy())
     assert dtype.float_format is not None
     assert dtype.float_format.precision == info.nmant + 1
@@ -110,11 +107,11 @@ def test_formats_are_those_of_the_dtype(dtype: DType) -> None:
         (FloatFormat(24, 1023, -100), False),
     ],
 )
-def test_a_format_holds_another_up_and_down_to_its_last_subnormal(wide: FloatFormat, held: bool) -> None:
+def test_a_format_holds_another_up_and_down_to_its_last_subnormal(wide, held):
     assert wide.holds(FloatFormat(8, 127, -126)) == held
 
 
-def test_a_cast_is_of_the_floats_that_are_computed_with_and_of_nothing_else() -> None:
+def test_a_cast_is_of_the_floats_that_are_computed_with_and_of_nothing_else():
     assert [dtypes.cast_to(own, FLOAT16) for own in (BFLOAT16, FLOAT32, FLOAT16)] == [FLOAT16] * 3
     for name in ("int64", "bool", "uint8", "float64", "complex64"):
         assert dtypes.cast_to(dtypes.BY_NAME[name], FLOAT16) is dtypes.BY_NAME[name]

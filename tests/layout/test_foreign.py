@@ -1,7 +1,5 @@
 """Forms that are not converted: each is known by its tensors' names, and no name of ours is taken for one."""
 
-from __future__ import annotations
-
 import pytest
 
 from gemma4_moe.errors import UnknownTensorError
@@ -36,12 +34,12 @@ FOREIGN = [
 ]
 
 
-def test_every_foreign_spelling_has_an_example() -> None:
+def test_every_foreign_spelling_has_an_example():
     assert {form for form, _ in FOREIGN} == {form.name for form in FOREIGN_SPELLINGS}
 
 
 @pytest.mark.parametrize(("form", "name"), FOREIGN, ids=[row[1][-40:] for row in FOREIGN])
-def test_foreign_spellings_are_named_and_those_among_the_experts_refused(form: str, name: str) -> None:
+def test_foreign_spellings_are_named_and_those_among_the_experts_refused(form, name):
     found = foreign_spelling(name)
     assert found is not None
     assert found.name == form
@@ -55,7 +53,7 @@ def test_foreign_spellings_are_named_and_those_among_the_experts_refused(form: s
 
 
 @pytest.mark.parametrize("prefix", KNOWN_PREFIXES)
-def test_no_name_of_the_two_layouts_is_foreign(prefix: str) -> None:
+def test_no_name_of_the_two_layouts_is_foreign(prefix):
     rests = [*known_names(), *(rule.nemo for rule in RULES)]
     assert [foreign_spelling(f"{prefix}layers.0.{rest}") for rest in rests] == [None] * len(rests)
     assert foreign_spelling(f"{prefix}layers.0.mlp.down_proj.weight") is None
@@ -74,5 +72,5 @@ def test_no_name_of_the_two_layouts_is_foreign(prefix: str) -> None:
         "model.switch_glut.weight",
     ],
 )
-def test_a_name_that_only_resembles_a_foreign_one_is_not_foreign(name: str) -> None:
+def test_a_name_that_only_resembles_a_foreign_one_is_not_foreign(name):
     assert foreign_spelling(name) is None

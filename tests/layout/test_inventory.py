@@ -1,7 +1,5 @@
 """A set of names and shapes: what is missing, doubled, or of another size."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
@@ -32,7 +30,7 @@ SIZES = {"E": 6, "H": 10, "I": 7}
 ROWS = [(layout, rest) for layout in Layout for rest in SHAPES[layout]]
 
 
-def filled(layout: Layout, sizes: dict[str, int] | None, shapes: dict[str, tuple[int, ...]]) -> Inventory:
+def filled(layout, sizes, shapes):
     inventory = Inventory(layout, sizes)
     for rest, shape in shapes.items():
         inventory.add(LAYER + rest, shape)
@@ -40,7 +38,7 @@ def filled(layout: Layout, sizes: dict[str, int] | None, shapes: dict[str, tuple
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_sizes_are_learned_in_any_order(layout: Layout) -> None:
+def test_sizes_are_learned_in_any_order(layout):
     for order in itertools.permutations(SHAPES[layout].items()):
         inventory = filled(layout, None, dict(order))
         assert inventory.sizes("model.") == SIZES
@@ -48,7 +46,7 @@ def test_sizes_are_learned_in_any_order(layout: Layout) -> None:
         inventory.require_complete(EXPERT_RULES[layout])
 
 
-def test_layers_and_spellings_are_kept() -> None:
+def test_layers_and_spellings_are_kept():
     inventory = filled(Layout.HF, SIZES, {"moe.gate_up_proj": (6, 14, 10), "router.per_expert_scale": (6,)})
     assert inventory.layers == {
         ("model.", 0): {
@@ -61,7 +59,7 @@ def test_layers_and_spellings_are_kept() -> None:
 
 @pytest.mark.parametrize("sizes", [None, SIZES], ids=["learned", "given"])
 @pytest.mark.parametrize(("layout", "rest"), ROWS, ids=str)
-def test_every_wrong_size_of_every_axis_is_refused(layout: Layout, rest: str, sizes: dict[str, int] | None) -> None:
+def test_every_wrong_size_of_every_axis_is_refused(layout, rest, sizes):
     shape = SHAPES[layout][rest]
     wrong = [
         *((*shape[:axis], size, *shape[axis + 1 :]) for axis in range(len(shape)) for size in (0, shape[axis] - 1, 99)),
@@ -83,7 +81,7 @@ def test_every_wrong_size_of_every_axis_is_refused(layout: Layout, rest: str, si
 
 
 @pytest.mark.parametrize(("layout", "rest"), ROWS, ids=str)
-def test_an_axis_of_nothing_is_refused_though_nothing_else_is_known(layout: Layout, rest: str) -> None:
+def test_an_axis_of_nothing_is_refused_though_nothing_else_is_known(layout, rest):
     shape = SHAPES[layout][rest]
     odd = [(6, 15, 10)] if rest == "experts.gate_up_proj" else []  # half of it can't be gate
     for bad in [*odd, *((*shape[:axis], 0, *shape[axis + 1 :]) for axis in range(len(shape)))]:
@@ -91,7 +89,7 @@ def test_an_axis_of_nothing_is_refused_though_nothing_else_is_known(layout: Layo
             Inventory(layout).add(LAYER + rest, bad)
 
 
-def test_a_message_says_where_each_size_comes_from() -> None:
+def test_a_message_says_where_each_size_comes_from():
     inventory = filled(Layout.HF, {"E": 6}, {"experts.down_proj": (6, 10, 7)})
     with pytest.raises(TensorShapeError) as raised:
         inventory.add(LAYER + "experts.gate_up_proj", (6, 10, 14))
@@ -101,7 +99,7 @@ def test_a_message_says_where_each_size_comes_from() -> None:
     )
 
 
-def test_sizes_are_learned_for_each_prefix_on_its_own() -> None:
+def test_sizes_are_learned_for_each_prefix_on_its_own():
     inventory = filled(Layout.NEMO, None, SHAPES[Layout.NEMO])
     inventory.add("tower.layers.0.moe.experts.down_projs", (3, 4, 5))
     assert inventory.sizes("tower.") == {"E": 3, "I": 4, "H": 5}
@@ -110,7 +108,7 @@ def test_sizes_are_learned_for_each_prefix_on_its_own() -> None:
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_given_sizes_hold_for_every_prefix_even_where_all_tensors_agree_on_others(layout: Layout) -> None:
+def test_given_sizes_hold_for_every_prefix_even_where_all_tensors_agree_on_others(layout):
     inventory = Inventory(layout, {"E": 8})
     for rest, shape in SHAPES[layout].items():
         if shape[0] == 6:
@@ -119,7 +117,7 @@ def test_given_sizes_hold_for_every_prefix_even_where_all_tensors_agree_on_other
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_each_tensor_that_lacks_makes_the_layer_incomplete(layout: Layout) -> None:
+def test_each_tensor_that_lacks_makes_the_layer_incomplete(layout):
     for missing in EXPERT_RULES[layout]:
         rest = missing.hf if layout is Layout.HF else missing.nemo
         shapes = {name: shape for name, shape in SHAPES[layout].items() if name != rest}
@@ -131,7 +129,7 @@ def test_each_tensor_that_lacks_makes_the_layer_incomplete(layout: Layout) -> No
         assert set(raised.value.facts["found"].split(", ")) < set(shapes)
 
 
-def test_a_router_may_be_required_too_and_a_layer_without_experts_is_complete() -> None:
+def test_a_router_may_be_required_too_and_a_layer_without_experts_is_complete():
     shapes = {name: shape for name, shape in SHAPES[Layout.HF].items() if name != "router.scale"}
     inventory = filled(Layout.HF, None, shapes)
     inventory.require_complete(EXPERT_RULES[Layout.HF])
@@ -140,7 +138,7 @@ def test_a_router_may_be_required_too_and_a_layer_without_experts_is_complete() 
     filled(Layout.HF, None, {"router.scale": (10,), "mlp.down_proj.weight": (3, 2)}).require_complete((GATE_UP, DOWN))
 
 
-def test_one_name_twice_is_refused() -> None:
+def test_one_name_twice_is_refused():
     for name, shape in (("norm.weight", (3,)), (LAYER + "router.scale", (10,))):
         inventory = Inventory(Layout.HF)
         inventory.add(name, shape)
@@ -149,7 +147,7 @@ def test_one_name_twice_is_refused() -> None:
         assert raised.value.facts["tensor"] == name
 
 
-def test_two_spellings_of_one_tensor_are_refused_whichever_comes_first() -> None:
+def test_two_spellings_of_one_tensor_are_refused_whichever_comes_first():
     for first, second in itertools.permutations((LAYER + "experts.down_proj", LAYER + "moe.down_proj")):
         inventory = Inventory(Layout.HF)
         inventory.add(first, (6, 10, 7))

@@ -1,14 +1,12 @@
 """The grammar of names: which are understood, which pass, and which are refused by name."""
 
-from __future__ import annotations
-
 import pytest
 
 from gemma4_moe.errors import UnknownTensorError
 from gemma4_moe.layout.names import MoEName, lookup, parse
 from gemma4_moe.layout.spellings import CURRENT
 from gemma4_moe.layout.spellings.fused import LEGACY as LEGACY_SPELLING
-from gemma4_moe.layout.table import DOWN, GATE_UP, ROUTER_SCALE, ROUTER_WEIGHT, RULES, SCALE, Layout, Rule
+from gemma4_moe.layout.table import DOWN, GATE_UP, ROUTER_SCALE, ROUTER_WEIGHT, RULES, SCALE, Layout
 from support.formulas import legacy_name
 from support.names import PREFIXES
 
@@ -30,9 +28,7 @@ ROWS = [
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("layer", [0, 1, 29, 10, 123_456_789])
 @pytest.mark.parametrize(("hf", "nemo", "rule"), TABLE, ids=[row[0] for row in TABLE])
-def test_every_row_leads_both_ways_and_keeps_the_prefix(
-    prefix: str, layer: int, hf: str, nemo: str, rule: Rule
-) -> None:
+def test_every_row_leads_both_ways_and_keeps_the_prefix(prefix, layer, hf, nemo, rule):
     path = f"{prefix}layers.{layer}."
     found = parse(path + hf, Layout.HF)
     assert found == MoEName(prefix, layer, rule, CURRENT)
@@ -46,7 +42,7 @@ def test_every_row_leads_both_ways_and_keeps_the_prefix(
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize(("rest", "rule"), LEGACY, ids=[row[0] for row in LEGACY])
-def test_the_legacy_spelling_means_the_same_row(prefix: str, rest: str, rule: Rule) -> None:
+def test_the_legacy_spelling_means_the_same_row(prefix, rest, rule):
     found = parse(f"{prefix}layers.4.{rest}", Layout.HF)
     assert found == MoEName(prefix, 4, rule, LEGACY_SPELLING)
     assert legacy_name(found.hf) == f"{prefix}layers.4.{rest}"
@@ -73,14 +69,14 @@ def test_the_legacy_spelling_means_the_same_row(prefix: str, rest: str, rule: Ru
         "",
     ],
 )
-def test_other_names_are_the_same_in_both_layouts(name: str, layout: Layout) -> None:
+def test_other_names_are_the_same_in_both_layouts(name, layout):
     assert parse(name, layout) is None
     assert lookup(name, layout) is None
 
 
 @pytest.mark.parametrize("suffix", ["_bias", ".weight", ".bias", "s", ".0", "\n", "\0", " ", "."])
 @pytest.mark.parametrize(("layout", "rest"), ROWS)
-def test_a_name_that_only_begins_like_a_row_is_refused(layout: Layout, rest: str, suffix: str) -> None:
+def test_a_name_that_only_begins_like_a_row_is_refused(layout, rest, suffix):
     name = f"model.layers.0.{rest}{suffix}"
     with pytest.raises(UnknownTensorError) as raised:
         parse(name, layout)
@@ -103,7 +99,7 @@ def test_a_name_that_only_begins_like_a_row_is_refused(layout: Layout, rest: str
         "moe.router.scale",
     ],
 )
-def test_a_module_of_the_experts_or_the_router_holds_nothing_else(rest: str, layout: Layout) -> None:
+def test_a_module_of_the_experts_or_the_router_holds_nothing_else(rest, layout):
     with pytest.raises(UnknownTensorError, match="does not have") as raised:
         parse(f"model.layers.0.{rest}", layout)
     assert raised.value.facts["found"] == rest
@@ -117,7 +113,7 @@ def test_a_module_of_the_experts_or_the_router_holds_nothing_else(rest: str, lay
     ids=lambda layer: ascii(layer)[:12],
 )
 @pytest.mark.parametrize(("layout", "rest"), [(Layout.HF, "router.scale"), (Layout.NEMO, "moe.experts.down_projs")])
-def test_a_layer_has_a_plain_number(layer: str, layout: Layout, rest: str) -> None:
+def test_a_layer_has_a_plain_number(layer, layout, rest):
     with pytest.raises(UnknownTensorError, match="outside a layer") as raised:
         parse(f"model.layers.{layer}.{rest}", layout)
     assert raised.value.facts["expected"] == f"<prefix>layers.<number>.{rest}"
@@ -125,13 +121,13 @@ def test_a_layer_has_a_plain_number(layer: str, layout: Layout, rest: str) -> No
 
 @pytest.mark.parametrize("prefix", ["", "model.", "model.language_model.layer.0.", "xlayers.0.", "layers.0.block."])
 @pytest.mark.parametrize(("layout", "rest"), ROWS)
-def test_a_row_outside_a_layer_is_refused(prefix: str, layout: Layout, rest: str) -> None:
+def test_a_row_outside_a_layer_is_refused(prefix, layout, rest):
     with pytest.raises(UnknownTensorError, match="outside a layer"):
         parse(prefix + rest, layout)
 
 
 @pytest.mark.parametrize(("hf", "nemo", "rule"), TABLE, ids=[row[0] for row in TABLE])
-def test_a_name_of_the_other_layout_says_so(hf: str, nemo: str, rule: Rule) -> None:
+def test_a_name_of_the_other_layout_says_so(hf, nemo, rule):
     for rest, layout in ((hf, Layout.NEMO), (nemo, Layout.HF)):
         with pytest.raises(UnknownTensorError, match=f"name of the {layout.other} layout") as raised:
             parse(f"model.layers.7.{rest}", layout)
@@ -139,7 +135,7 @@ def test_a_name_of_the_other_layout_says_so(hf: str, nemo: str, rule: Rule) -> N
         assert "other direction" in str(raised.value.hint)
 
 
-def test_a_message_shows_control_characters_and_does_not_send_them() -> None:
+def test_a_message_shows_control_characters_and_does_not_send_them():
     with pytest.raises(UnknownTensorError) as raised:
         parse("a\x1b[2Jb.layers.0.experts.evil\x07\n", Layout.HF)
     assert raised.value.facts["tensor"] == r"a\x1b[2Jb.layers.0.experts.evil\x07\n"

@@ -1,7 +1,5 @@
 """The published forms: the name of every part, what it holds, and forms that can't be."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -9,14 +7,14 @@ from gemma4_moe.layout import spellings
 from gemma4_moe.layout.spellings import SPELLINGS, WHOLE, Part, Spelling, find, known_names
 from gemma4_moe.layout.spellings.fused import CURRENT, LEGACY
 from gemma4_moe.layout.spellings.per_expert import PER_EXPERT
-from gemma4_moe.layout.table import DOWN, GATE_UP, RULES, SCALE, Layout, Rule, shape_of
+from gemma4_moe.layout.table import DOWN, GATE_UP, RULES, SCALE, Layout, shape_of
 from support.forms import SINGLE, UNFUSED
 
 SIZES = {"E": 3, "H": 10, "I": 7}
 FORMS = (*SPELLINGS, UNFUSED, SINGLE)
 
 
-def test_the_names_of_each_form_are_those_that_are_published() -> None:
+def test_the_names_of_each_form_are_those_that_are_published():
     assert [(form.name, form.readable, form.writable) for form in SPELLINGS] == [
         ("current", True, True),
         ("legacy", True, False),
@@ -39,7 +37,7 @@ def test_the_names_of_each_form_are_those_that_are_published() -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.role)
-def test_the_parts_of_a_role_cover_it_once_and_are_found_by_name(form: Spelling, rule: Rule) -> None:
+def test_the_parts_of_a_role_cover_it_once_and_are_found_by_name(form, rule):
     shape = shape_of(rule, Layout.HF, SIZES)
     covered = torch.zeros(shape, dtype=torch.int)
     for rest, part in form.parts(rule, SIZES["E"]):
@@ -56,13 +54,13 @@ def test_the_parts_of_a_role_cover_it_once_and_are_found_by_name(form: Spelling,
 
 
 @pytest.mark.parametrize("number", ["00", "01", "-1", "", "x", "٣", "1" * 10, " 1", "1.0"])
-def test_an_expert_has_a_plain_number(number: str) -> None:
+def test_an_expert_has_a_plain_number(number):
     assert PER_EXPERT.find(f"experts.{number}.gate_proj.weight") is None
     assert PER_EXPERT.find("experts.10.up_proj.weight") == (GATE_UP, Part(10, 1, 2))
     assert PER_EXPERT.find("experts.10.up_proj.weight\n") is None
 
 
-def test_only_readable_forms_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_readable_forms_are_found(monkeypatch):
     assert find("experts.3.down_proj.weight") is None
     assert find("experts.down_proj") == (CURRENT, DOWN, WHOLE)
     assert find("moe.down_proj") == (LEGACY, DOWN, WHOLE)
@@ -84,6 +82,6 @@ def test_only_readable_forms_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         ({SCALE: ("scale.{}",)}, "can't store scale"),
     ],
 )
-def test_a_form_that_can_not_be_is_refused_when_it_is_built(names: dict[Rule, tuple[str, ...]], words: str) -> None:
+def test_a_form_that_can_not_be_is_refused_when_it_is_built(names, words):
     with pytest.raises(AssertionError, match=words):
         Spelling("wrong", names)

@@ -1,13 +1,11 @@
 """The table: its rows, and what operations do to shapes and axes, against what torch does to tensors."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
 import torch
 
-from gemma4_moe.layout.dtypes import BFLOAT16, EXPERT_DTYPES, FLOAT8_E4M3, FLOAT16, FLOAT32, DType, is_exact
+from gemma4_moe.layout.dtypes import BFLOAT16, EXPERT_DTYPES, FLOAT8_E4M3, FLOAT16, FLOAT32, is_exact
 from gemma4_moe.layout.table import (
     DOWN,
     EXPERT_RULES,
@@ -18,7 +16,6 @@ from gemma4_moe.layout.table import (
     SCALE,
     Layout,
     Operation,
-    Rule,
     converted_axis,
     converted_shape,
     shape_of,
@@ -32,7 +29,7 @@ SHAPES = {
 }
 
 
-def test_the_operations_and_axes_are_those_of_the_format() -> None:
+def test_the_operations_and_axes_are_those_of_the_format():
     found = {rule.role: (rule.operation, " ".join(rule.hf_axes), " ".join(rule.nemo_axes)) for rule in RULES}
     assert found == {
         "gate_up": (Operation.TRANSPOSE, "E 2I H", "E H 2I"),
@@ -46,13 +43,13 @@ def test_the_operations_and_axes_are_those_of_the_format() -> None:
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_shapes_are_those_of_the_format(layout: Layout) -> None:
+def test_shapes_are_those_of_the_format(layout):
     found = {rule: shape_of(rule, layout, SIZES) for rule in RULES if rule.axes(layout)}
     assert found == SHAPES[layout]
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.in_nemo], ids=lambda rule: rule.role)
-def test_the_operation_leads_from_one_column_of_the_table_to_the_other_and_back(rule: Rule) -> None:
+def test_the_operation_leads_from_one_column_of_the_table_to_the_other_and_back(rule):
     there = converted_shape(rule.operation, SHAPES[Layout.HF][rule])
     assert there == SHAPES[Layout.NEMO][rule]
     assert converted_shape(rule.operation, there) == SHAPES[Layout.HF][rule]
@@ -65,7 +62,7 @@ def test_the_operation_leads_from_one_column_of_the_table_to_the_other_and_back(
     ("operation", "ndim"),
     [(operation, ndim) for operation in Operation for ndim in (1, 2, 3, 4) if ndim > 1 or not transposes(operation)],
 )
-def test_axes_move_as_shapes_do(operation: Operation, ndim: int) -> None:
+def test_axes_move_as_shapes_do(operation, ndim):
     shape = tuple(range(2, 2 + ndim))
     converted = converted_shape(operation, shape)
     assert [converted[converted_axis(operation, axis, ndim)] for axis in range(ndim)] == list(shape)
@@ -75,12 +72,12 @@ def test_axes_move_as_shapes_do(operation: Operation, ndim: int) -> None:
 
 @pytest.mark.parametrize("model", EXPERT_DTYPES, ids=lambda dtype: dtype.tag)
 @pytest.mark.parametrize("file", [*EXPERT_DTYPES, FLOAT8_E4M3], ids=lambda dtype: dtype.tag)
-def test_a_load_in_place_is_exact_where_the_model_holds_every_value_of_the_file(file: DType, model: DType) -> None:
+def test_a_load_in_place_is_exact_where_the_model_holds_every_value_of_the_file(file, model):
     inexact = {(FLOAT32, BFLOAT16), (FLOAT32, FLOAT16), (FLOAT16, BFLOAT16), (BFLOAT16, FLOAT16)}
     assert is_exact(file, model) == ((file, model) not in inexact)
 
 
-def test_no_two_rows_share_a_name() -> None:
+def test_no_two_rows_share_a_name():
     for layout in Layout:
         names = [rule.name(layout) for rule in RULES if rule.axes(layout)]
         assert len(names) == len(set(names))
@@ -88,7 +85,7 @@ def test_no_two_rows_share_a_name() -> None:
         assert first.role != second.role
 
 
-def test_a_row_leads_to_what_it_becomes() -> None:
+def test_a_row_leads_to_what_it_becomes():
     assert {rule.role: [other.role for other in rule.yields(Layout.HF)] for rule in RULES if rule.in_nemo} == {
         "gate_up": ["gate_up"],
         "down": ["down", "scale"],

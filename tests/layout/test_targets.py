@@ -1,7 +1,5 @@
 """Targets from names, shapes and dtypes: what is made, from which bytes, with which dtype; and at the real size."""
 
-from __future__ import annotations
-
 from time import perf_counter
 from typing import NamedTuple
 
@@ -13,7 +11,7 @@ from gemma4_moe.layout.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.spellings.per_expert import PER_EXPERT
 from gemma4_moe.layout.table import CHECKPOINT_RULES, EXPERT_RULES, Layout, Operation
-from gemma4_moe.layout.targets import Target, hf_tensors, targets_of
+from gemma4_moe.layout.targets import hf_tensors, targets_of
 from support import forms
 from support.sparse import real_names_and_shapes
 
@@ -45,15 +43,15 @@ NEMO = [
 ]
 
 
-def planned(tensors: list[Tensor], layout: Layout, **how: object) -> dict[str, Target[Tensor]]:
+def planned(tensors, layout, **how):
     return targets_of(tensors, Inventory(layout), CHECKPOINT_RULES[layout], **how)
 
 
-def described(targets: dict[str, Target[Tensor]]) -> list[tuple[str, tuple[int, ...], DType]]:
+def described(targets):
     return [(target.name, target.shape, target.dtype) for target in targets.values()]
 
 
-def test_each_layout_becomes_the_other() -> None:
+def test_each_layout_becomes_the_other():
     found = planned(HF, Layout.HF)
     assert sorted(described(found)) == sorted((t.name, t.shape, t.dtype) for t in NEMO)
     down = found[LAYER + "moe.experts.down_projs"]
@@ -67,13 +65,13 @@ def test_each_layout_becomes_the_other() -> None:
     assert (ones.source, ones.origin, ones.operation) == (None, NEMO[1], Operation.FOLD)
 
 
-def test_a_cast_is_for_floating_point_tensors_and_the_scale_has_its_experts_dtype() -> None:
+def test_a_cast_is_for_floating_point_tensors_and_the_scale_has_its_experts_dtype():
     for tensors, layout in ((HF, Layout.HF), (NEMO, Layout.NEMO)):
         found = planned(tensors, layout, cast=FLOAT16)
         assert {name for name, target in found.items() if target.dtype != FLOAT16} == {"m.count"}
 
 
-def test_targets_are_in_natural_order_whatever_the_order_of_the_sources() -> None:
+def test_targets_are_in_natural_order_whatever_the_order_of_the_sources():
     tensors = [Tensor(f"layers.{n}.{t.name.removeprefix(LAYER)}", t.shape) for n in (10, 2, 0) for t in NEMO[:4]]
     names = [
         f"layers.{n}.{rest}"
@@ -89,10 +87,10 @@ def test_targets_are_in_natural_order_whatever_the_order_of_the_sources() -> Non
     assert list(planned(tensors, Layout.NEMO)) == list(planned(tensors[::-1], Layout.NEMO)) == names
 
 
-def test_reads_say_where_each_byte_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_say_where_each_byte_goes(monkeypatch):
     monkeypatch.setattr(spellings, "SPELLINGS", (*spellings.SPELLINGS, forms.UNFUSED, forms.SINGLE))
 
-    def gate_up(tensors: list[Tensor]) -> Target[Tensor]:
+    def gate_up(tensors):
         return planned([*tensors, *HF[1:]], Layout.HF)[LAYER + "moe.experts.gate_and_up_projs"]
 
     assert reads(gate_up(HF[:1]), 2, 5) == [(HF[0].name, 2 * 280, 5 * 280, (2, 5), (0, 14))]
@@ -113,12 +111,12 @@ def test_reads_say_where_each_byte_goes(monkeypatch: pytest.MonkeyPatch) -> None
     assert [name for name, *_ in reads(single, 5, 6)] == [LAYER + "moe.w5.one", LAYER + "moe.w5.three"]
 
 
-def reads(target: Target[Tensor], first: int, last: int) -> list[tuple[object, ...]]:
+def reads(target, first, last):
     found = target.source.reads(first, last)
     return [(read.stored.name, read.start, read.end, read.experts, read.rows) for read in found]
 
 
-def test_what_has_no_experts_is_read_by_elements() -> None:
+def test_what_has_no_experts_is_read_by_elements():
     others = [Tensor("m.empty", (0, 3)), Tensor("m.packed", (5, 4), dtypes.BY_TAG["F4"])]
     found = planned([*HF, *others], Layout.HF)
     for name, first, last, expected in (
@@ -130,7 +128,7 @@ def test_what_has_no_experts_is_read_by_elements() -> None:
         assert [read[1:3] for read in reads(found[name], first, last)] == expected, name
 
 
-def test_one_tensor_an_expert_is_written_in_the_order_of_the_roles() -> None:
+def test_one_tensor_an_expert_is_written_in_the_order_of_the_roles():
     found = planned(NEMO, Layout.NEMO, spelling=PER_EXPERT)
     expected = [f"{LAYER}experts.{e}.down_proj.weight" for e in range(E)]
     expected += [f"{LAYER}experts.{e}.{half}_proj.weight" for e in range(E) for half in ("gate", "up")]
@@ -139,14 +137,14 @@ def test_one_tensor_an_expert_is_written_in_the_order_of_the_roles() -> None:
     assert all(found[name].origin in NEMO[:2] for name in expected)
 
 
-def test_what_is_wrong_is_raised_before_anything_is_made() -> None:
+def test_what_is_wrong_is_raised_before_anything_is_made():
     with pytest.raises(TensorShapeError):
         planned([*HF[:1], Tensor(HF[1].name, (E, I, H)), *HF[2:]], Layout.HF)
     with pytest.raises(InputError, match="scale missing"):
         targets_of([*HF[:2], *HF[3:]], Inventory(Layout.HF), EXPERT_RULES[Layout.HF])
 
 
-def test_the_hf_names_of_a_native_tensor() -> None:
+def test_the_hf_names_of_a_native_tensor():
     inventory = Inventory(Layout.NEMO)
     names = {t.name: [hf for hf, _ in hf_tensors(inventory.add(t.name, t.shape), t.name)] for t in NEMO}
     assert names[LAYER + "moe.experts.down_projs"] == [LAYER + "experts.down_proj", LAYER + "router.per_expert_scale"]
@@ -154,7 +152,7 @@ def test_the_hf_names_of_a_native_tensor() -> None:
     assert sorted(name for found in names.values() for name in found) == sorted(tensor.name for tensor in HF)
 
 
-def test_the_real_model_with_one_tensor_an_expert_is_planned_in_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_model_with_one_tensor_an_expert_is_planned_in_two_seconds(monkeypatch):
     monkeypatch.setattr(spellings, "SPELLINGS", (*spellings.SPELLINGS, forms.SINGLE))
     tensors = []
     for name, shape in real_names_and_shapes().items():

@@ -1,9 +1,6 @@
 """What a load holds beside the model: what `plan` predicts is what `load_hf` takes."""
 
-from __future__ import annotations
-
 import itertools
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,14 +13,10 @@ from support.checkpoints import write_checkpoint
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
 E, H, I = 3, 10, 7  # noqa: E741
 
 
-def most_at_once(load: Callable[[], object]) -> int:
+def most_at_once(load):
     """Return the most bytes that torch's allocator had handed out at once, beyond those before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         load()
@@ -36,13 +29,13 @@ def most_at_once(load: Callable[[], object]) -> int:
 @pytest.mark.parametrize("block", [64, 10**6])
 @pytest.mark.parametrize("beside", [None, (2, 30, 40)])
 def test_the_prediction_is_what_a_load_takes(
-    dtype: str,
-    stored: torch.dtype,
-    block: int,
-    beside: tuple[int, ...] | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    dtype,
+    stored,
+    block,
+    beside,
+    tmp_path,
+    monkeypatch,
+):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
     state = {name: tensor.to(stored) for name, tensor in random_hf_state_dict(E=E, H=H, I=I).items()}
     if beside is not None:
@@ -56,6 +49,6 @@ def test_the_prediction_is_what_a_load_takes(
     assert 0 <= most_at_once(lambda: load_hf(model, source)) - expected <= 2 * scale + 128, "a copy beside the buffer"
 
 
-def test_rows_at_once_fill_a_block_and_are_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_at_once_fill_a_block_and_are_at_least_one(monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 100)
     assert [blocks.rows_at_once(row) for row in (0, 1, 33, 50, 100, 101, 10**9)] == [100, 100, 3, 2, 1, 1, 1]

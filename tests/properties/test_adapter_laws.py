@@ -1,10 +1,7 @@
 """The laws of the adapter for any sizes, dtypes, values, prefixes and layer numbers; each is about one drawn model."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,9 +10,6 @@ from hypothesis import strategies as st
 
 from gemma4_moe import Gemma4MoEStateDictAdapter
 from support.formulas import assert_same_tensors, hf_from_nemo, legacy_name, nemo_from_hf
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 State = dict[str, torch.Tensor]
 
@@ -38,17 +32,17 @@ class Model:
     layers: tuple[int, ...]
     seed: int
 
-    def hf(self, prefix: str | None = None) -> State:
+    def hf(self, prefix=None):
         """The hf state dict; weights are ordinary or at the ends of the range, no scale is one, zero or infinite."""
         generator = torch.Generator().manual_seed(self.seed)
         prefix = self.prefix if prefix is None else prefix
 
-        def weights(*shape: int) -> torch.Tensor:
+        def weights(*shape):
             drawn = torch.randn(shape, generator=generator)
             edges = torch.tensor(_EDGES)[torch.randint(len(_EDGES), shape, generator=generator)]
             return torch.where(torch.rand(shape, generator=generator) < 0.2, edges, drawn).to(self.file)
 
-        def scales(*shape: int) -> torch.Tensor:
+        def scales(*shape):
             drawn = torch.empty(shape).uniform_(1.05, 1.95, generator=generator)
             signs = torch.where(torch.rand(shape, generator=generator) < 0.2, -1.0, 1.0)
             return (drawn * signs * 2.0 ** torch.randint(-2, 2, shape, generator=generator)).to(self.scale)
@@ -65,7 +59,7 @@ class Model:
             }
         return state
 
-    def nemo(self) -> State:
+    def nemo(self):
         """A nemo state dict in the target dtype whose bits are random: any NaN, any subnormal."""
         generator = torch.Generator().manual_seed(self.seed)
         word = _WORDS[self.target]
@@ -76,37 +70,37 @@ class Model:
             for name, shape in shapes.items()
         }
 
-    def adapter(self) -> Gemma4MoEStateDictAdapter:
+    def adapter(self):
         return Gemma4MoEStateDictAdapter(None, None, None, dtype=self.target)
 
 
-def nemo_to_hf_to_nemo_is_bit_exact(model: Model) -> None:
+def nemo_to_hf_to_nemo_is_bit_exact(model):
     nemo = model.nemo()
     assert_same_tensors(model.adapter().from_hf(model.adapter().to_hf(nemo)), nemo)
 
 
-def hf_to_nemo_is_the_formula(model: Model) -> None:
+def hf_to_nemo_is_the_formula(model):
     hf = model.hf()
     found = model.adapter().from_hf(hf)
     assert_same_tensors(found, nemo_from_hf(hf, model.target))
     assert all(tensor.is_contiguous() for tensor in found.values())
 
 
-def nemo_to_hf_is_the_formula(model: Model) -> None:
+def nemo_to_hf_is_the_formula(model):
     nemo = model.nemo()
     found = Gemma4MoEStateDictAdapter(None, None, None, dtype=model.file).to_hf(nemo)  # the tensors' dtype counts
     assert_same_tensors(found, hf_from_nemo(nemo))
     assert all(tensor.is_contiguous() for tensor in found.values())
 
 
-def every_name_keeps_its_prefix(model: Model) -> None:
+def every_name_keeps_its_prefix(model):
     under, bare = (model.adapter().from_hf(model.hf(prefix)) for prefix in (model.prefix, ""))
     assert_same_tensors(under, {model.prefix + name: tensor for name, tensor in bare.items()})
     back, back_bare = model.adapter().to_hf(under), model.adapter().to_hf(bare)
     assert_same_tensors(back, {model.prefix + name: tensor for name, tensor in back_bare.items()})
 
 
-def the_order_of_entries_is_free(model: Model) -> None:
+def the_order_of_entries_is_free(model):
     hf = model.hf()
     expected = model.adapter().from_hf(hf)
     names = list(hf)
@@ -115,7 +109,7 @@ def the_order_of_entries_is_free(model: Model) -> None:
     assert_same_tensors(model.adapter().from_hf({name: hf[name] for name in names}), expected)
 
 
-def the_legacy_spelling_means_the_same(model: Model) -> None:
+def the_legacy_spelling_means_the_same(model):
     hf = model.hf()
     legacy = {legacy_name(name): tensor for name, tensor in hf.items()}
     assert len(legacy.keys() - hf.keys()) == 3 * len(model.layers)
@@ -124,11 +118,11 @@ def the_legacy_spelling_means_the_same(model: Model) -> None:
         assert_same_tensors(model.adapter().from_hf(state), model.adapter().from_hf(hf))
 
 
-def slicing_experts_and_converting_commute(model: Model) -> None:
+def slicing_experts_and_converting_commute(model):
     first = model.seed % model.E
     chosen = slice(first, first + 1 + model.seed // model.E % (model.E - first))
 
-    def sliced(state: State) -> State:
+    def sliced(state):
         return {name: tensor[chosen] if _has_experts(name) else tensor for name, tensor in state.items()}
 
     hf, nemo = model.hf(), model.nemo()
@@ -136,7 +130,7 @@ def slicing_experts_and_converting_commute(model: Model) -> None:
     assert_same_tensors(model.adapter().to_hf(sliced(nemo)), sliced(model.adapter().to_hf(nemo)))
 
 
-def tensor_by_tensor_is_the_whole(model: Model) -> None:
+def tensor_by_tensor_is_the_whole(model):
     nemo = model.nemo()
     whole = model.adapter().to_hf(nemo)
     single = model.adapter().convert_single_tensor_to_hf
@@ -145,7 +139,7 @@ def tensor_by_tensor_is_the_whole(model: Model) -> None:
     assert_same_tensors(dict(pairs), whole)
 
 
-def loading_in_place_is_loading_in_memory(model: Model) -> None:
+def loading_in_place_is_loading_in_memory(model):
     if model.target not in (model.file, torch.float32):
         return  # the reader rounds before the scale multiplies: not exact, and not promised
     hf = model.hf()
@@ -173,7 +167,7 @@ LAWS = (
 )
 
 
-def _has_experts(name: str) -> bool:
+def _has_experts(name):
     return not name.endswith(("embed_tokens.weight", "router.scale", "moe.gate.scale"))
 
 
@@ -205,5 +199,5 @@ MODELS = st.builds(
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(model=MODELS)
-def test_law(law: Callable[[Model], None], model: Model) -> None:
+def test_law(law, model):
     law(model)

@@ -1,9 +1,7 @@
 """Each law has been seen to fail: here the code is broken on purpose, once for each way, and the law must notice."""
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +15,6 @@ from gemma4_moe.layout.table import ROUTER_SCALE
 from properties import test_adapter_laws as laws
 from properties.test_adapter_laws import Model
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 BF16, FP32 = torch.bfloat16, torch.float32
 NARROW = Model(6, 10, 7, file=BF16, scale=FP32, target=BF16, prefix="tower.", layers=(3, 11), seed=5)
 WIDE = Model(6, 10, 7, file=BF16, scale=BF16, target=FP32, prefix="tower.", layers=(3, 11), seed=5)
@@ -28,25 +23,25 @@ convert = kernels.transpose_scale_cast
 fold_in_place = kernels.scale_in_place
 
 
-def of_scales(change: Callable[[Any], Any]) -> Callable[..., Any]:
+def of_scales(change):
     return lambda x, *, scale=None, **how: convert(x, scale=None if scale is None else change(scale), **how)
 
 
-def of_values(change: Callable[[Any], Any]) -> Callable[..., Any]:
+def of_values(change):
     return lambda x, **how: convert(change(x), **how)
 
 
-def of_the_way_back(change: Callable[..., Any]) -> Callable[..., Any]:
+def of_the_way_back(change):
     return lambda x, *, dtype=None, **how: (change if dtype is None else convert)(x, dtype=dtype, **how)
 
 
-def product_is_rounded_before_the_cast(x: Any, *, scale: Any = None, dtype: Any = None, **how: Any) -> Any:
+def product_is_rounded_before_the_cast(x, *, scale=None, dtype=None, **how):
     if scale is None:
         return convert(x, dtype=dtype, **how)
     return (x * scale.to(x.dtype)[:, None, None]).mT.to(dtype).contiguous()
 
 
-def gate_and_up_are_exchanged(x: Any, **how: Any) -> Any:
+def gate_and_up_are_exchanged(x, **how):
     found = convert(x, **how)
     rows = found.shape[1]
     return torch.roll(found, rows // 2, 1) if rows % 2 == 0 else found
@@ -57,12 +52,12 @@ class ThatOfTheCallBefore:
 
     before: Any = None
 
-    def __call__(self, scale: Any) -> Any:
+    def __call__(self, scale):
         used, self.before = self.before, scale
         return scale if used is None else used
 
 
-KERNELS: dict[str, Callable[..., Any]] = {
+KERNELS = {
     "scale is forgotten": of_scales(torch.ones_like),
     "scale is rounded first": of_scales(lambda scale: scale.to(BF16)),
     "product is rounded before the cast": product_is_rounded_before_the_cast,
@@ -75,11 +70,11 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "every NaN is the same": of_values(lambda x: torch.where(x.isnan(), torch.full_like(x, float("nan")), x)),
     "minus zero is lost": of_values(lambda x: x + 0),
 }
-FOLDS: dict[str, Callable[..., Any]] = {
+FOLDS = {
     "fold is forgotten": lambda x, *_, **__: x,
     "fold rounds the scale first": lambda x, scale, **how: fold_in_place(x, scale.to(BF16).float(), **how),
 }
-BROKEN: list[tuple[Callable[[Model], None], str, Model]] = [
+BROKEN = [
     (laws.hf_to_nemo_is_the_formula, "scale is forgotten", NARROW),
     (laws.hf_to_nemo_is_the_formula, "scale is rounded first", NARROW),
     (laws.hf_to_nemo_is_the_formula, "product is rounded before the cast", WIDE),
@@ -100,9 +95,7 @@ BROKEN: list[tuple[Callable[[Model], None], str, Model]] = [
 
 
 @pytest.mark.parametrize(("law", "fault", "model"), BROKEN, ids=lambda value: getattr(value, "__name__", str(value)))
-def test_a_broken_kernel_breaks_the_law(
-    monkeypatch: pytest.MonkeyPatch, law: Callable[[Model], None], fault: str, model: Model
-) -> None:
+def test_a_broken_kernel_breaks_the_law(monkeypatch, law, fault, model):
     whole, broken = (fold_in_place, FOLDS[fault]) if fault in FOLDS else (convert, KERNELS[fault])
     for module in [module for name, module in sys.modules.items() if name.startswith("gemma4_moe")]:
         if vars(module).get(whole.__name__) is whole:
@@ -111,20 +104,20 @@ def test_a_broken_kernel_breaks_the_law(
         law(model)
 
 
-def test_a_prefix_that_is_rewritten_breaks_its_law(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefix_that_is_rewritten_breaks_its_law(monkeypatch):
     rewritten = property(lambda name: f"model.language_model.layers.{name.layer}.")
     monkeypatch.setattr(names.MoEName, "layer_path", rewritten)
     with pytest.raises(AssertionError):
         laws.every_name_keeps_its_prefix(NARROW)
 
 
-def test_a_legacy_spelling_that_means_another_row_breaks_its_law(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_legacy_spelling_that_means_another_row_breaks_its_law(monkeypatch):
     monkeypatch.setitem(LEGACY._fixed, "moe.down_proj", (ROUTER_SCALE, WHOLE))
     with pytest.raises(DuplicateTensorError):
         laws.the_legacy_spelling_means_the_same(NARROW)
 
 
-def test_a_single_tensor_that_loses_its_scale_breaks_its_law(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_tensor_that_loses_its_scale_breaks_its_law(monkeypatch):
     whole = Gemma4MoEStateDictAdapter.convert_single_tensor_to_hf
     monkeypatch.setattr(
         Gemma4MoEStateDictAdapter, "convert_single_tensor_to_hf", lambda *given, **more: whole(*given, **more)[:1]
@@ -133,7 +126,7 @@ def test_a_single_tensor_that_loses_its_scale_breaks_its_law(monkeypatch: pytest
         laws.tensor_by_tensor_is_the_whole(NARROW)
 
 
-def test_every_law_holds_for_these_models_and_is_broken_above() -> None:
+def test_every_law_holds_for_these_models_and_is_broken_above():
     for law in laws.LAWS:
         law(NARROW)
         law(WIDE)

@@ -1,9 +1,6 @@
 """A form of the hf layout is an object and a row of the registry: two made-up ones go through every entrance."""
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.converter import blocks
 from gemma4_moe.errors import (
     DuplicateTensorError,
-    Gemma4MoEError,
     IncompleteExpertsError,
     TensorShapeError,
     UsageError,
@@ -29,10 +25,6 @@ from support.formulas import assert_same_tensors, hf_from_nemo, nemo_from_hf
 from support.models import random_hf_state_dict, read_directory
 from support.streams import assert_same_stream
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
 E, H, I = 6, 10, 7  # noqa: E741
 HF = random_hf_state_dict()
 LAYER = "model.language_model.layers.1."
@@ -41,28 +33,27 @@ PARTS = {"unfused": ("ffn.bank.up", "experts.gate_up_proj"), "single": ("moe.w3.
 
 
 @pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def _registered(monkeypatch):
     monkeypatch.setattr(spellings, "SPELLINGS", spellings.SPELLINGS)
     forms.register()
 
 
 @pytest.fixture(params=FORMS)
-def form(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+def form(request):
+    return request.param
 
 
-def adapter(dtype: torch.dtype = torch.bfloat16, *, sizes: bool = True) -> Gemma4MoEStateDictAdapter:
+def adapter(dtype=torch.bfloat16, *, sizes=True):
     return Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I) if sizes else None, None, dtype)
 
 
-def written(directory: Path, form: str, hf: dict[str, torch.Tensor] = HF) -> Path:
+def written(directory, form, hf=HF):
     """A checkpoint in a form."""
     return write_checkpoint(directory, FORMS[form](hf), config_of(hf))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_convert_leads_to_nemo_and_back(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_convert_leads_to_nemo_and_back(form, dtype, tmp_path):
     source = written(tmp_path / "hf", form)
     name = str(dtype).removeprefix("torch.")
     convert(source, tmp_path / "nemo", dtype=name, workers=1)
@@ -72,9 +63,7 @@ def test_convert_leads_to_nemo_and_back(form: str, dtype: torch.dtype, tmp_path:
     assert_same_tensors(read_directory(tmp_path / "back"), hf_from_nemo(nemo))
 
 
-def test_blocks_of_any_size_give_the_same_bytes_and_facts(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_of_any_size_give_the_same_bytes_and_facts(form, tmp_path, monkeypatch):
     hf = random_hf_state_dict(layers=1, E=12, H=480, I=416, dtype=torch.float32)
     path = "model.language_model.layers.0.experts."
     hf[path + "gate_up_proj"][::5, 400:900, 7] = 1e6  # beyond fp16, in gate's rows and in up's
@@ -93,19 +82,19 @@ def test_blocks_of_any_size_give_the_same_bytes_and_facts(
     assert facts == [facts[0]] * 6
 
 
-def test_a_base_in_a_form_gives_its_own_bits_back(form: str, tmp_path: Path) -> None:
+def test_a_base_in_a_form_gives_its_own_bits_back(form, tmp_path):
     base = written(tmp_path / "base", form)
     convert(base, tmp_path / "nemo")
     convert(tmp_path / "nemo", tmp_path / "back", base=base)
     assert_same_tensors(read_directory(tmp_path / "back"), HF)
 
 
-def test_inspect_names_the_form_and_finds_nothing_wrong(form: str, tmp_path: Path) -> None:
+def test_inspect_names_the_form_and_finds_nothing_wrong(form, tmp_path):
     found = inspect(written(tmp_path / "hf", form))
     assert (found.layout, found.spelling, found.problems) == ("hf", form, ())
 
 
-def test_load_hf_fills_a_model(form: str, tmp_path: Path) -> None:
+def test_load_hf_fills_a_model(form, tmp_path):
     expected = nemo_from_hf(HF, torch.float32)
     model = {name: torch.full_like(tensor, 3) for name, tensor in expected.items()}
     found = load_hf(model, written(tmp_path / "hf", form))
@@ -113,13 +102,13 @@ def test_load_hf_fills_a_model(form: str, tmp_path: Path) -> None:
     assert found.read_bytes == sum(tensor.nbytes for tensor in HF.values())
 
 
-def pairs(state: dict[str, Any], order: str) -> Iterator[tuple[str, Any]]:
+def pairs(state, order):
     yield from sorted(state.items(), reverse=order == "backwards")
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_from_hf_takes_it_in_any_order_and_into_out(form: str, order: str, dtype: torch.dtype) -> None:
+def test_from_hf_takes_it_in_any_order_and_into_out(form, order, dtype):
     expected = nemo_from_hf(HF, dtype)
     state = FORMS[form](HF)
     assert_same_tensors(adapter(dtype).from_hf(pairs(state, order)), expected)
@@ -130,7 +119,7 @@ def test_from_hf_takes_it_in_any_order_and_into_out(form: str, order: str, dtype
     assert all(found[name] is out[name] for name in out)
 
 
-def test_from_hf_reads_lazy_slices(form: str, tmp_path: Path) -> None:
+def test_from_hf_reads_lazy_slices(form, tmp_path):
     directory = written(tmp_path / "hf", form)
     files = [safe_open(file, "pt") for file in sorted(directory.glob("*.safetensors"))]
     lazy = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
@@ -138,14 +127,14 @@ def test_from_hf_reads_lazy_slices(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_take_their_own_part(form: str, world: int, tmp_path: Path) -> None:
+def test_ranks_take_their_own_part(form, world, tmp_path):
     hf = random_hf_state_dict(E=io_checks.E, H=io_checks.H, I=io_checks.I, layers=2)
     ranks.run(world, io_checks.check_form, world, written(tmp_path / "hf", form, hf), form)
 
 
-def test_a_stream_writes_it_and_it_can_be_read_again(form: str) -> None:
+def test_a_stream_writes_it_and_it_can_be_read_again(form):
     nemo = nemo_from_hf(HF)
-    stream: Any = WeightStream(adapter(), nemo, experts=form)
+    stream = WeightStream(adapter(), nemo, experts=form)
     sent = FORMS[form](hf_from_nemo(nemo))
     assert_same_stream(sorted(stream, key=lambda pair: pair[0]), sorted(sent.items()))
     in_buckets = [pair for bucket in stream.buckets() for pair in bucket.tensors()]
@@ -153,7 +142,7 @@ def test_a_stream_writes_it_and_it_can_be_read_again(form: str) -> None:
     assert_same_tensors(adapter().from_hf(sent), nemo)
 
 
-def refused(state: dict[str, Any], error: type[Gemma4MoEError], words: str, tmp_path: Path) -> list[Gemma4MoEError]:
+def refused(state, error, words, tmp_path):
     """Return the error of each entrance, which must be of this type and have these words."""
     source = write_checkpoint(tmp_path / "bad", state, config_of(HF))
     nemo = {name: torch.zeros_like(tensor) for name, tensor in nemo_from_hf(HF).items()}
@@ -172,7 +161,7 @@ def refused(state: dict[str, Any], error: type[Gemma4MoEError], words: str, tmp_
     return [*found, *problems]
 
 
-def test_a_part_that_is_missing_or_there_twice_or_of_another_dtype_is_named(form: str, tmp_path: Path) -> None:
+def test_a_part_that_is_missing_or_there_twice_or_of_another_dtype_is_named(form, tmp_path):
     state = FORMS[form](HF)
     name, other = (LAYER + part for part in PARTS[form])
     twice = torch.zeros(E, 2 * I if "gate_up" in other else I, H, dtype=torch.bfloat16)
@@ -189,18 +178,18 @@ def test_a_part_that_is_missing_or_there_twice_or_of_another_dtype_is_named(form
         assert number or {problem.facts["tensor"] for problem in found} == {name}
 
 
-def test_an_expert_too_many_is_named(tmp_path: Path) -> None:
+def test_an_expert_too_many_is_named(tmp_path):
     name = f"{LAYER}moe.w{E}.one"
     state = FORMS["single"](HF) | {name: torch.zeros(I, H, dtype=torch.bfloat16)}
     found = refused(state, TensorShapeError, "an expert that the model does not have", tmp_path)
     assert {error.facts["tensor"] for error in found} == {name}
 
 
-def test_experts_that_come_before_their_number_is_known_are_refused() -> None:
+def test_experts_that_come_before_their_number_is_known_are_refused():
     state = FORMS["single"](HF)
     with pytest.raises(UsageError, match="number of experts is not known"):
         adapter(sizes=False).from_hf((name, state[name]) for name in sorted(state, key=lambda name: "one" not in name))
 
 
-def test_a_dtensor_among_them_is_refused(form: str) -> None:
+def test_a_dtensor_among_them_is_refused(form):
     ranks.run(1, io_checks.check_form_of_dtensors, form)

@@ -1,9 +1,5 @@
 """What one entrance refuses, all refuse, in the same words: experts of a dtype that is not converted."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 import pytest
 
 from gemma4_moe import Gemma4MoEStateDictAdapter, convert, inspect, load_hf, plan, save_hf
@@ -14,9 +10,6 @@ from support.checkpoints import write_checkpoint
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 PATH = "model.language_model.layers.1."
 HF_NAME, NEMO_NAME = PATH + "experts.gate_up_proj", PATH + "moe.experts.gate_and_up_projs"
 GOOD = random_hf_state_dict()
@@ -25,12 +18,12 @@ NEMO = nemo_from_hf(HF)
 ADAPTER = Gemma4MoEStateDictAdapter(None, MoEConfig(6, 10, 7), None)
 
 
-def inspected(directory: Path) -> None:
+def inspected(directory):
     (problem,) = inspect(directory).problems
     raise problem
 
 
-ENTRANCES: dict[str, Any] = {
+ENTRANCES = {
     "inspect": lambda tmp: inspected(tmp / "hf"),
     "plan": lambda tmp: plan(tmp / "hf"),
     "convert": lambda tmp: convert(tmp / "hf", tmp / "nemo"),
@@ -48,7 +41,7 @@ ENTRANCES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("entrance", ENTRANCES)
-def test_experts_in_float64_are_refused(entrance: str, tmp_path: Path) -> None:
+def test_experts_in_float64_are_refused(entrance, tmp_path):
     write_checkpoint(tmp_path / "hf", HF)
     with pytest.raises(TensorShapeError) as caught:
         ENTRANCES[entrance](tmp_path)

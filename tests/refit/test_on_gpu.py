@@ -1,7 +1,5 @@
 """Buckets on a GPU: ordered by streams alone, and within two buffers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -16,14 +14,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def native_on_gpu(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def native_on_gpu(dtype):
     return {name: tensor.cuda() for name, tensor in nemo_state(dtype=dtype).items()}
 
 
 @pytest.mark.parametrize("experts", ["fused", "per-expert"])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_buckets_that_are_read_late_on_another_stream(experts: str, dtype: torch.dtype) -> None:
-    stream = WeightStream(ADAPTER, native_on_gpu(dtype), dtype=BF16, experts=experts, bucket_bytes=3000)  # type: ignore[arg-type]
+def test_buckets_that_are_read_late_on_another_stream(experts, dtype):
+    stream = WeightStream(ADAPTER, native_on_gpu(dtype), dtype=BF16, experts=experts, bucket_bytes=3000)
     late, found = torch.cuda.Stream(), []
     for bucket in stream.buckets():
         late.wait_stream(torch.cuda.current_stream())
@@ -35,7 +33,7 @@ def test_buckets_that_are_read_late_on_another_stream(experts: str, dtype: torch
     assert_same_stream(found, expected_stream(nemo_state(dtype=dtype), experts=experts, dtype=BF16))
 
 
-def test_a_pass_never_waits_for_the_device() -> None:
+def test_a_pass_never_waits_for_the_device():
     stream = WeightStream(ADAPTER, native_on_gpu(FP32), dtype=BF16, bucket_bytes=3000)
     for _ in stream.buckets():  # compiles the kernel, which does wait
         pass
@@ -44,7 +42,7 @@ def test_a_pass_never_waits_for_the_device() -> None:
             pass
 
 
-def test_a_pass_takes_two_buffers_of_memory() -> None:
+def test_a_pass_takes_two_buffers_of_memory():
     H, I = 512, 192  # noqa: E741
     shapes = {"gate_and_up_projs": (E, H, 2 * I), "down_projs": (E, I, H)}
     state = {

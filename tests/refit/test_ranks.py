@@ -1,9 +1,5 @@
 """The stream over 2 and 4 gloo ranks: the same names, order and bits as in one process, on every rank or on one."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,30 +16,26 @@ from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 from support.streams import ADAPTER, assert_same_stream, copied, expected_stream, nemo_state
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor.placement_types import Placement
-
 BF16, FP32 = torch.bfloat16, torch.float32
 #: Experts, hidden size, inner size: uneven on every axis; for 4 ranks with fewer experts than ranks, too.
 SIZES = {2: [(5, 9, 7)], 4: [(6, 10, 7), (3, 4, 5)]}
 #: With axis 2 cut, gate and up lie on different ranks.
-INNER: dict[int, tuple[tuple[int, ...], tuple[Placement, ...], None]] = {
+INNER = {
     2: ((2,), (Shard(2),), None),
     4: ((2, 2), (Shard(2), Shard(0)), None),
 }
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_placement_gives_the_same_stream(world: int) -> None:
+def test_every_placement_gives_the_same_stream(world):
     ranks.run(world, check_streams, world)
 
 
-def test_ranks_that_disagree_fail_together() -> None:
+def test_ranks_that_disagree_fail_together():
     ranks.run(2, check_disagreement)
 
 
-def check_streams(world: int) -> None:
+def check_streams(world):
     for mesh_shape, placements, names in [*CASES[world], INNER[world]]:
         mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
         for sizes in SIZES[world]:
@@ -51,12 +43,12 @@ def check_streams(world: int) -> None:
 
 
 def check_stream(
-    mesh: DeviceMesh,
-    placements: tuple[Placement, ...],
-    sizes: tuple[int, int, int],
-    dtype: torch.dtype,
-    cast: torch.dtype | None,
-) -> None:
+    mesh,
+    placements,
+    sizes,
+    dtype,
+    cast,
+):
     experts, hidden, inner = sizes
     adapter = Gemma4MoEStateDictAdapter(None, MoEConfig(experts, hidden, inner), None)
     nemo = nemo_from_hf(random_hf_state_dict(layers=2, E=experts, H=hidden, I=inner, dtype=dtype))
@@ -67,14 +59,14 @@ def check_stream(
     for mode in ("fused", "per-expert"):
         expected = expected_stream(nemo, experts=mode, dtype=cast)
         largest = max(tensor.nbytes for _, tensor in expected_stream(nemo, dtype=cast))
-        arguments: dict[str, Any] = {"experts": mode, "dtype": cast, "bucket_bytes": largest}
+        arguments = {"experts": mode, "dtype": cast, "bucket_bytes": largest}
         for dst, here in ((None, expected), (last, expected if dist.get_rank() == last else [])):
             stream = WeightStream(adapter, state, dst=dst, **arguments)
             assert_same_stream(stream, here)
             assert_same_stream(copied(stream.buckets()), here)
 
 
-def check_disagreement() -> None:
+def check_disagreement():
     """Ranks that differ in what they are about to send fail together, before the first tensor."""
     mesh = init_device_mesh("cpu", (2,))
     nemo = shard(nemo_state(), mesh, (Shard(0),))

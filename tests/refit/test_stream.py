@@ -1,10 +1,7 @@
 """The stream: names, order, shapes, dtypes and bits of `convert --to hf`, whatever the state is given as."""
 
-from __future__ import annotations
-
 import json
 import weakref
-from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,15 +14,11 @@ from support.formulas import nemo_from_hf
 from support.models import module_of, random_hf_state_dict, read_directory
 from support.streams import ADAPTER, E, H, I, assert_same_stream, expected_stream, nemo_state
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
 @pytest.mark.parametrize(("dtype", "cast"), [(BF16, None), (FP32, "bfloat16"), (BF16, "float32"), (FP32, "float16")])
-def test_it_equals_convert_to_hf(tmp_path: Path, dtype: torch.dtype, cast: str | None) -> None:
+def test_it_equals_convert_to_hf(tmp_path, dtype, cast):
     hf = random_hf_state_dict(layers=12, E=E, H=H, I=I, dtype=dtype)
     nemo = nemo_from_hf(hf)
     native = write_checkpoint(tmp_path / "nemo", nemo, config_of(hf))
@@ -37,7 +30,7 @@ def test_it_equals_convert_to_hf(tmp_path: Path, dtype: torch.dtype, cast: str |
 
 
 @pytest.mark.parametrize("experts", ["fused", "per-expert"])
-def test_the_plan_equals_the_stream_and_is_json_and_needs_no_values(experts: Any) -> None:
+def test_the_plan_equals_the_stream_and_is_json_and_needs_no_values(experts):
     nemo = nemo_state()
     stream = WeightStream(ADAPTER, nemo, experts=experts, dtype=FP32)
     found = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.nbytes) for name, t in stream]
@@ -47,7 +40,7 @@ def test_the_plan_equals_the_stream_and_is_json_and_needs_no_values(experts: Any
     assert WeightStream(ADAPTER, meta, experts=experts, dtype=FP32).plan() == stream.plan()
 
 
-def test_every_pass_is_fresh_and_reads_the_values_anew() -> None:
+def test_every_pass_is_fresh_and_reads_the_values_anew():
     nemo = nemo_state()
     stream = WeightStream(ADAPTER, nemo)
     list(stream)
@@ -56,7 +49,7 @@ def test_every_pass_is_fresh_and_reads_the_values_anew() -> None:
     assert_same_stream(stream, expected_stream(nemo))
 
 
-def test_a_tensor_is_the_consumers_alone() -> None:
+def test_a_tensor_is_the_consumers_alone():
     nemo = nemo_state()
     stream = iter(WeightStream(ADAPTER, nemo))
     gone = []
@@ -71,10 +64,10 @@ def test_a_tensor_is_the_consumers_alone() -> None:
 class ByLayer:
     """A state that is made mapping by mapping, on every pass."""
 
-    def __init__(self, nemo: dict[str, torch.Tensor]) -> None:
+    def __init__(self, nemo):
         self.nemo = nemo
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self):
         for part in ("embed_tokens", *(f".layers.{layer}." for layer in range(3))):
             yield {name: tensor for name, tensor in self.nemo.items() if part in name}
 
@@ -82,7 +75,7 @@ class ByLayer:
 @pytest.mark.parametrize("experts", ["fused", "per-expert"])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("cast", [None, torch.float16])
-def test_one_mapping_or_one_a_layer_gives_the_formula(experts: Any, dtype: torch.dtype, cast: torch.dtype) -> None:
+def test_one_mapping_or_one_a_layer_gives_the_formula(experts, dtype, cast):
     nemo = nemo_state(dtype=dtype)
     for state in (nemo, ByLayer(nemo)):
         stream = WeightStream(ADAPTER, state, dtype=cast, experts=experts)
@@ -91,12 +84,12 @@ def test_one_mapping_or_one_a_layer_gives_the_formula(experts: Any, dtype: torch
 
 
 class WithExtraState(torch.nn.Module):
-    def get_extra_state(self) -> bytes:
+    def get_extra_state(self):
         return b"no tensor"
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_module_gives_its_buffers_and_a_tied_tensor_once_and_no_extra_state() -> None:
+def test_a_module_gives_its_buffers_and_a_tied_tensor_once_and_no_extra_state():
     nemo = nemo_state()
     model = module_of(nemo)
     model.lm_head = WithExtraState()
@@ -106,7 +99,7 @@ def test_a_module_gives_its_buffers_and_a_tied_tensor_once_and_no_extra_state() 
     assert_same_stream(WeightStream(ADAPTER, model), expected_stream(nemo))
 
 
-def test_some_layers_only() -> None:
+def test_some_layers_only():
     nemo = nemo_state() | {"model.vision_tower.layers.1.weight": torch.ones(3)}
     expected = [(n, t) for n, t in expected_stream(nemo_state()) if ".layers.1." in n]
     assert_same_stream(WeightStream(ADAPTER, nemo, layers=[1]), expected)
@@ -114,26 +107,26 @@ def test_some_layers_only() -> None:
         WeightStream(ADAPTER, nemo, layers=[1, 3])
 
 
-def test_names_that_a_regex_matches_are_left_out() -> None:
+def test_names_that_a_regex_matches_are_left_out():
     nemo = nemo_state()
     expected = [(n, t) for n, t in expected_stream(nemo) if "router." not in n or "per_expert" in n]
     assert_same_stream(WeightStream(ADAPTER, nemo, exclude_key_regex=r".*moe\.gate\."), expected)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "base_model.model.model."])
-def test_a_prefix_is_kept(prefix: str) -> None:
+def test_a_prefix_is_kept(prefix):
     nemo = nemo_state(prefix=prefix)
     assert_same_stream(WeightStream(ADAPTER, nemo), expected_stream(nemo))
 
 
-def test_other_dtypes_pass_as_they_are() -> None:
+def test_other_dtypes_pass_as_they_are():
     nemo = nemo_state() | {"a.count": torch.tensor(7), "a.scalar": torch.tensor(1.5, dtype=BF16)}
     found = dict(WeightStream(ADAPTER, nemo, dtype=FP32))
     assert (found["a.count"].dtype, int(found["a.count"])) == (torch.int64, 7)
     assert (found["a.scalar"].dtype, float(found["a.scalar"]), found["a.scalar"].shape) == (FP32, 1.5, ())
 
 
-def test_a_state_that_is_no_native_model_or_half_of_one_is_refused() -> None:
+def test_a_state_that_is_no_native_model_or_half_of_one_is_refused():
     nemo = nemo_state()
     half = {name: tensor for name, tensor in nemo.items() if not name.endswith("layers.1.moe.experts.down_projs")}
     for state, error, words in (
@@ -147,7 +140,7 @@ def test_a_state_that_is_no_native_model_or_half_of_one_is_refused() -> None:
             WeightStream(ADAPTER, state)
 
 
-def test_a_state_that_changed_is_refused() -> None:
+def test_a_state_that_changed_is_refused():
     nemo = nemo_state()
     stream = WeightStream(ADAPTER, nemo)
     name = "model.language_model.layers.2.input_layernorm.weight"
@@ -178,6 +171,6 @@ def test_a_state_that_changed_is_refused() -> None:
         ({"dst": 1}, "no such rank"),
     ],
 )
-def test_arguments_without_meaning_are_refused(arguments: dict[str, Any], words: str) -> None:
+def test_arguments_without_meaning_are_refused(arguments, words):
     with pytest.raises(UsageError, match=words):
         WeightStream(ADAPTER, nemo_state(), **arguments)

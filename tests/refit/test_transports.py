@@ -1,12 +1,9 @@
 """Transports and engines: what arrives in another process, on other ranks or in an engine is the stream, bit by bit."""
 
-from __future__ import annotations
-
 import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -23,23 +20,20 @@ from gemma4_moe.refit.vllm_source import vllm_source
 from support import ranks
 from support.streams import ADAPTER, LARGEST, assert_same_stream, expected_stream, nemo_state
 
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
 EXAMPLE = Path(__file__).parents[2] / "examples" / "refit" / "trainer_and_engine.py"
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def described(pairs: Any) -> list[tuple[str, str, tuple[int, ...], list[int]]]:
+def described(pairs):
     return [(name, str(t.dtype), tuple(t.shape), t.view(torch.uint8).tolist()) for name, t in pairs]
 
 
-def read_twice(connection: Connection) -> None:
+def read_twice(connection):
     for _ in range(2):
         connection.send(described(ipc.receive(connection)))
 
 
-def test_another_process_reads_the_buckets_themselves() -> None:
+def test_another_process_reads_the_buckets_themselves():
     context = multiprocessing.get_context("forkserver")
     here, there = context.Pipe()
     process = context.Process(target=read_twice, args=(there,), daemon=True)
@@ -55,11 +49,11 @@ def test_another_process_reads_the_buckets_themselves() -> None:
     assert process.exitcode == 0
 
 
-def test_receiver_ranks_get_the_buckets() -> None:
+def test_receiver_ranks_get_the_buckets():
     ranks.run(3, check_broadcast)
 
 
-def check_broadcast() -> None:
+def check_broadcast():
     """Two trainer ranks share the experts; the second of them feeds a receiver."""
     rank = dist.get_rank()
     trainers = DeviceMesh("cpu", [0, 1])
@@ -76,18 +70,18 @@ def check_broadcast() -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"dtype": None}, {"dst": 0, "dtype": "bfloat16"}])
-def test_a_stream_that_vllm_can_not_take_is_refused(arguments: dict[str, Any]) -> None:
+def test_a_stream_that_vllm_can_not_take_is_refused(arguments):
     state = nemo_state()
     name = "model.language_model.layers.1.layer_scalar"
     with pytest.raises(UsageError, match=r"(?s)several dtypes.*layer_scalar.*set dtype|for one rank"):
         vllm_source(WeightStream(ADAPTER, state | {name: state[name].float()}, **arguments))
 
 
-def test_a_stream_is_what_sglang_loads() -> None:
+def test_a_stream_is_what_sglang_loads():
     """SGLang's `load_weights` takes an iterable of pairs, on every refit anew."""
 
     class Engine:
-        def load_weights(self, weights: Any) -> None:
+        def load_weights(self, weights):
             self.weights = {name: tensor.clone() for name, tensor in weights}
 
     nemo = nemo_state()
@@ -100,20 +94,20 @@ def test_a_stream_is_what_sglang_loads() -> None:
 @pytest.mark.parametrize(
     "options", [["broadcast"], ["ipc"], pytest.param(["ipc", "--device", "cuda"], marks=NO_GPU)], ids=" ".join
 )
-def test_the_example_ends_with_equal_bits(options: list[str]) -> None:
+def test_the_example_ends_with_equal_bits(options):
     command = [sys.executable, EXAMPLE, "--transport", *options]
     run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("bits equal") == 2
 
 
-def native(model: Any) -> tuple[Gemma4MoEStateDictAdapter, dict[str, Any]]:
+def native(model):
     adapter = Gemma4MoEStateDictAdapter(model.config, None, None)
     return adapter, adapter.from_hf({name: t for name, t in model.state_dict().items() if name != "lm_head.weight"})
 
 
 @pytest.mark.parametrize("kind", ["multimodal", "text"])
-def test_transformers_loads_a_stream_strictly(kind: Any) -> None:
+def test_transformers_loads_a_stream_strictly(kind):
     trained, engine = build_model(kind, seed=1), build_model(kind, seed=2)
     sent = dict(WeightStream(*native(trained)))
     tied = next(name for name in sent if name.endswith("embed_tokens.weight"))
@@ -121,7 +115,7 @@ def test_transformers_loads_a_stream_strictly(kind: Any) -> None:
     torch.testing.assert_close(logits(engine), logits(trained), rtol=0, atol=1e-4)
 
 
-def test_the_loop_of_nemo_rl_sends_the_same() -> None:
+def test_the_loop_of_nemo_rl_sends_the_same():
     adapter, state = native(build_model())
     sent = []
     for fqn, tensor in state.items():

@@ -1,21 +1,13 @@
 """Checkpoint directories for tests, written by the safetensors library, and what a directory holds as bytes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
-from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
-if TYPE_CHECKING:
-    from pathlib import Path
 
-    import torch
-
-
-def config_of(state: dict[str, torch.Tensor], **changes: Any) -> dict[str, Any]:
+def config_of(state, **changes):
     """A config.json for a state dict that `random_hf_state_dict` made."""
     gate_up = next(tensor for name, tensor in state.items() if name.endswith("experts.gate_up_proj"))
     layers = sum(name.endswith("experts.gate_up_proj") for name in state)
@@ -29,9 +21,7 @@ def config_of(state: dict[str, torch.Tensor], **changes: Any) -> dict[str, Any]:
     return {"model_type": "gemma4", "text_config": text | changes}
 
 
-def write_checkpoint(
-    directory: Path, state: dict[str, torch.Tensor], config: dict[str, Any] | None = None, files: int = 2
-) -> Path:
+def write_checkpoint(directory, state, config=None, files=2):
     """Write `state` into `files` safetensors files with an index, and config.json and a tokenizer beside them."""
     directory.mkdir()
     names = sorted(state)
@@ -48,7 +38,7 @@ def write_checkpoint(
     return directory
 
 
-def flip_bit(path: Path, position: int) -> None:
+def flip_bit(path, position):
     """Flip one bit of the byte at `position`, in place; a negative position counts from the end."""
     with path.open("r+b") as file:
         position = file.seek(position, os.SEEK_END if position < 0 else os.SEEK_SET)
@@ -57,12 +47,12 @@ def flip_bit(path: Path, position: int) -> None:
         file.write(bytes([byte ^ 4]))
 
 
-def contents(directory: Path) -> dict[str, str]:
+def contents(directory):
     """The SHA-256 of every file below `directory`, hidden ones too, the names of its directories, and its links."""
     return {str(path.relative_to(directory)): _content(path) for path in sorted(directory.rglob("*"))}
 
 
-def _content(path: Path) -> str:
+def _content(path):
     if path.is_symlink():
         return f"a link to {path.readlink()}"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

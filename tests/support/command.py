@@ -1,21 +1,13 @@
 """The command in a process of its own."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 COMMAND = (sys.executable, "-m", "gemma4_moe")
 
 
-def run(
-    *arguments: object, status: int = 0, cwd: Path | None = None, program: str | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run(*arguments, status=0, cwd=None, program=None, **environment):
     """Run the command, or a `program` that calls it, and require an exit status."""
     command = COMMAND if program is None else (sys.executable, "-c", program)
     done = subprocess.run(

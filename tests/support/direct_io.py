@@ -1,16 +1,9 @@
 """Whether direct I/O works here, and calls of the system that fail: at once, or after a while."""
 
-from __future__ import annotations
-
 import os
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 
-def works_here(path: Path) -> bool:
+def works_here(path):
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
     except OSError:
@@ -18,10 +11,10 @@ def works_here(path: Path) -> bool:
     return True
 
 
-def failing_after(calls: int, code: int, whole: Callable[..., int]) -> Callable[..., int]:
-    seen: list[Any] = []
+def failing_after(calls, code, whole):
+    seen = []
 
-    def call(*arguments: Any) -> int:
+    def call(*arguments):
         seen.append(arguments)
         if len(seen) == calls + 1:
             raise OSError(code, os.strerror(code))
@@ -30,10 +23,10 @@ def failing_after(calls: int, code: int, whole: Callable[..., int]) -> Callable[
     return call
 
 
-def refusing(code: int) -> Callable[..., Any]:
+def refusing(code):
     """Return a system call that always fails with this errno."""
 
-    def call(*_: object, **__: object) -> None:
+    def call(*_, **__):
         raise OSError(code, os.strerror(code))
 
     return call

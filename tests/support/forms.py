@@ -3,16 +3,9 @@
 `UNFUSED` stores gate and up apart, all experts in one tensor; `SINGLE` stores each expert in tensors of its own.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from gemma4_moe.layout import spellings
 from gemma4_moe.layout.spellings.base import Spelling
 from gemma4_moe.layout.table import DOWN, GATE_UP, SCALE
-
-if TYPE_CHECKING:
-    import torch
 
 UNFUSED = Spelling("unfused", {GATE_UP: ("ffn.bank.gate", "ffn.bank.up"), DOWN: ("ffn.bank.down",)})
 
@@ -21,12 +14,12 @@ SINGLE = Spelling(
 )
 
 
-def register() -> None:
+def register():
     """Add both forms to the registry of this process, if they aren't there."""
     spellings.SPELLINGS = (*(form for form in spellings.SPELLINGS if form not in (UNFUSED, SINGLE)), UNFUSED, SINGLE)
 
 
-def unfused(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def unfused(hf):
     """An hf state dict in current spelling, in the form `UNFUSED`."""
     found = {}
     for name, tensor in hf.items():
@@ -42,7 +35,7 @@ def unfused(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def single(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def single(hf):
     """An hf state dict in current spelling, in the form `SINGLE`; the experts are in no order."""
     found = {}
     for name, tensor in hf.items():

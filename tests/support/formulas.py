@@ -1,22 +1,20 @@
 """Both layouts in plain torch, by explicit names: expected values that owe nothing to the code under test."""
 
-from __future__ import annotations
-
 import torch
 
 
-def transposed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def transposed(x, dtype):
     """x [E, R, C] as contiguous [E, C, R] in `dtype`."""
     return x.to(dtype).permute(0, 2, 1).contiguous()
 
 
-def folded(down: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def folded(down, scale, dtype):
     """down [E, H, I] times scale [E] as contiguous [E, I, H]: product in fp32, rounded once to `dtype`."""
     product = down.to(torch.float32) * scale.to(torch.float32)[:, None, None]
     return product.to(dtype).permute(0, 2, 1).contiguous()
 
 
-def exact_fold(down: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def exact_fold(down, scale):
     """down [E, H, I] times scale [E] as [E, I, H] in fp64, where a product of two fp32 numbers is exact."""
     return (down.to(torch.float64) * scale.to(torch.float64)[:, None, None]).permute(0, 2, 1).contiguous()
 
@@ -36,7 +34,7 @@ LEGACY_ENDINGS = {
 }
 
 
-def renamed(name: str, endings: dict[str, str]) -> str:
+def renamed(name, endings):
     """The name with the other ending, or as it is if it has none of these."""
     for old, new in endings.items():
         if name.endswith(old):
@@ -44,7 +42,7 @@ def renamed(name: str, endings: dict[str, str]) -> str:
     return name
 
 
-def nemo_from_hf(hf: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def nemo_from_hf(hf, dtype=None):
     """The nemo state dict of an hf one in current spelling; experts in `dtype`, or in the dtype that they have."""
     nemo = {}
     for name, tensor in hf.items():
@@ -58,7 +56,7 @@ def nemo_from_hf(hf: dict[str, torch.Tensor], dtype: torch.dtype | None = None) 
     return nemo
 
 
-def hf_from_nemo(nemo: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def hf_from_nemo(nemo, dtype=None):
     """The hf state dict of a nemo one without a base: native bits, and a scale of ones in the dtype of down_proj."""
     hf_endings = {native: hf for hf, native in NEMO_ENDINGS.items()}
     hf = {}
@@ -71,12 +69,12 @@ def hf_from_nemo(nemo: dict[str, torch.Tensor], dtype: torch.dtype | None = None
     return hf
 
 
-def legacy_name(name: str) -> str:
+def legacy_name(name):
     """The legacy spelling of an hf name in current spelling."""
     return renamed(name, LEGACY_ENDINGS)
 
 
-def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_same_tensors(found, expected):
     """Fail unless both have the same names, shapes, dtypes and bits; −0.0 is not 0.0, one NaN is not another."""
     assert sorted(found) == sorted(expected)
     for name, tensor in expected.items():
@@ -85,5 +83,5 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
         assert torch.equal(_bits(found[name]), _bits(tensor)), f"{name} differs in its bits"
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def _bits(tensor):
     return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)

@@ -1,7 +1,5 @@
 """A server on this machine that speaks as much of the Hub's protocol as reading a model takes, and can misbehave."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import threading
@@ -9,12 +7,8 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -49,11 +43,11 @@ class Hub:
     cdn: str = ""  # on another port: every file is redirected there once
 
     @property
-    def weight_requests(self) -> list[str | None]:
+    def weight_requests(self):
         return [asked for name, asked in self.requests if name.endswith(".safetensors")]
 
     @property
-    def weight_bytes(self) -> int:
+    def weight_bytes(self):
         return sum(count for name, count in self.served.items() if name.endswith(".safetensors"))
 
 
@@ -62,10 +56,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else the second packet of an answer waits 40 ms
 
-    def do_HEAD(self) -> None:
+    def do_HEAD(self):
         self.do_GET()
 
-    def answer(self, status: int, body: bytes = b"", length: int | None = None, **headers: str) -> bool:
+    def answer(self, status, body=b"", length=None, **headers):
         """Answer, and return whether the client took it all."""
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body) if length is None else length), **headers}.items():
@@ -79,12 +73,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return False
         return True
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_):
         """Say nothing."""
 
 
 class _HubHandler(_Handler):
-    def do_GET(self) -> None:
+    def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         api, files = f"/api/models/{self.hub.repository}", f"/{self.hub.repository}/resolve/"
         if not path.startswith((api, files)):  # also what the client asks besides, of its own accord
@@ -101,7 +95,7 @@ class _HubHandler(_Handler):
             commit, _, name = path.removeprefix(files).partition("/")
             self.resolve(commit, name)
 
-    def listing(self, rest: str) -> None:
+    def listing(self, rest):
         quoted = rest.removeprefix("/revision/").removeprefix("/tree/") or "main"
         revision = "" if "/" in quoted else unquote(quoted)  # its slashes are no slashes of the path
         if revision not in self.hub.revisions:
@@ -120,7 +114,7 @@ class _HubHandler(_Handler):
         info = {"id": self.hub.repository, "sha": COMMIT, "siblings": siblings}
         self.answer(200, json.dumps(info).encode())
 
-    def resolve(self, commit: str, name: str) -> None:
+    def resolve(self, commit, name):
         if self.hub.last is not None and len(self.hub.requests) >= self.hub.last:
             self.answer(410)
         elif self.hub.gated:
@@ -134,11 +128,11 @@ class _HubHandler(_Handler):
 
 
 class _CdnHandler(_Handler):
-    def do_GET(self) -> None:
+    def do_GET(self):
         self.hub.tokens["cdn"].add(self.headers["Authorization"])
         self.file(unquote(urlsplit(self.path).path).lstrip("/"))
 
-    def file(self, name: str) -> None:
+    def file(self, name):
         path, asked, encoding = self.hub.directory / name, self.headers["Range"], {}
         if self.hub.encodes and "gzip" in self.headers["Accept-Encoding"]:
             path, encoding = path.with_name(f"{name}.gz"), {"Content_Encoding": "gzip"}
@@ -173,7 +167,7 @@ class _CdnHandler(_Handler):
 
 
 @contextmanager
-def serving(repository: str, directory: Path) -> Iterator[Hub]:
+def serving(repository, directory):
     """Serve one model until the block ends."""
     hub = Hub(repository, directory)
     with _running(hub, _HubHandler) as hub.url, _running(hub, _CdnHandler) as hub.cdn:
@@ -181,7 +175,7 @@ def serving(repository: str, directory: Path) -> Iterator[Hub]:
 
 
 @contextmanager
-def _running(hub: Hub, handler: type[_Handler]) -> Iterator[str]:
+def _running(hub, handler):
     own = type("Handler", (handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), own) as server:
         thread = threading.Thread(target=server.serve_forever, args=[0.02])

@@ -1,19 +1,12 @@
 """Random state dicts and saved checkpoints for tests. Sizes are all different, scales are never ones."""
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from support.formulas import legacy_name
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 #: The experts' names in the first layer of a random state dict.
 LAYER = "model.language_model.layers.0."
@@ -23,21 +16,21 @@ NATIVE_GATE_UP, NATIVE_DOWN = f"{LAYER}moe.experts.gate_and_up_projs", f"{LAYER}
 
 def random_hf_state_dict(
     *,
-    prefix: str = "model.language_model.",
-    layers: int = 2,
-    E: int = 6,
-    H: int = 10,
-    I: int = 7,  # noqa: E741
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
-) -> dict[str, torch.Tensor]:
+    prefix="model.language_model.",
+    layers=2,
+    E=6,
+    H=10,
+    I=7,  # noqa: E741
+    dtype=torch.bfloat16,
+    seed=0,
+):
     """The hf state dict, current spelling, of `layers` decoder layers and an embedding, all tensors in `dtype`."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int) -> torch.Tensor:
+    def normal(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
 
-    def uniform(*shape: int) -> torch.Tensor:
+    def uniform(*shape):
         return (torch.rand(shape, generator=generator) + 0.5).to(dtype)
 
     state = {f"{prefix}embed_tokens.weight": normal(11, H)}
@@ -59,23 +52,23 @@ def random_hf_state_dict(
 class Lazy:
     """A value in the protocol of safetensors' slices; `read` has the number of elements of each part that was read."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor):
         self.tensor = tensor
         self.read: list[int] = []
 
-    def get_shape(self) -> list[int]:
+    def get_shape(self):
         return list(self.tensor.shape)
 
-    def get_dtype(self) -> str:
+    def get_dtype(self):
         return {torch.bfloat16: "BF16", torch.int8: "I8", torch.float32: "F32"}[self.tensor.dtype]
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
+    def __getitem__(self, index):
         part = self.tensor[index].clone()
         self.read.append(part.numel())
         return part
 
 
-def module_of(state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+def module_of(state):
     """A tree of modules whose parameters are these tensors, and `layer_scalar` and other statistics its buffers."""
     root = torch.nn.Module()
     for name, tensor in state.items():
@@ -92,9 +85,9 @@ def module_of(state: Mapping[str, torch.Tensor]) -> torch.nn.Module:
     return root
 
 
-def read_directory(directory: Path) -> dict[str, torch.Tensor]:
+def read_directory(directory):
     """Every tensor of a directory of safetensors files, as safetensors' own reader reads it."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors = {}
     for file in sorted(directory.glob("*.safetensors")):
         found = load_file(file)
         assert not tensors.keys() & found.keys(), f"{file} repeats tensors of another file"
@@ -102,7 +95,7 @@ def read_directory(directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def respell_as_legacy(directory: Path) -> None:
+def respell_as_legacy(directory):
     """Rename the experts' tensors of a saved hf checkpoint, in its files and its index, to the legacy spelling."""
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:

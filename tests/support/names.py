@@ -1,7 +1,5 @@
 """Everything that may stand before `layers.` in a tensor's name."""
 
-from __future__ import annotations
-
 #: Of models that are published, and of PEFT's around them.
 KNOWN_PREFIXES = [
     "model.language_model.",

@@ -1,7 +1,5 @@
 """Run a function on several gloo ranks, each a process of its own, and bring back what it raised."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import socket
@@ -9,19 +7,13 @@ import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import forkserver
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = ["torch", "torch.distributed.tensor", "gemma4_moe.adapter.state_dict_adapter"]
 _CONTEXT.set_forkserver_preload(_PRELOADED)
 
 
-def run(
-    world: int, function: Callable[..., None], *arguments: Any, seconds: float = 120, meet_at_end: bool = True
-) -> None:
+def run(world, function, *arguments, seconds=120, meet_at_end=True):
     """Call the function on `world` ranks, of which none is lost if they `meet_at_end`; raise what they raise."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -47,9 +39,7 @@ def run(
     assert [process.exitcode for process in processes] == [0] * world
 
 
-def _rank(
-    rank: int, world: int, port: int, results: Any, function: Callable[..., None], arguments: Any, meet_at_end: bool
-) -> None:
+def _rank(rank, world, port, results, function, arguments, meet_at_end):
     import torch
     import torch.distributed as dist
 
@@ -68,7 +58,7 @@ def _rank(
 
 
 @contextmanager
-def preloading(*modules: str) -> Iterator[None]:
+def preloading(*modules):
     """Let ranks begin with these modules imported, too: a new server is started, of which they are forked."""
     server = forkserver._forkserver
     server._stop()

@@ -1,7 +1,5 @@
 """Every kernel that can run here, called alike on NumPy arrays."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +16,7 @@ Kernel = Callable[[Array, "Array | None", Array], object]
 CODES = {np.dtype(ml_dtypes.bfloat16): 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
 
 
-def run_cpu(x: Array, factors: Array | None, out: Array, *, instruction_set: str = "", threads: int = 1) -> None:
+def run_cpu(x, factors, out, *, instruction_set="", threads=1):
     _cpu.scale_cast(
         x.shape,
         x.ctypes.data,
@@ -33,18 +31,18 @@ def run_cpu(x: Array, factors: Array | None, out: Array, *, instruction_set: str
     )
 
 
-def tensor(x: Array) -> torch.Tensor:
+def tensor(x):
     """A contiguous copy of x. torch knows ml_dtypes by their bits only."""
     return torch.from_numpy(x.copy().view(f"i{x.itemsize}")).view(getattr(torch, str(x.dtype)))
 
 
-def run_torch(x: Array, factors: Array | None, out: Array) -> None:
+def run_torch(x, factors, out):
     result = torch.empty(out.shape, dtype=getattr(torch, str(out.dtype)))
     torch_kernel.scale_cast(tensor(x), None if factors is None else torch.from_numpy(factors), result)
     out[...] = result.view(getattr(torch, f"int{8 * out.itemsize}")).numpy().view(out.dtype)
 
 
-KERNELS: dict[str, Kernel] = {
+KERNELS = {
     "numpy": numpy_kernel.scale_cast,
     "torch": run_torch,
     **{name: partial(run_cpu, instruction_set=name) for name in _cpu.instruction_sets()},

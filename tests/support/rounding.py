@@ -1,7 +1,5 @@
 """Correct rounding by a formula of its own: exact products in fp64, `rint` on multiples of the target's last place."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -33,13 +31,13 @@ FACTORS = np.array(
 )
 
 
-def codes(x: Array) -> Array:
+def codes(x):
     """The bits of x as unsigned integers."""
     return x.view(f"u{x.dtype.itemsize}")
 
 
 @np.errstate(all="ignore")
-def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
+def rounded(values, dtype):
     """Round fp64 values to nearest even in `dtype`'s precision and range; still fp64."""
     format_ = FORMATS[dtype]
     _, exponent = np.frexp(values)
@@ -49,7 +47,7 @@ def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
 
 
 @np.errstate(all="ignore")
-def expected(x: Array, factors: Array | None, dtype: np.dtype[Any]) -> Array:
+def expected(x, factors, dtype):
     """x [E, ...] times factors [E]: the product rounded to fp32, that to `dtype`; same layout as x."""
     if factors is None and x.dtype == dtype:
         return x.copy()
@@ -66,14 +64,14 @@ def expected(x: Array, factors: Array | None, dtype: np.dtype[Any]) -> Array:
     return np.where(factor == 1, x, result) if x.dtype == dtype else result
 
 
-def random_codes(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def random_codes(rng, shape, dtype):
     """Every kind of number: half of them any bits at all, half of ordinary magnitude."""
     wild = rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8).view(dtype)[..., 0]
     tame = rng.standard_normal(shape).astype(np.float32).astype(dtype)
     return np.where(rng.random(shape) < 0.5, wild, tame)
 
 
-def assert_same_bits(found: Array, wanted: Array) -> None:
+def assert_same_bits(found, wanted):
     assert found.dtype == wanted.dtype
     assert found.shape == wanted.shape
     different = codes(np.ascontiguousarray(found)) != codes(np.ascontiguousarray(wanted))

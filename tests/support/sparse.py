@@ -1,41 +1,33 @@
 """Stand-ins for large checkpoints: headers (unpadded, as published ones are), index, config, and holes for the data."""
 
-from __future__ import annotations
-
 import json
 import math
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from gemma4_moe.layout.dtypes import DType
 
 REAL_MODEL = Path(__file__).parent.parent / "data" / "gemma-4-26B-A4B"
 
 
-def real_names_and_shapes() -> dict[str, list[int]]:
+def real_names_and_shapes():
     """Name and shape of each of the 1,013 tensors of google/gemma-4-26B-A4B."""
     return json.loads((REAL_MODEL / "inventory.json").read_text())["shapes"]
 
 
-def real_config() -> dict[str, Any]:
+def real_config():
     return json.loads((REAL_MODEL / "config.json").read_text())
 
 
 def write_sparse_checkpoint(
-    directory: Path,
-    names_and_shapes: Mapping[str, Sequence[int]],
-    dtype: DType,
-    config: Mapping[str, Any],
-    max_shard_bytes: int = 50 * 10**9,
-) -> dict[str, str]:
+    directory,
+    names_and_shapes,
+    dtype,
+    config,
+    max_shard_bytes=50 * 10**9,
+):
     """Write the stand-in, tensors in the given order, into a new directory; return the file name of each tensor."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
-    shards: list[dict[str, int]] = [{}]
+    shards = [{}]
     for name, shape in names_and_shapes.items():
         nbytes = math.prod(shape) * dtype.bits // 8
         if shards[-1] and sum(shards[-1].values()) + nbytes > max_shard_bytes:
@@ -53,10 +45,8 @@ def write_sparse_checkpoint(
     return weight_map
 
 
-def _write_header(
-    path: Path, names_and_shapes: Mapping[str, Sequence[int]], sizes: dict[str, int], dtype: DType
-) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _write_header(path, names_and_shapes, sizes, dtype):
+    header = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, nbytes in sizes.items():
         begin, end = end, end + nbytes

@@ -1,9 +1,5 @@
 """What a weight stream must give, by explicit names and plain torch, and its bytes for a comparison."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 
 from gemma4_moe import Gemma4MoEStateDictAdapter
@@ -11,24 +7,17 @@ from gemma4_moe.adapter import MoEConfig
 from support.formulas import hf_from_nemo, nemo_from_hf
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from gemma4_moe.refit import Bucket
-
 E, H, I = 6, 10, 7  # noqa: E741
 LARGEST = E * 2 * I * H * 2  # gate_up_proj in bfloat16, bytes
 ADAPTER = Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I), None)
 
 
-def nemo_state(
-    layers: int = 3, dtype: torch.dtype = torch.bfloat16, prefix: str = "model.language_model."
-) -> dict[str, torch.Tensor]:
+def nemo_state(layers=3, dtype=torch.bfloat16, prefix="model.language_model."):
     """The native state that most streams send."""
     return nemo_from_hf(random_hf_state_dict(layers=layers, E=E, H=H, I=I, dtype=dtype, prefix=prefix))
 
 
-def per_expert(hf: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+def per_expert(hf):
     """The tensors of an hf state dict in their order, each fused expert tensor as two-dimensional ones."""
     found = []
     for name, tensor in hf.items():
@@ -45,21 +34,19 @@ def per_expert(hf: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def expected_stream(
-    nemo: dict[str, torch.Tensor], *, experts: str = "fused", dtype: torch.dtype | None = None
-) -> list[tuple[str, torch.Tensor]]:
+def expected_stream(nemo, *, experts="fused", dtype=None):
     """The hf tensors of a small native model, sorted as a person would: for fewer than ten layers, by name."""
     assert not any(".layers.10." in name for name in nemo)
     fused = {name: tensor.to(dtype or tensor.dtype) for name, tensor in sorted(hf_from_nemo(nemo).items())}
     return per_expert(fused) if experts == "per-expert" else list(fused.items())
 
 
-def copied(buckets: Iterable[Bucket]) -> list[tuple[str, torch.Tensor]]:
+def copied(buckets):
     """Copies of every tensor of these buckets."""
     return [(name, tensor.clone()) for bucket in buckets for name, tensor in bucket.tensors()]
 
 
-def assert_same_stream(found: Iterable[tuple[str, torch.Tensor]], expected: Iterable[tuple[str, torch.Tensor]]) -> None:
+def assert_same_stream(found, expected):
     """Compare names, order, shapes, dtypes and every bit."""
     left, right = list(found), list(expected)
     assert [name for name, _ in left] == [name for name, _ in right]
@@ -69,6 +56,6 @@ def assert_same_stream(found: Iterable[tuple[str, torch.Tensor]], expected: Iter
         assert raw(tensor) == raw(other), name
 
 
-def raw(tensor: torch.Tensor) -> bytes:
+def raw(tensor):
     """The bytes of a tensor in the order of its elements."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -1,9 +1,6 @@
 """The files of a target: made whole, completed by all that stands beside the weights, and read back."""
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING, Any
 
 import pytest
 from safetensors.numpy import load_file
@@ -15,18 +12,14 @@ from gemma4_moe.target import directory
 from gemma4_moe.target.directory import TargetFiles
 from gemma4_moe.target.file_layout import layout_files
 from gemma4_moe.target.manifest import check_manifest, read_manifest
-from gemma4_moe.target.pieces import Piece, piece_of
+from gemma4_moe.target.pieces import piece_of
 from support.checkpoints import flip_bit
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 FILES = layout_files([("a", FLOAT32, (3, 7)), ("b", FLOAT32, (11,))], 90)
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> TargetFiles:
+def work(tmp_path):
     (tmp_path / "out").mkdir()
     work = TargetFiles(tmp_path / "out", FILES, Ranks(), 10**6)
     work.make()
@@ -34,13 +27,13 @@ def work(tmp_path: Path) -> TargetFiles:
 
 
 @pytest.fixture
-def side_files(tmp_path: Path) -> list[Path]:
+def side_files(tmp_path):
     (tmp_path / "config.json").write_bytes(b"{} of some length")
     (tmp_path / "NOTICE").write_bytes(b"")
     return [tmp_path / "config.json", tmp_path / "NOTICE"]
 
 
-def written(work: TargetFiles) -> list[Piece]:
+def written(work):
     """Fill each file behind its header, in two pieces."""
     pieces = []
     for number, file in enumerate(work.files):
@@ -54,7 +47,7 @@ def written(work: TargetFiles) -> list[Piece]:
     return pieces
 
 
-def test_a_whole_directory(work: TargetFiles, side_files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_directory(work, side_files, monkeypatch):
     monkeypatch.setattr(directory, "_COPY_BYTES", 6)
     work.read_back(work.complete(written(work), side_files, lambda _: {"options": {"x": 1}}))
     assert load_file(work.out / FILES[0].name)["a"].tobytes() == bytes([1]) * 84
@@ -69,16 +62,14 @@ def test_a_whole_directory(work: TargetFiles, side_files: list[Path], monkeypatc
 
 
 @pytest.mark.parametrize("change", [lambda pieces: pieces[1:], lambda pieces: [*pieces, pieces[0]]])
-def test_a_hole_and_a_piece_too_many_are_refused(
-    change: Callable[[list[Piece]], list[Piece]], work: TargetFiles, side_files: list[Path]
-) -> None:
+def test_a_hole_and_a_piece_too_many_are_refused(change, work, side_files):
     with pytest.raises(ParallelError, match="did not write every byte once") as caught:
         work.complete(change(written(work)), side_files, lambda _: {"options": {}})
     assert FILES[0].name in caught.value.facts["file"]
     assert not (work.out / "gemma4_moe.json").exists()
 
 
-def test_what_is_there_is_kept_if_it_has_the_right_size_and_a_stranger_is_removed(work: TargetFiles) -> None:
+def test_what_is_there_is_kept_if_it_has_the_right_size_and_a_stranger_is_removed(work):
     written(work)
     inodes = {file.name: (work.out / file.name).stat().st_ino for file in FILES}
     flip_bit(work.out / FILES[0].name, 3)
@@ -108,9 +99,7 @@ def test_what_is_there_is_kept_if_it_has_the_right_size_and_a_stranger_is_remove
         lambda said: said.update(source=3),
     ],
 )
-def test_a_manifest_of_another_form_is_refused(
-    change: Callable[[dict[str, Any]], Any], work: TargetFiles, side_files: list[Path]
-) -> None:
+def test_a_manifest_of_another_form_is_refused(change, work, side_files):
     work.complete(written(work), side_files, lambda _: {"options": {}})
     said = json.loads((work.out / "gemma4_moe.json").read_text())
     change(said)

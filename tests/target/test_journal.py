@@ -1,10 +1,7 @@
 """The journal: what was appended is read back; what was torn is not believed, nor anything behind it."""
 
-from __future__ import annotations
-
 import errno
 import os
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,21 +10,18 @@ from gemma4_moe.target.journal import Journal, as_rows, can_go_on, journals, rea
 from gemma4_moe.target.pieces import Piece
 from support.direct_io import refusing
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 OPENING = {"plan": "p", "options": {"dtype": "keep"}}
 
 
-def piece(number: int) -> Piece:
+def piece(number):
     return Piece("f", 100 * number, 100 * number + 100, f"hash{number}", {"source": f"s{number}"})
 
 
-def found_in(control: Path) -> list[Piece]:
+def found_in(control):
     return list(read_journals(control).pieces.values())
 
 
-def write(control: Path, count: int, rank: int = 0) -> Path:
+def write(control, count, rank=0):
     with Journal(control, rank) as journal:
         journal.append(opening=OPENING)
         for number in range(count):
@@ -35,7 +29,7 @@ def write(control: Path, count: int, rank: int = 0) -> Path:
     return journals(control)[-1]
 
 
-def test_what_was_appended_is_read_by_all_ranks(tmp_path: Path) -> None:
+def test_what_was_appended_is_read_by_all_ranks(tmp_path):
     write(tmp_path, 2)
     write(tmp_path, 3, rank=1)
     found = read_journals(tmp_path)
@@ -45,14 +39,14 @@ def test_what_was_appended_is_read_by_all_ranks(tmp_path: Path) -> None:
     assert read_journals(tmp_path / "nowhere").opening is None
 
 
-def test_only_pieces_are_something_to_go_on_from(tmp_path: Path) -> None:
+def test_only_pieces_are_something_to_go_on_from(tmp_path):
     write(tmp_path, 0)
     assert not can_go_on(tmp_path)
     write(tmp_path, 1, rank=3)
     assert can_go_on(tmp_path)
 
 
-def test_a_tail_torn_anywhere_is_ignored_and_cut_off(tmp_path: Path) -> None:
+def test_a_tail_torn_anywhere_is_ignored_and_cut_off(tmp_path):
     raw = write(tmp_path, 2).read_bytes()
     last = raw.rindex(b"\n", 0, -1) + 1
     for size in range(last, len(raw)):
@@ -66,7 +60,7 @@ def test_a_tail_torn_anywhere_is_ignored_and_cut_off(tmp_path: Path) -> None:
     assert path.read_bytes().endswith(b'{"pieces":[["f",700,800,"hash7",{"source":"s7"}]]}\n')
 
 
-def test_a_changed_byte_ends_what_is_believed(tmp_path: Path) -> None:
+def test_a_changed_byte_ends_what_is_believed(tmp_path):
     path = write(tmp_path, 3)
     raw = bytearray(path.read_bytes())
     lines = raw.splitlines(keepends=True)
@@ -77,27 +71,27 @@ def test_a_changed_byte_ends_what_is_believed(tmp_path: Path) -> None:
         assert found_in(tmp_path) == [piece(0)], offset
 
 
-def test_a_record_is_on_the_device_before_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_is_on_the_device_before_append_returns(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
     path = write(tmp_path, 1)
     assert synced == [len(path.read_bytes().splitlines(keepends=True)[0]), path.stat().st_size]
 
 
-def test_a_journal_that_the_disk_refuses_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_journal_that_the_disk_refuses_is_a_storage_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pwrite", refusing(errno.ENOSPC))
     with Journal(tmp_path, 0) as journal, pytest.raises(StorageError, match="can't write the journal: No space"):
         journal.append(opening=OPENING)
 
 
-def test_a_piece_that_was_made_once_more_has_the_facts_of_its_last_time(tmp_path: Path) -> None:
+def test_a_piece_that_was_made_once_more_has_the_facts_of_its_last_time(tmp_path):
     with Journal(tmp_path, 0) as journal:
         journal.append(pieces=[("f", 0, 9, "h", {"overflowed": 3}), ("f", 9, 12, "i", {"overflowed": 5})])
         journal.append(pieces=[("f", 0, 9, "other", {"overflowed": 4})])
     assert [(piece.digest, piece.facts["overflowed"]) for piece in found_in(tmp_path)] == [("other", 4), ("i", 5)]
 
 
-def test_two_sources_of_one_piece_are_told(tmp_path: Path) -> None:
+def test_two_sources_of_one_piece_are_told(tmp_path):
     with Journal(tmp_path, 0) as journal:
         for source in ("one", "one", "other"):
             journal.append(pieces=[("f", 4, 9, "h", {"tensor": "t", "source": source})])

@@ -1,7 +1,5 @@
 """The ledger: a piece enters the journal after its bytes are on the device, and only if the run may go on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -15,41 +13,41 @@ from gemma4_moe.target.pieces import Count, Piece
 class Disk:
     """Stands for a file's writer, the journal and the check, and notes the order in which they are called."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.calls: list[Any] = []
         self.refusals: dict[str, Exception] = {}
 
-    def note(self, name: str, *facts: Any) -> None:
+    def note(self, name, *facts):
         self.calls.append((name, *facts))
         if name in self.refusals:
             raise self.refusals[name]
 
-    def sync(self) -> None:
+    def sync(self):
         self.note("sync")
 
-    def append(self, **record: Any) -> None:
+    def append(self, **record):
         self.note("append", record)
 
-    def check(self) -> None:
+    def check(self):
         self.note("check")
 
 
-def piece(start: int, end: int, **facts: Any) -> Piece:
+def piece(start, end, **facts):
     return Piece("f", start, end, f"t{start}", facts)
 
 
 @pytest.fixture
-def disk() -> Disk:
+def disk():
     return Disk()
 
 
 @pytest.fixture
-def told() -> list[tuple[int, int]]:
+def told():
     return []
 
 
 @pytest.fixture
-def book(disk: Disk, told: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> Ledger:
+def book(disk, told, monkeypatch):
     """A ledger in which a piece of (700, 760) is known from before."""
     monkeypatch.setattr(journal, "FLUSH_BYTES", 100)
     known = Journalled()
@@ -57,14 +55,14 @@ def book(disk: Disk, told: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatc
     return Ledger(disk, known, disk.check, Count(1000, lambda *seen: told.append(seen)))
 
 
-def test_a_source_that_was_read_before_must_give_the_same(book: Ledger, disk: Disk) -> None:
+def test_a_source_that_was_read_before_must_give_the_same(book, disk):
     book.wrote(disk, piece(700, 760, tensor="x", source="now"))
     with pytest.raises(SourceChangedError, match="other bytes than before"):
         book.flush()
     assert disk.calls == [("sync",), ("check",)]
 
 
-def test_bytes_come_to_the_device_before_their_piece_is_journalled(book: Ledger, disk: Disk) -> None:
+def test_bytes_come_to_the_device_before_their_piece_is_journalled(book, disk):
     book.wrote(disk, piece(0, 60))
     assert disk.calls == []
     book.wrote(disk, piece(60, 120, source="s", overflowed=3))
@@ -74,7 +72,7 @@ def test_bytes_come_to_the_device_before_their_piece_is_journalled(book: Ledger,
     assert disk.calls[3:] == [("check",)], "nothing new is nothing to journal"
 
 
-def test_time_passes_too(book: Ledger, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_passes_too(book, disk, monkeypatch):
     monkeypatch.setattr(journal, "FLUSH_SECONDS", 0.0)
     book.wrote(disk, piece(0, 1))
     assert [call[0] for call in disk.calls] == ["sync", "check", "append"]
@@ -83,7 +81,7 @@ def test_time_passes_too(book: Ledger, disk: Disk, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("what", "error"), [("sync", StorageError("no fsync")), ("check", SourceChangedError("another source"))]
 )
-def test_after_a_refusal_nothing_is_journalled(what: str, error: Exception, book: Ledger, disk: Disk) -> None:
+def test_after_a_refusal_nothing_is_journalled(what, error, book, disk):
     disk.refusals[what] = error
     for number in range(2):
         with pytest.raises(type(error)):
@@ -91,7 +89,7 @@ def test_after_a_refusal_nothing_is_journalled(what: str, error: Exception, book
     assert "append" not in [call[0] for call in disk.calls]
 
 
-def test_progress_counts_what_is_written(book: Ledger, disk: Disk, told: list[tuple[int, int]]) -> None:
+def test_progress_counts_what_is_written(book, disk, told):
     book.wrote(disk, piece(0, 40))
     book.wrote(disk, piece(40, 90))
     assert told == [(40, 1000), (90, 1000)]

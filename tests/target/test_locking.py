@@ -1,7 +1,5 @@
 """The lock of a target: one owner, who is named; a killed one's is free, another host's counts until it is broken."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
@@ -10,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,9 +15,6 @@ from gemma4_moe.errors import StorageError, TargetBusyError
 from gemma4_moe.target import locking
 from gemma4_moe.target.locking import Lock
 from support.direct_io import refusing
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 HOLDER = """
     import sys
@@ -33,12 +27,12 @@ HOLDER = """
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path):
     return tmp_path / "owner"
 
 
 @pytest.fixture
-def holder(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def holder(path):
     command = [sys.executable, "-c", textwrap.dedent(HOLDER), path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -47,11 +41,11 @@ def holder(path: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def sign(path: Path, host: str) -> None:
+def sign(path, host):
     path.write_text(json.dumps({"pid": 4_000_000, "host": host, "since": 1e9}))
 
 
-def test_a_living_owner_is_named_and_not_to_be_broken(path: Path, holder: subprocess.Popen[bytes]) -> None:
+def test_a_living_owner_is_named_and_not_to_be_broken(path, holder):
     for break_lock in (False, True):
         with pytest.raises(TargetBusyError) as caught:
             Lock(path, break_lock=break_lock)
@@ -59,7 +53,7 @@ def test_a_living_owner_is_named_and_not_to_be_broken(path: Path, holder: subpro
         assert "wait until it has ended" in str(caught.value)
 
 
-def test_a_killed_owner_leaves_the_lock_free(path: Path, holder: subprocess.Popen[bytes]) -> None:
+def test_a_killed_owner_leaves_the_lock_free(path, holder):
     holder.kill()
     holder.wait()
     lock = Lock(path)
@@ -69,7 +63,7 @@ def test_a_killed_owner_leaves_the_lock_free(path: Path, holder: subprocess.Pope
     Lock(path).release()
 
 
-def test_another_hosts_owner_is_named_and_counts_until_it_is_broken(path: Path) -> None:
+def test_another_hosts_owner_is_named_and_counts_until_it_is_broken(path):
     sign(path, "far-away")
     for _ in range(2):
         with pytest.raises(TargetBusyError) as caught:
@@ -80,9 +74,7 @@ def test_another_hosts_owner_is_named_and_counts_until_it_is_broken(path: Path) 
     Lock(path).release()
 
 
-def test_another_hosts_owner_that_flock_shows_to_be_alive_can_be_broken(
-    path: Path, holder: subprocess.Popen[bytes]
-) -> None:
+def test_another_hosts_owner_that_flock_shows_to_be_alive_can_be_broken(path, holder):
     """A host that was cut off keeps its lock on some filesystems. It notices when it is back."""
     sign(path, "far-away")
     with pytest.raises(TargetBusyError, match="another process is writing"):
@@ -93,7 +85,7 @@ def test_another_hosts_owner_that_flock_shows_to_be_alive_can_be_broken(
     lock.release()
 
 
-def test_whoever_was_broken_in_on_notices(path: Path) -> None:
+def test_whoever_was_broken_in_on_notices(path):
     first = Lock(path)
     first.confirm()
     sign(path, "far-away")
@@ -106,9 +98,7 @@ def test_whoever_was_broken_in_on_notices(path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_without_locks_in_the_filesystem_the_name_decides(
-    code: int, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_locks_in_the_filesystem_the_name_decides(code, path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refusing(code))
     first = Lock(path)
     with pytest.raises(TargetBusyError, match="another process is writing") as caught:
@@ -122,7 +112,7 @@ def test_without_locks_in_the_filesystem_the_name_decides(
     Lock(path).release()
 
 
-def test_of_two_that_take_one_lock_at_once_the_first_to_sign_stops(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_that_take_one_lock_at_once_the_first_to_sign_stops(path, monkeypatch):
     """It can happen where the filesystem has no locks: each looks for a name before the other has signed."""
     monkeypatch.setattr(locking, "_try_lock", lambda *_: True)
     monkeypatch.setattr(locking, "_read_owner", lambda *_: None)
@@ -140,9 +130,7 @@ def test_of_two_that_take_one_lock_at_once_the_first_to_sign_stops(path: Path, m
         (os, "pwrite", errno.EIO, "can't sign the lock: Input/output error"),
     ],
 )
-def test_another_refusal_is_the_disks_and_leaves_the_lock_free(
-    owner: object, call: str, code: int, words: str, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_refusal_is_the_disks_and_leaves_the_lock_free(owner, call, code, words, path, monkeypatch):
     with monkeypatch.context() as refusing_one:
         refusing_one.setattr(owner, call, refusing(code))
         with pytest.raises(StorageError, match=words):
@@ -151,9 +139,7 @@ def test_another_refusal_is_the_disks_and_leaves_the_lock_free(
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_has_no_room_for_a_name_and_locks_all_the_same(
-    code: int, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_has_no_room_for_a_name_and_locks_all_the_same(code, path, monkeypatch):
     with monkeypatch.context() as full:
         full.setattr(os, "pwrite", refusing(code))
         lock = Lock(path)
@@ -163,7 +149,7 @@ def test_a_full_disk_has_no_room_for_a_name_and_locks_all_the_same(
     Lock(path).release()
 
 
-def test_a_name_that_the_disk_keeps_does_not_keep_the_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_the_disk_keeps_does_not_keep_the_lock(path, monkeypatch):
     lock = Lock(path)
     with monkeypatch.context() as refusing_one:
         refusing_one.setattr(os, "ftruncate", refusing(errno.EIO))
@@ -173,15 +159,15 @@ def test_a_name_that_the_disk_keeps_does_not_keep_the_lock(path: Path, monkeypat
 
 
 @pytest.mark.parametrize("name", ["", "{", "[]", '{"pid": "x", "host": 3, "since": null}'])
-def test_a_name_that_makes_no_sense_is_no_owner(name: str, path: Path) -> None:
+def test_a_name_that_makes_no_sense_is_no_owner(name, path):
     path.write_text(name)
     Lock(path).release()
 
 
-def test_a_lock_whose_file_vanished_meanwhile_is_taken_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_whose_file_vanished_meanwhile_is_taken_anew(path, monkeypatch):
     whole, calls = fcntl.flock, []
 
-    def remove_once(descriptor: int, how: int) -> None:
+    def remove_once(descriptor, how):
         calls.append(how)
         if len(calls) == 1:
             path.unlink()

@@ -1,13 +1,10 @@
 """What may be replaced: a directory that a checkpoint accounts for to its last entry, and nothing else."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,17 +14,14 @@ from gemma4_moe.target.preconditions import check_existing, check_place, check_t
 from support.checkpoints import contents, write_checkpoint
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(tmp_path):
     return write_checkpoint(tmp_path / "hf", random_hf_state_dict())
 
 
 @pytest.fixture(params=["ours", "foreign"])
-def old(request: pytest.FixtureRequest, source: Path, tmp_path: Path) -> Path:
+def old(request, source, tmp_path):
     """A directory that we wrote, with a manifest, or one that another tool wrote, with an index."""
     if request.param == "ours":
         convert(source, tmp_path / "old", max_shard_size=2000)
@@ -36,7 +30,7 @@ def old(request: pytest.FixtureRequest, source: Path, tmp_path: Path) -> Path:
     return tmp_path / "old"
 
 
-def refused(target: Path, words: str, *, overwrite: bool = True) -> UsageError:
+def refused(target, words, *, overwrite=True):
     before = contents(target)
     with pytest.raises(UsageError, match=words) as caught:
         check_existing(target, overwrite=overwrite)
@@ -45,19 +39,19 @@ def refused(target: Path, words: str, *, overwrite: bool = True) -> UsageError:
     return caught.value
 
 
-def test_a_checkpoint_may_be_replaced_where_that_was_said(old: Path) -> None:
+def test_a_checkpoint_may_be_replaced_where_that_was_said(old):
     check_existing(old, overwrite=True)
     assert "--overwrite" in str(refused(old, "the target exists", overwrite=False))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_nothing_and_an_empty_directory_may_be_filled(overwrite: bool, tmp_path: Path) -> None:
+def test_nothing_and_an_empty_directory_may_be_filled(overwrite, tmp_path):
     check_existing(tmp_path / "new", overwrite=overwrite)
     (tmp_path / "new").mkdir()
     check_existing(tmp_path / "new", overwrite=overwrite)
 
 
-def directory_of_mine(path: Path) -> None:
+def directory_of_mine(path):
     path.mkdir()
     (path / "mine").write_text("mine")
 
@@ -72,17 +66,17 @@ MAKE = [
 
 
 @pytest.mark.parametrize(("make", "name"), [(make, name) for make, names in MAKE for name in names])
-def test_what_no_checkpoint_accounts_for_is_named(make: Callable[[Path], object], name: str, old: Path) -> None:
+def test_what_no_checkpoint_accounts_for_is_named(make, name, old):
     make(old / name)
     assert name in refused(old, "no checkpoint accounts for").facts["found"]
 
 
-def test_a_weight_file_that_the_index_does_not_name_is_told(old: Path) -> None:
+def test_a_weight_file_that_the_index_does_not_name_is_told(old):
     (old / "stale.safetensors").write_bytes(next(old.glob("*.safetensors")).read_bytes())
     refused(old, "not a checkpoint that may be replaced: a safetensors file that the index does not name")
 
 
-def test_a_link_to_a_checkpoint_is_not_a_checkpoint(old: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_checkpoint_is_not_a_checkpoint(old, tmp_path):
     (tmp_path / "link").symlink_to(old)
     assert "a link" in str(refused(tmp_path / "link", "is not a directory"))
     (tmp_path / "dangling").symlink_to("nowhere")
@@ -90,7 +84,7 @@ def test_a_link_to_a_checkpoint_is_not_a_checkpoint(old: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_a_mount_point_is_refused(empty: bool, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mount_point_is_refused(empty, old, tmp_path, monkeypatch):
     target = old
     if empty:
         target = tmp_path / "empty"
@@ -100,9 +94,7 @@ def test_a_mount_point_is_refused(empty: bool, old: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("below", ["", "deep/er"])
-def test_the_working_directory_and_what_is_above_it_stay(
-    below: str, old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_working_directory_and_what_is_above_it_stay(below, old, monkeypatch):
     (old / below).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(old / below)
     refused(old, "the working directory lies in the target")
@@ -110,18 +102,16 @@ def test_the_working_directory_and_what_is_above_it_stay(
 
 
 @pytest.mark.parametrize("name", [".", "{}"])
-def test_an_empty_working_directory_is_not_exchanged_under_its_users_feet(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_empty_working_directory_is_not_exchanged_under_its_users_feet(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(Path(name.format(tmp_path)), "the working directory lies in the target", overwrite=False)
 
 
 @pytest.mark.parametrize("look", range(3))
-def test_a_target_that_may_not_be_looked_at_is_told(look: int, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_that_may_not_be_looked_at_is_told(look, old, monkeypatch):
     looks, iterdir = itertools.count(), Path.iterdir
 
-    def refuse_one(path: Path) -> Iterator[Path]:
+    def refuse_one(path):
         if next(looks) == look:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return iterdir(path)
@@ -133,13 +123,13 @@ def test_a_target_that_may_not_be_looked_at_is_told(look: int, old: Path, monkey
     assert next(looks) == look + 1
 
 
-def test_what_is_no_checkpoint_is_told_why(tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_told_why(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.tex").write_text("mine")
     refused(tmp_path / "home", "not a checkpoint that may be replaced: ")
 
 
-def test_the_source_is_never_the_target_even_with_overwrite(source: Path, tmp_path: Path) -> None:
+def test_the_source_is_never_the_target_even_with_overwrite(source, tmp_path):
     (tmp_path / "alias").symlink_to(tmp_path)
     for target, words in (
         (source, "is the source"),

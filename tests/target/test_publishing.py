@@ -1,11 +1,8 @@
 """Commands that read a directory whose publish was interrupted: an error with a next command that works."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,12 +13,8 @@ from gemma4_moe.target.recovery import OLD, OUT, PUBLISHING
 from support.checkpoints import contents, write_checkpoint
 from support.models import random_hf_state_dict
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
 #: Each function that reads a checkpoint, and the directories that it is given.
-READS: dict[str, tuple[Callable[..., object], list[str]]] = {
+READS = {
     "inspect": (inspect, ["nemo"]),
     "verify alone": (verify, ["nemo"]),
     "verify": (verify, ["hf", "nemo"]),
@@ -30,7 +23,7 @@ READS: dict[str, tuple[Callable[..., object], list[str]]] = {
 }
 
 
-def interrupt_publish(target: Path, state: str) -> None:
+def interrupt_publish(target, state):
     """Leave a converted `target` as a kill would: before the last rename, or before the control directory went."""
     control = target.with_name(f".{target.name}.gemma4-moe")
     control.mkdir()
@@ -43,7 +36,7 @@ def interrupt_publish(target: Path, state: str) -> None:
 
 @pytest.mark.parametrize("state", ["between two renames", "renamed"])
 @pytest.mark.parametrize("read", READS)
-def test_reading_changes_nothing_and_names_a_command_that_works(read: str, state: str, tmp_path: Path) -> None:
+def test_reading_changes_nothing_and_names_a_command_that_works(read, state, tmp_path):
     place = tmp_path / "a b"
     place.mkdir()
     source, target, copy = (place / name for name in ("hf", "nemo", "copy"))
@@ -67,7 +60,7 @@ def test_reading_changes_nothing_and_names_a_command_that_works(read: str, state
     assert sorted(path.name for path in place.iterdir()) == ["copy", "hf", "nemo"]
 
 
-def test_resume_ends_it_too(tmp_path: Path) -> None:
+def test_resume_ends_it_too(tmp_path):
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
     convert(source, tmp_path / "nemo")
     interrupt_publish(tmp_path / "nemo", "between two renames")

@@ -1,10 +1,7 @@
 """Two runs to one target: who may take it from whom, and that nobody harms the work of whoever has it now."""
 
-from __future__ import annotations
-
 import json
 import os
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,20 +14,17 @@ from gemma4_moe.target.transaction import Transaction
 from support.checkpoints import contents
 from support.interrupted import interrupt, resume
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
-def owned_far_away(target: Path) -> None:
+def owned_far_away(target):
     """Leave the name of a process of another host, as an interrupted run of it would."""
     control = target.with_name(f".{target.name}.gemma4-moe")
     control.mkdir(exist_ok=True)
     (control / "owner").write_text(json.dumps({"pid": 77, "host": "far-away", "since": 1e9}))
 
 
-def test_another_hosts_run_is_named_and_left_alone_unless_it_is_broken(source: Path, tmp_path: Path) -> None:
+def test_another_hosts_run_is_named_and_left_alone_unless_it_is_broken(source, tmp_path):
     interrupt(source, tmp_path / "nemo")
     owned_far_away(tmp_path / "nemo")
     before = contents(tmp_path)
@@ -44,9 +38,7 @@ def test_another_hosts_run_is_named_and_left_alone_unless_it_is_broken(source: P
     assert (tmp_path / "nemo/model.safetensors.index.json").exists()
 
 
-def test_what_is_left_beside_a_complete_target_is_not_cleared_away_from_under_an_owner(
-    source: Path, tmp_path: Path
-) -> None:
+def test_what_is_left_beside_a_complete_target_is_not_cleared_away_from_under_an_owner(source, tmp_path):
     convert(source, tmp_path / "nemo", max_shard_size=60_000)
     owned_far_away(tmp_path / "nemo")
     with pytest.raises(TargetBusyError):
@@ -56,8 +48,8 @@ def test_what_is_left_beside_a_complete_target_is_not_cleared_away_from_under_an
 
 
 def test_a_command_does_not_offer_to_remove_the_others_work_and_breaks_a_lock_where_it_is_told_to(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    source, tmp_path, capsys
+):
     interrupt(source, tmp_path / "nemo")
     owned_far_away(tmp_path / "nemo")
     for command, status in (
@@ -75,7 +67,7 @@ def test_a_command_does_not_offer_to_remove_the_others_work_and_breaks_a_lock_wh
     assert remains(tmp_path / "nemo") is None
 
 
-def broken_into(target: Path) -> Transaction:
+def broken_into(target):
     """Take the target from the run that is writing it, as `--break-lock` does on another host, and begin to write."""
     other = Transaction(target, resume=True)
     (other.control / "owner").unlink()
@@ -85,22 +77,20 @@ def broken_into(target: Path) -> Transaction:
 
 
 @pytest.mark.parametrize("when", ["before anything is journalled", "while it writes", "at its end"])
-def test_a_run_that_is_broken_into_stops_and_leaves_the_other_alone(
-    when: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    others: list[Transaction] = []
-    written: list[int] = []
+def test_a_run_that_is_broken_into_stops_and_leaves_the_other_alone(when, source, tmp_path, monkeypatch):
+    others = []
+    written = []
     copy_files = directory.copy_files
 
-    def progress(done: int, total: int) -> None:
+    def progress(done, total):
         written.append(done)
         if not others and when != "at its end":
             others.append(broken_into(tmp_path / "nemo"))
 
-    def copied(*arguments: object) -> object:
+    def copied(*arguments):
         if when == "at its end":
             others.append(broken_into(tmp_path / "nemo"))
-        return copy_files(*arguments)  # type: ignore[arg-type]
+        return copy_files(*arguments)
 
     monkeypatch.setattr(directory, "copy_files", copied)
     if when == "before anything is journalled":
@@ -120,7 +110,7 @@ def test_a_run_that_is_broken_into_stops_and_leaves_the_other_alone(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "nemo"]
 
 
-def test_the_one_that_comes_second_is_told(source: Path, tmp_path: Path) -> None:
+def test_the_one_that_comes_second_is_told(source, tmp_path):
     with Transaction(tmp_path / "nemo"), pytest.raises(TargetBusyError) as caught:
         convert(source, tmp_path / "nemo")
     assert f"process {os.getpid()} on " in caught.value.facts["found"]

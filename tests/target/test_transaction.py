@@ -1,11 +1,8 @@
 """Publishing: new, into an empty directory, over an old one; in one step or in two; and healing what was cut off."""
 
-from __future__ import annotations
-
 import errno
 import os
 from functools import partial
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,39 +15,33 @@ from gemma4_moe.target.transaction import Transaction
 from support.direct_io import refusing
 from support.order import Order
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from gemma4_moe.target.locking import Lock
-
 
 class Killed(BaseException):
     """What a test raises where a process would have been killed."""
 
 
 @pytest.fixture
-def target(tmp_path: Path) -> Path:
+def target(tmp_path):
     return tmp_path / "nemo"
 
 
 @pytest.fixture
-def two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def two_steps(monkeypatch):
     """Run as on a filesystem that can't exchange two directories."""
     monkeypatch.setattr(transaction, "exchange", lambda *_: False)
 
 
-def write(target: Path, text: str, *, overwrite: bool = False) -> None:
+def write(target, text, *, overwrite=False):
     with Transaction(target) as work:
         (work.out / "file").write_text(text)
         work.publish(overwrite=overwrite)
 
 
-def entries(directory: Path) -> list[str]:
+def entries(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-def assert_only(target: Path, text: str) -> None:
+def assert_only(target, text):
     """Fail unless the target holds this text, and nothing is beside it."""
     assert (target / "file").read_text() == text
     assert entries(target.parent) == ["nemo"]
@@ -58,7 +49,7 @@ def assert_only(target: Path, text: str) -> None:
 
 @pytest.mark.parametrize("there", ["nothing", "an empty directory", "an old one"])
 @pytest.mark.parametrize("exchanges", [True, False])
-def test_a_target_appears_whole(exchanges: bool, there: str, target: Path, request: pytest.FixtureRequest) -> None:
+def test_a_target_appears_whole(exchanges, there, target, request):
     if not exchanges:
         request.getfixturevalue("two_steps")
     if there == "an empty directory":
@@ -69,7 +60,7 @@ def test_a_target_appears_whole(exchanges: bool, there: str, target: Path, reque
     assert_only(target, "new")
 
 
-def directory_of_mine(target: Path) -> None:
+def directory_of_mine(target):
     target.mkdir()
     (target / "mine").write_text("mine")
 
@@ -83,8 +74,8 @@ def directory_of_mine(target: Path) -> None:
         lambda target: target.symlink_to(target.parent.parent),
     ],
 )
-def test_what_has_come_into_being_meanwhile_is_not_touched(appear: Callable[[Path], object], target: Path) -> None:
-    def write_while_it_appears() -> None:
+def test_what_has_come_into_being_meanwhile_is_not_touched(appear, target):
+    def write_while_it_appears():
         with Transaction(target) as work:
             (work.out / "file").write_text("new")
             appear(target)
@@ -96,7 +87,7 @@ def test_what_has_come_into_being_meanwhile_is_not_touched(appear: Callable[[Pat
     assert not (target / "file").exists()
 
 
-def test_without_publish_nothing_stays(target: Path) -> None:
+def test_without_publish_nothing_stays(target):
     with Transaction(target) as work:
         (work.out / "file").write_text("x")
     assert entries(target.parent) == []
@@ -105,7 +96,7 @@ def test_without_publish_nothing_stays(target: Path) -> None:
     assert entries(target.parent) == []
 
 
-def test_what_a_killed_run_has_left_without_a_journal_is_not_taken_along(target: Path) -> None:
+def test_what_a_killed_run_has_left_without_a_journal_is_not_taken_along(target):
     (control_directory(target) / "out").mkdir(parents=True)
     (control_directory(target) / "out/stale").write_text("x")
     (control_directory(target) / "old").mkdir()
@@ -114,10 +105,8 @@ def test_what_a_killed_run_has_left_without_a_journal_is_not_taken_along(target:
     assert entries(target.parent) == ["nemo"]
 
 
-def test_a_kill_while_an_unfinished_run_is_removed_leaves_no_journal_of_what_is_gone(
-    target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(_: Path) -> None:
+def test_a_kill_while_an_unfinished_run_is_removed_leaves_no_journal_of_what_is_gone(target, monkeypatch):
+    def killed(_):
         raise Killed
 
     control = control_directory(target)
@@ -131,11 +120,11 @@ def test_a_kill_while_an_unfinished_run_is_removed_leaves_no_journal_of_what_is_
     assert read_journals(control).pieces == {}
 
 
-def killed_in(monkeypatch: pytest.MonkeyPatch, target: Path, name: str, when: int) -> None:
+def killed_in(monkeypatch, target, name, when):
     """Overwrite `target`, and end as a kill would just before call number `when` of a function."""
     whole, calls = getattr(transaction, name), []
 
-    def count(*arguments: object) -> object:
+    def count(*arguments):
         calls.append(arguments)
         if len(calls) == when:
             raise Killed
@@ -148,8 +137,8 @@ def killed_in(monkeypatch: pytest.MonkeyPatch, target: Path, name: str, when: in
             write(target, "new", overwrite=True)
 
 
-def kill_between_the_renames(monkeypatch: pytest.MonkeyPatch, target: Path) -> None:
-    def only_the_first(_: Path, target: Path, old: Path) -> None:
+def kill_between_the_renames(monkeypatch, target):
+    def only_the_first(_, target, old):
         target.rename(old)
         raise Killed
 
@@ -163,7 +152,7 @@ def kill_between_the_renames(monkeypatch: pytest.MonkeyPatch, target: Path) -> N
 
 @pytest.mark.usefixtures("two_steps")
 @pytest.mark.parametrize("by", ["heal", "the next writer"])
-def test_a_kill_between_the_two_renames_is_healed(by: str, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_between_the_two_renames_is_healed(by, target, monkeypatch):
     write(target, "old")
     kill_between_the_renames(monkeypatch, target)
     assert not target.exists()
@@ -175,11 +164,11 @@ def test_a_kill_between_the_two_renames_is_healed(by: str, target: Path, monkeyp
     assert_only(target, "new")
 
 
-def after_the_first_rename(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None], times: int = 1) -> None:
+def after_the_first_rename(monkeypatch, act, times=1):
     """Act before each of the next `times` renames, when neither the old directory nor the new one is in its place."""
     whole, calls = os.rename, []
 
-    def rename(one: Path, other: Path) -> None:
+    def rename(one, other):
         calls.append(one)
         if 2 <= len(calls) < 2 + times:
             act()
@@ -191,14 +180,12 @@ def after_the_first_rename(monkeypatch: pytest.MonkeyPatch, act: Callable[[], No
 @pytest.mark.usefixtures("two_steps")
 @pytest.mark.parametrize("journalled", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, os.strerror(errno.EIO))], ids=repr)
-def test_a_failure_between_the_two_renames_leaves_the_old_one(
-    error: BaseException, journalled: bool, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail() -> None:
+def test_a_failure_between_the_two_renames_leaves_the_old_one(error, journalled, target, monkeypatch):
+    def fail():
         assert not target.exists()
         raise error
 
-    def overwrite() -> None:
+    def overwrite():
         with Transaction(target) as work:
             (work.out / "file").write_text("new")
             if journalled:
@@ -215,9 +202,7 @@ def test_a_failure_between_the_two_renames_leaves_the_old_one(
 
 
 @pytest.mark.usefixtures("two_steps")
-def test_neither_is_deleted_while_the_old_one_can_not_be_put_back(
-    target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neither_is_deleted_while_the_old_one_can_not_be_put_back(target, monkeypatch):
     write(target, "old")
     with monkeypatch.context() as failing:
         after_the_first_rename(failing, refusing(errno.EIO), times=2)
@@ -229,7 +214,7 @@ def test_neither_is_deleted_while_the_old_one_can_not_be_put_back(
 
 
 @pytest.mark.usefixtures("two_steps")
-def test_what_appears_between_the_two_renames_is_not_touched(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_appears_between_the_two_renames_is_not_touched(target, monkeypatch):
     write(target, "old")
     after_the_first_rename(monkeypatch, partial(directory_of_mine, target))
     with pytest.raises(UsageError, match="come into being"):
@@ -238,7 +223,7 @@ def test_what_appears_between_the_two_renames_is_not_touched(target: Path, monke
     assert (control_directory(target) / "old/file").read_text() == "old"
 
 
-def test_a_kill_after_the_exchange_is_healed(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_after_the_exchange_is_healed(target, monkeypatch):
     write(target, "old")
     killed_in(monkeypatch, target, "sync_directory", 5)
     assert (target / "file").read_text() == "new"
@@ -247,7 +232,7 @@ def test_a_kill_after_the_exchange_is_healed(target: Path, monkeypatch: pytest.M
     assert_only(target, "new")
 
 
-def test_a_kill_before_the_exchange_leaves_the_old_one(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_before_the_exchange_leaves_the_old_one(target, monkeypatch):
     write(target, "old")
     killed_in(monkeypatch, target, "_replace", 1)
     heal(target)
@@ -257,7 +242,7 @@ def test_a_kill_before_the_exchange_leaves_the_old_one(target: Path, monkeypatch
     assert_only(target, "old")
 
 
-def test_a_torn_note_of_publishing_heals_nothing(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_note_of_publishing_heals_nothing(target, monkeypatch):
     write(target, "old")
     killed_in(monkeypatch, target, "_replace", 1)
     (control_directory(target) / "publishing").write_text('{"ino')
@@ -273,7 +258,7 @@ READY = [("fsync", f"{CONTROL}/out"), ("fsync", f"{CONTROL}/publishing"), ("fsyn
 
 
 @pytest.mark.parametrize("there", ["nothing", "empty", "old", "old, in two steps"])
-def test_all_is_on_the_device_before_the_next_step(there: str, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_on_the_device_before_the_next_step(there, target, monkeypatch):
     if there == "empty":
         target.mkdir()
     elif there != "nothing":
@@ -295,7 +280,7 @@ def test_all_is_on_the_device_before_the_next_step(there: str, target: Path, mon
 
 
 @pytest.mark.usefixtures("two_steps")
-def test_healing_brings_the_rename_to_the_device_first(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_healing_brings_the_rename_to_the_device_first(target, monkeypatch):
     write(target, "old")
     kill_between_the_renames(monkeypatch, target)
     order = Order(target.parent, monkeypatch)
@@ -304,7 +289,7 @@ def test_healing_brings_the_rename_to_the_device_first(target: Path, monkeypatch
     assert order.calls[-1] == ("rmdir", CONTROL)
 
 
-def test_another_process_at_work_is_left_alone(target: Path) -> None:
+def test_another_process_at_work_is_left_alone(target):
     with Transaction(target) as work:
         (work.control / "publishing").write_text('{"inode": 1}')
         heal(target)
@@ -312,16 +297,14 @@ def test_another_process_at_work_is_left_alone(target: Path) -> None:
 
 
 @pytest.mark.parametrize("journalled", [False, True])
-def test_a_publish_that_another_process_has_just_finished_is_no_trouble(
-    journalled: bool, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_publish_that_another_process_has_just_finished_is_no_trouble(journalled, target, monkeypatch):
     """It has gone on between our look and our lock; where it then began anew and was killed, that stays."""
     control = control_directory(target)
     (control / "out").mkdir(parents=True)
     (control / "publishing").write_text('{"inode": 1}')
     take_lock = recovery.take_lock
 
-    def take_lock_late(place: Path) -> Lock:
+    def take_lock_late(place):
         (control / "publishing").unlink()
         if journalled:
             with Journal(control, 0) as journal:
@@ -337,10 +320,10 @@ def test_a_publish_that_another_process_has_just_finished_is_no_trouble(
     assert entries(target.parent) == []
 
 
-def test_journals_that_contradict_each_other_can_be_removed(target: Path) -> None:
+def test_journals_that_contradict_each_other_can_be_removed(target):
     """Their own error says to do so: it must not be met again, nor the lock of the run that has failed."""
 
-    def read_twice() -> None:
+    def read_twice():
         with Transaction(target) as work:
             with Journal(work.control, 0) as journal:
                 journal.append(pieces=[("file", 0, 9, "hash", {"source": "one"})])
@@ -354,8 +337,8 @@ def test_journals_that_contradict_each_other_can_be_removed(target: Path) -> Non
     assert entries(target.parent) == []
 
 
-def test_trouble_in_clearing_away_does_not_hide_the_error(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+def test_trouble_in_clearing_away_does_not_hide_the_error(target, monkeypatch):
+    def fail():
         monkeypatch.setattr(os, "rmdir", refusing(errno.EROFS))
         raise StorageError("the first error")
 

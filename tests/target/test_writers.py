@@ -1,7 +1,5 @@
 """A file that is written at positions: its bytes, its size, its end on the device, and writing in whole pages."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import os
@@ -9,7 +7,6 @@ import random
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -22,9 +19,6 @@ from gemma4_moe.target import writers as writer_module
 from gemma4_moe.target.file_layout import layout_header
 from gemma4_moe.target.writers import PageWriter, SafetensorsWriter
 from support.direct_io import failing_after, works_here
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 HEADER, ENTRIES = layout_header([("a", FLOAT32, (64, 1024)), ("b", FLOAT32, (3, 7))], {"format": "pt"})
 SIZE = ENTRIES[-1].end
@@ -147,7 +141,7 @@ def test_close_syncs_and_an_error_in_the_block_abandons(tmp_path, monkeypatch):
 CONTENT = random.Random(1).randbytes(10 * PAGE + 123)
 
 
-def write_in_pieces(path: Path, edges: list[int], *, buffered: bool = False) -> None:
+def write_in_pieces(path, edges, *, buffered=False):
     with SafetensorsWriter(path, b"", len(CONTENT)) as file, closing(PageWriter(file, buffered=buffered)) as writer:
         for start, end in itertools.pairwise(edges):
             buffer, lead = allocate(end - start + SLACK), start % PAGE
@@ -168,15 +162,15 @@ EDGES = [
 
 @pytest.mark.parametrize("buffered", [False, True])
 @pytest.mark.parametrize("edges", EDGES)
-def test_a_writer_takes_pieces_of_any_size(edges: list[int], buffered: bool, tmp_path: Path) -> None:
+def test_a_writer_takes_pieces_of_any_size(edges, buffered, tmp_path):
     write_in_pieces(tmp_path / "out", edges, buffered=buffered)
     assert (tmp_path / "out").read_bytes() == CONTENT
 
 
-def test_direct_writes_are_whole_pages_from_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_direct_writes_are_whole_pages_from_pages(tmp_path, monkeypatch):
     whole, calls = os.pwrite, []
 
-    def seen(descriptor: int, content: memoryview, offset: int) -> int:
+    def seen(descriptor, content, offset):
         calls.append((offset, len(content)))
         return whole(descriptor, content, offset)
 
@@ -189,16 +183,14 @@ def test_direct_writes_are_whole_pages_from_pages(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_where_direct_writing_is_refused_it_goes_on_buffered(
-    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_direct_writing_is_refused_it_goes_on_buffered(at, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pwrite", failing_after(at, errno.EINVAL, os.pwrite))
     if works_here(tmp_path):
         write_in_pieces(tmp_path / "out", EDGES[1])
         assert (tmp_path / "out").read_bytes() == CONTENT
 
 
-def test_a_write_that_stops_within_a_page_goes_on_buffered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_stops_within_a_page_goes_on_buffered(tmp_path, monkeypatch):
     whole = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, view, at: whole(fd, bytes(view[: max(1, len(view) // 3)]), at))
     write_in_pieces(tmp_path / "out", EDGES[1], buffered=True)

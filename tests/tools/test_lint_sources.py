@@ -12,7 +12,7 @@ LINT = Path(__file__).parents[2] / "tools" / "lint" / "sources.py"
 NAME = "moe.experts.down_projs"
 
 
-def lint(directory: Path) -> subprocess.CompletedProcess[str]:
+def lint(directory):
     return subprocess.run([sys.executable, LINT, directory], capture_output=True, text=True, check=False)
 
 
@@ -26,7 +26,7 @@ def lint(directory: Path) -> subprocess.CompletedProcess[str]:
         (f"f(p + '{NAME}')", f"'''{NAME}'''", f"'{NAME}' spells {NAME}"),
     ],
 )
-def test_each_rule_finds_its_line(bad: str, good: str, problem: str, tmp_path: Path) -> None:
+def test_each_rule_finds_its_line(bad, good, problem, tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep/module.py").write_text(f"{good}\n{bad}\n")
     found = lint(tmp_path)
@@ -37,6 +37,6 @@ def test_each_rule_finds_its_line(bad: str, good: str, problem: str, tmp_path: P
     assert lint(tmp_path).returncode == 0
 
 
-def test_only_the_table_may_spell_a_name(tmp_path: Path) -> None:
+def test_only_the_table_may_spell_a_name(tmp_path):
     (tmp_path / "table.py").write_text("NAME = 'experts.gate_up_proj'\n")
     assert lint(tmp_path).returncode == 0

@@ -1,7 +1,5 @@
 """What the command `verify` and `diff` can, the functions can: a target alone, Hub ids, sizes as text, `~`."""
 
-from pathlib import Path
-
 import pytest
 
 from gemma4_moe import convert, diff, inspect, plan, verify
@@ -10,7 +8,7 @@ from support.checkpoints import flip_bit
 from support.hub_server import COMMIT
 
 
-def test_a_target_alone_is_checked_against_its_manifest(source: Path, tmp_path: Path) -> None:
+def test_a_target_alone_is_checked_against_its_manifest(source, tmp_path):
     convert(source, tmp_path / "nemo")
     assert verify(tmp_path / "nemo").wrong == ()
     flip_bit(tmp_path / "nemo/model.safetensors", -1)
@@ -23,7 +21,7 @@ def test_a_target_alone_is_checked_against_its_manifest(source: Path, tmp_path: 
             call(tmp_path / "nemo", revision="main")
 
 
-def test_sizes_may_be_text(source: Path, tmp_path: Path) -> None:
+def test_sizes_may_be_text(source, tmp_path):
     convert(source, tmp_path / "nemo")
     assert verify(source, tmp_path / "nemo", max_memory="64MiB").different == ()
     assert verify(tmp_path / "nemo", max_memory="64MiB").wrong == ()
@@ -33,7 +31,7 @@ def test_sizes_may_be_text(source: Path, tmp_path: Path) -> None:
             call()
 
 
-def test_hub_ids_are_read_from_the_cache(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_ids_are_read_from_the_cache(source, tmp_path, monkeypatch):
     repository = tmp_path / "hub/models--google--small-gemma"
     for folder in ("refs", "snapshots"):
         (repository / folder).mkdir(parents=True)
@@ -47,7 +45,7 @@ def test_hub_ids_are_read_from_the_cache(source: Path, tmp_path: Path, monkeypat
     assert inspect("google/small-gemma").problems == ()
 
 
-def test_a_tilde_is_the_home_directory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_directory(source, tmp_path, monkeypatch):
     convert(source, tmp_path / "nemo")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert verify("~/hf", "~/nemo").different == ()
