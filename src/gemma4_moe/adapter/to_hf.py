@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     #: Returns whether an entry is left out, given its hf name and its nemo name.
     Excluded = Callable[[str, str], bool]
 
-#: Of the results: with each tensor's placements, without communication; or whole; or views for a reader to fill.
+#: The form of the results. "sharded": each tensor keeps its placements, and nothing communicates. "gathered": each is
+#: whole on every rank. "destinations": views that a checkpoint reader fills.
 Form = Literal["sharded", "gathered", "destinations"]
 
 

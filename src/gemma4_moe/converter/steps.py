@@ -44,7 +44,8 @@ _PIECE = 2**20
 class ConversionSteps:
     """Reads, converts, hashes and writes the blocks of one job. No step knows of another block.
 
-    By the target's name, `scales` [E] are those that are folded, and `given_back` [E] those that are not all one.
+    Both `scales` and `given_back` map a target's name to a scale [E]. `scales` are folded into their target;
+    `given_back` are the values of scales that are written with a base, and a name that is missing there means ones.
     """
 
     scales: Scales
@@ -67,7 +68,10 @@ class ConversionSteps:
         return found
 
     def compute(self, block: Block, contents: list[memoryview], buffer: memoryview) -> dict[str, Any]:
-        """Make the block's target bytes, as far behind a page as they are in the file, and return facts of it."""
+        """Write the block's converted bytes into `buffer`, and return the facts to journal.
+
+        They begin at their offset in the file modulo a page.
+        """
         tensor = block.tensor
         into = _target(block, buffer)
         if tensor.source is None:

@@ -41,7 +41,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A conversion that has begun; `options` decide the target's bytes, `scales` are folded, by the target's name."""
+    """A conversion that has begun.
+
+    `options` are the arguments that decide the target's bytes. `scales` maps a target's name to the scale [E] that is
+    folded into it.
+    """
 
     checkpoint: Checkpoint
     base: Checkpoint | None
@@ -65,7 +69,7 @@ class Job:
 def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progress | None) -> list[Piece]:
     """Write all blocks of a job that are not there yet, and return the pieces of all. All ranks must call.
 
-    `confirm`, rank 0's, is called before each journal entry, and raises if the target is not ours any more.
+    `confirm` is given on rank 0 alone. It is called before each journal entry, and raises if our lock was broken.
     """
     ranks, control = job.files.ranks, job.files.out.parent
     opening = resume.opening_record(job.plan, job.checkpoint, job.options, job.base)

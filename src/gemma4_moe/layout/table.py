@@ -43,7 +43,7 @@ class Rule:
     Attributes:
         role: A short name for messages and lookups.
         hf: REST in the hf layout.
-        nemo: REST in the nemo layout. For a tensor that is folded away, that of the tensor that takes it in.
+        nemo: REST in the nemo layout. A folded tensor has that of the tensor that it is multiplied into.
         hf_axes: Axes in the hf layout.
         nemo_axes: Axes in the nemo layout; empty for a tensor that is folded away.
         operation: The operation from hf to nemo.
@@ -62,7 +62,7 @@ class Rule:
         return bool(self.nemo_axes)
 
     def name(self, layout: Layout) -> str:
-        """Return REST in `layout`, current spelling; of a folded tensor, that of the tensor that takes it in."""
+        """Return REST in `layout`, current spelling."""
         return self.hf if layout is Layout.HF else self.nemo
 
     def axes(self, layout: Layout) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ class Rule:
         return len(self.hf_axes) == 3
 
     def yields(self, target: Layout) -> tuple[Rule, ...]:
-        """Return the rows that this row's tensor becomes in the other layout, `target`, itself first.
+        """Return the rules of the tensors that this rule's tensor becomes in layout `target`, this rule first.
 
         A tensor that took in another on the way to nemo gives it back on the way to hf.
         """

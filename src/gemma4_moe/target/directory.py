@@ -62,8 +62,9 @@ class TargetFiles:
     ) -> list[Piece]:
         """Write side files, index and manifest once the weights are on the device. All ranks must call.
 
-        `own` are the pieces of this rank, without headers. `describe` gets the manifest's entries of the files, may add
-        to them, and returns the rest of it. Returns the pieces of all files, those of the manifest too.
+        `own` are the pieces of this rank, without headers. `describe` is called on the first rank with the manifest's
+        `files`. It may add to them, and returns the manifest's other fields. The result has the pieces of all files,
+        the manifest's too.
         """
         weights = [piece_of(file.name, 0, file.header) for file in self.files]
         weights += [piece for pieces in self.ranks.everyones(list(own)) for piece in pieces]
@@ -82,7 +83,7 @@ class TargetFiles:
     def read_back(self, pieces: Sequence[Piece], confirm: Callable[[], None] | None = None) -> None:
         """Compare the files on the device with the pieces of `complete`, each rank a part. All ranks must call.
 
-        `confirm` is called at every piece, and raises if the target is not ours any more.
+        `confirm` is called at every piece, and raises if our lock was broken.
         """
         sizes = {name: said["bytes"] for name, said in described_files(pieces).items()}
         mine = pieces[self.ranks.rank :: self.ranks.world]

@@ -58,8 +58,9 @@ class Spelling:
 
     Attributes:
         name: Its name in messages and results.
-        names: For each role that it spells in its own way, REST of each run of rows, in their order. A "{}" stands for
-            the number of an expert whose tensor has no axis E. All other roles have the names of the table.
+        names: For each role that the form names itself, the REST (see `layout.table`) of its stored tensors, in the
+            order of their rows. A "{}" stands for the number of an expert, if each expert has tensors of its own. All
+            other roles have the names of the table.
         readable: Whether checkpoints in this form are read.
         writable: Whether a stream can be written in this form.
     """
