@@ -96,9 +96,9 @@ def test_whatever_decides_the_bytes_decides_the_hash_of_the_plan(source):
 
         plans = [
             plan,
-            stored(entry=replace(down.origin.entry, start=1, end=2)),
-            stored(entry=replace(down.origin.entry, name="another")),
-            stored(entry=replace(down.origin.entry, dtype=FLOAT32)),
+            stored(start=1, end=2),
+            stored(name="another"),
+            stored(dtype=FLOAT32),
             stored(file=other.file),
             having(name="another"),
             having(operation=Operation.KEEP),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 from gemma4_moe.checkpoint.config import ConfigFile, read_config
 from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.checkpoint.foreign_formats import refuse_foreign_files, refuse_partial_tensors
+from gemma4_moe.checkpoint.header import TensorEntry
 from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, parse_index
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, check_side_file, is_side_file
 from gemma4_moe.checkpoint.storage import read_whole, refusals
@@ -21,9 +22,6 @@ from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, comma
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
-
-    from gemma4_moe.checkpoint.header import TensorEntry
-    from gemma4_moe.layout.dtypes import DType
 
 _SUFFIX = ".safetensors"
 
@@ -33,37 +31,16 @@ _AGAIN = "get the whole checkpoint again"
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(TensorEntry):
     """One tensor of a checkpoint: its entry in a header, and that header's file."""
 
-    entry: TensorEntry
     file: SafetensorsFile
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self.entry.name
-
-    @property
-    def dtype(self) -> DType:
-        """Its dtype."""
-        return self.entry.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self.entry.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return self.entry.nbytes
 
     def read_into(self, destination: memoryview, offset: int = 0) -> None:
         """Fill `destination` with the tensor's bytes from `offset` on. Raises what the file's `read_into` raises."""
         if offset < 0 or offset + destination.nbytes > self.nbytes:
             raise ValueError(f"[{offset}, {offset + destination.nbytes}) is outside of {self.nbytes} bytes")
-        self.file.read_into(self.entry.start + offset, destination)
+        self.file.read_into(self.start + offset, destination)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +176,8 @@ def _collect(files: dict[str, SafetensorsFile]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for name, file in files.items():
         for entry in file.header.entries:
-            other = tensors.setdefault(entry.name, StoredTensor(entry, file))
+            stored = StoredTensor(entry.name, entry.dtype, entry.shape, entry.start, entry.end, file)
+            other = tensors.setdefault(entry.name, stored)
             if other.file is not file:
                 raise DuplicateTensorError(
                     "two files hold one tensor",

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gemma4_moe.checkpoint.config import ConfigFile
-    from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.layout.dtypes import DType
-    from gemma4_moe.layout.targets import Target
+    from gemma4_moe.layout.targets import Described, T, Target
 
 #: `model_type` of the models that have these layers, and what each is called.
 SUPPORTED_MODELS = {"gemma4": "multimodal Gemma 4", "gemma4_text": "text-only Gemma 4"}
@@ -116,26 +115,26 @@ def _wrong_model(config: ConfigFile) -> InputError | None:
     return relative
 
 
-def wrong_tensors(tensors: Iterable[StoredTensor], inventory: Inventory, config: ConfigFile) -> Iterator[InputError]:
+def wrong_tensors(tensors: Iterable[Described], inventory: Inventory, config: ConfigFile) -> Iterator[InputError]:
     """Yield every wrong tensor, then the first incomplete layer, then layers that the config does not count."""
     yield from problems(tensors, inventory, CHECKPOINT_RULES[inventory.layout])
     try:
-        check_layer_count(inventory, config)
+        _check_layer_count(inventory, config)
     except InputError as error:
         yield error
 
 
 def checkpoint_targets(
-    tensors: Iterable[StoredTensor], layout: Layout, config: ConfigFile, cast: DType | None = None
-) -> dict[str, Target[StoredTensor]]:
+    tensors: Iterable[T], layout: Layout, config: ConfigFile, cast: DType | None = None
+) -> dict[str, Target[T]]:
     """Return every tensor that a checkpoint becomes in the other layout, after the checks of `wrong_tensors`."""
     inventory = Inventory(layout, config.sizes)
     targets = targets_of(tensors, inventory, CHECKPOINT_RULES[layout], cast)
-    check_layer_count(inventory, config)
+    _check_layer_count(inventory, config)
     return targets
 
 
-def check_layer_count(inventory: Inventory, config: ConfigFile) -> None:
+def _check_layer_count(inventory: Inventory, config: ConfigFile) -> None:
     """Check that the layers with experts are those that the config counts.
 
     Raises:

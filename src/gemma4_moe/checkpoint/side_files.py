@@ -10,8 +10,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.config import CONFIG_NAME
-from gemma4_moe.checkpoint.storage import regular_status
-from gemma4_moe.errors import CheckpointFormatError
+from gemma4_moe.checkpoint.storage import regular_status, too_large
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,13 +69,7 @@ def check_side_file(path: Path) -> None:
     """
     status = regular_status(path)
     if status.st_size > LARGEST_SIDE_FILE:
-        raise CheckpointFormatError(
-            "a side file that is far larger than such a file can be",
-            file=path,
-            expected=f"at most {LARGEST_SIDE_FILE} bytes",
-            found=f"{status.st_size} bytes",
-            hint="remove it, or put the real file in its place",
-        )
+        raise too_large(path, LARGEST_SIDE_FILE, f"{status.st_size} bytes")
 
 
 MANIFEST_NAME = "gemma4_moe.json"

@@ -124,14 +124,14 @@ def read_whole(path: Path, longest: int) -> bytes:
         size = os.fstat(descriptor).st_size
         content = file.read(min(longest, size) + 1)  # a read reserves what it asks for
     if len(content) > longest:
-        raise CheckpointFormatError(
-            "a file that is far larger than such a file can be",
-            file=path,
-            expected=f"at most {longest} bytes",
-            found=f"{size} bytes",
-            hint="put the real file in its place",
-        )
+        raise too_large(path, longest, f"{size} bytes")
     return content
+
+
+def too_large(file: object, most: int, found: str) -> CheckpointFormatError:
+    """Return the error for a file without weights that has more than `most` bytes."""
+    problem, hint = "a file that is far larger than such a file can be", "put the real file in its place"
+    return CheckpointFormatError(problem, file=file, expected=f"at most {most} bytes", found=found, hint=hint)
 
 
 def read_at(descriptor: int, path: Path, offset: int, destination: memoryview) -> None:

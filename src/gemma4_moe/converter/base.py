@@ -170,7 +170,7 @@ class Unfolding:
         """Return the first rows of one expert of a tensor [E, R, C] of the base; valid until the next call."""
         (read,) = weights.reads(expert, expert + 1)  # no form cuts the rows of a down_proj
         size = rows * weights.shape[2] * weights.dtype.itemsize
-        start = read.stored.entry.start + read.start
+        start = read.stored.start + read.start
         raw = self._readers[read.stored.file.path].read(start, size, self._buffer)
         return np.frombuffer(raw, np.uint8).view(weights.dtype.numpy()).reshape(rows, -1)
 

@@ -59,14 +59,14 @@ class Block:
         """Return all bytes of the source that decide the block's: its reads, and the scale of its experts."""
         extents = [extent_of(read) for read in self.reads()]
         if (scale := self.tensor.scale) is not None:
-            start, size = scale.entry.start, scale.dtype.itemsize
+            start, size = scale.start, scale.dtype.itemsize
             extents.append(Extent(scale.file, start + self.first * size, start + self.last * size))
         return extents
 
 
 def extent_of(read: Read[StoredTensor]) -> Extent:
     """Return the bytes of a read in their file."""
-    start = read.stored.entry.start
+    start = read.stored.start
     return Extent(read.stored.file, start + read.start, start + read.end)
 
 

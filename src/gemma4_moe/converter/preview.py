@@ -249,7 +249,7 @@ def predict(plan: Plan, mesh: Mapping[str, int]) -> Prediction:
     return Prediction(
         mesh=dict(mesh),
         shares=tuple(_share(coordinate, experts, mesh) for coordinate in product(*map(range, mesh.values()))),
-        other_bytes=every - sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in experts),
+        other_bytes=every - sum(tensor.nbytes for tensor in experts),
         staging_bytes=load_staging_bytes(plan.tensors.values()),
     )
 

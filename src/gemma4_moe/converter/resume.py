@@ -37,7 +37,7 @@ def plan_digest(plan: Plan) -> str:
 
 
 def _place(stored: StoredTensor) -> tuple[str, str, int, str]:
-    return stored.name, stored.file.path.name, stored.entry.start, stored.dtype.name
+    return stored.name, stored.file.path.name, stored.start, stored.dtype.name
 
 
 def opening_record(

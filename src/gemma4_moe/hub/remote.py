@@ -18,11 +18,11 @@ from gemma4_moe.checkpoint.file import FileIdentity, SafetensorsFile
 from gemma4_moe.checkpoint.header import header_size, parse_header
 from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, is_bare_name
 from gemma4_moe.checkpoint.side_files import LARGEST_SIDE_FILE, PATTERNS, is_side_file
-from gemma4_moe.checkpoint.storage import FULL, temporary_directory
+from gemma4_moe.checkpoint.storage import FULL, temporary_directory, too_large
 from gemma4_moe.checkpoint.storage import refusals as disk_refusals
 from gemma4_moe.checkpoint.strict_json import is_unsigned
 from gemma4_moe.errors import SourceChangedError, StorageError
-from gemma4_moe.hub.requests import read_range, read_small, refusals, too_large, unreadable
+from gemma4_moe.hub.requests import read_range, read_small, refusals, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gemma4_moe.errors import CheckpointFormatError, Gemma4MoEError, InputError, StorageError, UsageError
+from gemma4_moe.checkpoint.storage import too_large
+from gemma4_moe.errors import Gemma4MoEError, InputError, StorageError, UsageError
 from gemma4_moe.version import __version__
 
 if TYPE_CHECKING:
@@ -76,12 +77,6 @@ def read_small(url: str, most: int, *, file: object, attempts: int = _ATTEMPTS) 
         return bytes(content)
 
     return _receive(url, take, file=file, attempts=attempts)
-
-
-def too_large(file: object, most: int, found: str) -> CheckpointFormatError:
-    """Return the error for a file without weights that has more than `most` bytes."""
-    problem = "a file that is far larger than such a file can be"
-    return CheckpointFormatError(problem, file=file, expected=f"at most {most} bytes", found=found)
 
 
 def _receive(url: str, take: Callable[[Any], _T], *, file: object, attempts: int = _ATTEMPTS, **headers: str) -> _T:

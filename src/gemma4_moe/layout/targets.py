@@ -119,6 +119,11 @@ class Target(Generic[T]):
         return f"<Target {self.name}: {self.dtype.name} {list(self.shape)}, {self.operation}>"
 
     @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return _nbytes(self)
+
+    @property
     def stored(self) -> tuple[T, ...]:
         """The stored tensors that it is made from, its scale last."""
         parts = () if self.source is None else tuple(part.stored for part in self.source.parts)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from gemma4_moe.checkpoint.config import read_config
 from gemma4_moe.checkpoint.paths import expanded
-from gemma4_moe.checkpoint.recognition import check_layer_count
+from gemma4_moe.checkpoint.recognition import checkpoint_targets
 from gemma4_moe.checkpoint.side_files import check_side_file, is_side_file
 from gemma4_moe.checkpoint.storage import refusals
 from gemma4_moe.converter.blocks import BLOCK_BYTES, row_bytes, rows_at_once
@@ -27,10 +27,8 @@ from gemma4_moe.distributed.sharding import part_of
 from gemma4_moe.errors import ParallelError, UnknownTensorError
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
 from gemma4_moe.layout.dtypes import DType, named, target_dtype
-from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.names import natural_key
-from gemma4_moe.layout.table import CHECKPOINT_RULES, DOWN, Layout, Operation, transposes
-from gemma4_moe.layout.targets import Target, targets_of
+from gemma4_moe.layout.table import DOWN, Layout, Operation, transposes
 from gemma4_moe.model_io.load import state_of, storage_key
 from gemma4_moe.sizes import format_size, parse_size
 from gemma4_moe.target.directory import TargetFiles
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from gemma4_moe.layout.targets import Target
     from gemma4_moe.target.pieces import Piece
 
 
@@ -215,19 +214,16 @@ def _union_of(given: Sequence[tuple[list[object], list[Native]]]) -> dict[str, N
 
 
 def _make_targets(tensors: Mapping[str, Native], config_from: Path, dtype: str | None) -> dict[str, Target[Native]]:
-    """Return every tensor of the checkpoint by name, after the checks of `targets_of` and of the config's layers."""
-    config = read_config(config_from)
-    inventory = Inventory(Layout.NEMO, config.sizes)
+    """Return every tensor of the checkpoint by name, after the checks of `checkpoint_targets`."""
     cast = None if dtype is None else target_dtype(dtype)
-    targets = targets_of(tensors.values(), inventory, CHECKPOINT_RULES[Layout.NEMO], cast)
-    if not inventory.layers:
+    targets = checkpoint_targets(tensors.values(), Layout.NEMO, read_config(config_from), cast)
+    if all(target.operation is Operation.KEEP for target in targets.values()):
         raise UnknownTensorError(
             "no expert tensor in the state",
             expected=f"names such as <prefix>layers.<number>.{DOWN.nemo}",
             found=f"{len(tensors)} tensors",
             hint="give a model in the nemo layout",
         )
-    check_layer_count(inventory, config)
     return targets
 
 

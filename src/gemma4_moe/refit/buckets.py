@@ -198,11 +198,11 @@ def unpack(buffer: torch.Tensor, entries: Iterable[Sequence[Any]]) -> list[tuple
 def _planned(group: Sequence[Item]) -> PlannedBucket:
     entries, offset = [], 0
     for item in group:
-        entries.append(BucketEntry(*item.planned[:3], offset, item.nbytes))
+        entries.append(BucketEntry(item.name, item.shape, item.dtype.name, offset, item.nbytes))
         offset += aligned(item.nbytes)
     batches: dict[object, list[tuple[Item, BucketEntry]]] = {}
     for item, entry in zip(group, entries, strict=True):
-        key = item.name if item.part.expert is None else (item.native, item.part.slot)
+        key = item.name if item.part.expert is None else (item.origin.name, item.part.slot)
         batches.setdefault(key, []).append((item, entry))
     return PlannedBucket(
         tuple(Batch.of(*zip(*batch, strict=True)) for batch in batches.values()), tuple(entries), offset

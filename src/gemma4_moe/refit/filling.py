@@ -42,7 +42,7 @@ class Filler:
         if item.operation is Operation.FOLD:
             self._convert(item, local, out)
             return
-        where = placed(value, item.native) if isinstance(value, DTensor) else None
+        where = placed(value, item.origin.name) if isinstance(value, DTensor) else None
         if where is None or not where.is_cut:
             small = item.operation is Operation.KEEP and local.dtype == out.dtype and item.nbytes < _OWN_LAUNCH_BYTES
             if self._keeps and small:
@@ -59,7 +59,7 @@ class Filler:
         items = batch.items
         if items[0].part.expert is None:
             self.fill(items[0], value, bucket.view_of(batch))
-        elif not holds_all(value, items[0].native):
+        elif not holds_all(value, items[0].origin.name):
             for item, (_, out) in zip(items, unpack(bucket.buffer, batch.entries), strict=True):
                 self.fill(item, value, out)
         elif self._keeps:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import prod
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe.errors import InputError, UsageError
-from gemma4_moe.layout import dtypes, spellings
+from gemma4_moe.layout import spellings
+from gemma4_moe.layout.dtypes import named
 from gemma4_moe.layout.names import layer_of
-from gemma4_moe.layout.spellings import CURRENT, WHOLE, Part, Spelling
-from gemma4_moe.layout.table import EXPERT_RULES, Layout, Operation
-from gemma4_moe.layout.targets import targets_of
+from gemma4_moe.layout.spellings import CURRENT, Spelling
+from gemma4_moe.layout.table import EXPERT_RULES, Layout
+from gemma4_moe.layout.targets import Target, targets_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     import torch
     from torch.distributed.device_mesh import DeviceMesh
@@ -53,70 +52,37 @@ class Planned(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One tensor of a stream, and the native tensor that it is made from.
-
-    Attributes:
-        name: Its hf name.
-        native: Name of the native tensor. Ones are made on its device.
-        operation: The operation between the two.
-        part: Its share of its role's hf tensor.
-        mapping: Number of the state's mapping that has the native tensor.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: DType
-    native: str
-    operation: Operation
-    part: Part = WHOLE
-    mapping: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def planned(self) -> Planned:
-        """Its line of the plan."""
-        return Planned(self.name, self.shape, self.dtype.name, self.nbytes)
-
-
 class TensorFacts(NamedTuple):
     """A native tensor without its values.
 
     Attributes:
         shape: The whole tensor's shape.
-        dtype: torch's name of its dtype.
+        mapping: Number of the state's mapping that has it.
         mesh: The mesh of a DTensor.
         placements: Its placements, as text.
     """
-
-    shape: tuple[int, ...]
-    dtype: str
-    mesh: DeviceMesh | None
-    placements: str
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> TensorFacts:
-        """Return the facts of a tensor."""
-        mesh, placements = (tensor.device_mesh, str(tensor.placements)) if isinstance(tensor, DTensor) else (None, "")
-        return cls(tuple(tensor.shape), str(tensor.dtype), mesh, placements)
-
-
-class Native(NamedTuple):
-    """A native tensor and the number of the mapping that has it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
     mapping: int
+    mesh: DeviceMesh | None
+    placements: str
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, name: str, mapping: int) -> TensorFacts:
+        """Return the facts of a tensor."""
+        mesh, placements = (tensor.device_mesh, str(tensor.placements)) if isinstance(tensor, DTensor) else (None, "")
+        return cls(name, tuple(tensor.shape), named(str(tensor.dtype)), mapping, mesh, placements)
+
+
+#: One tensor of a stream: an hf tensor, and the native tensor that it is made from. Ones are made on the device of
+#: their `origin`.
+Item: TypeAlias = Target[TensorFacts]
 
 
 def items_of(
-    mappings: Sequence[Mapping[str, TensorFacts]],
+    natives: Sequence[TensorFacts],
     inventory: Inventory,
     dtype: DType | None,
     form: Spelling,
@@ -125,7 +91,7 @@ def items_of(
     """Return the hf tensors of a state, in the order in which a stream sends them.
 
     Args:
-        mappings: The native tensors of each mapping by name.
+        natives: The native tensors of all mappings.
         inventory: An empty one, which then holds the tensors.
         dtype: The dtype of every floating-point tensor, or None to keep each one's own.
         form: The form in which experts are sent.
@@ -134,19 +100,11 @@ def items_of(
     Raises:
         InputError: See `targets_of`; or there is no layer with experts.
     """
-    natives = (
-        Native(name, source.shape, dtypes.named(source.dtype), number)
-        for number, sources in enumerate(mappings)
-        for name, source in sources.items()
-    )
     targets = targets_of(natives, inventory, EXPERT_RULES[Layout.NEMO], dtype, form)
     if not inventory.layers:
         raise InputError("a state without mixture-of-experts layers", hint="give the state of a model in nemo layout")
-    return [
-        Item(t.name, t.shape, t.dtype, t.origin.name, t.operation, t.part, t.origin.mapping)
-        for t in sorted(targets.values(), key=lambda target: target.origin.mapping)
-        if not excluded(t.role, t.origin.name)
-    ]
+    ordered = sorted(targets.values(), key=lambda target: target.origin.mapping)
+    return [target for target in ordered if not excluded(target.role, target.origin.name)]
 
 
 def only_layers(items: list[Item], layers: Collection[int], inventory: Inventory) -> list[Item]:
@@ -156,7 +114,7 @@ def only_layers(items: list[Item], layers: Collection[int], inventory: Inventory
         UsageError: There is no such layer.
     """
     prefixes = {prefix for prefix, _ in inventory.layers}
-    keys = [layer_of(item.native) for item in items]
+    keys = [layer_of(item.origin.name) for item in items]
     there = {key[1] for key in keys if key is not None and key[0] in prefixes}
     absent = sorted(set(layers) - there)
     if absent:

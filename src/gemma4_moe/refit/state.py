@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,38 +35,39 @@ def mappings_of(state: State) -> Iterator[Tensors]:
         yield from state
 
 
-def sources_of(tensors: Tensors) -> tuple[dict[str, TensorFacts], dict[str, str]]:
-    """Return each tensor's source, and for each alias of one its first name."""
+def natives_of(tensors: Tensors, mapping: int) -> tuple[list[TensorFacts], dict[str, str]]:
+    """Return the facts of each tensor of a mapping, and for each alias of one its first name."""
     tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
     first: dict[object, str] = {}
     same = {name: first.setdefault(_identity(tensor) or name, name) for name, tensor in tensors.items()}
-    sources = {name: TensorFacts.of(tensors[name]) for name in same if same[name] == name}
-    return sources, {name: same[name] for name in same if same[name] != name}
+    natives = [TensorFacts.of(tensors[name], name, mapping) for name in same if same[name] == name]
+    return natives, {name: same[name] for name in same if same[name] != name}
 
 
 class StatePass:
     """One pass over a state, whose tensors must still be as planned."""
 
-    def __init__(self, state: State, sources: Sequence[Mapping[str, TensorFacts]]) -> None:
+    def __init__(self, state: State, count: int) -> None:
         self._mappings = mappings_of(state)
-        self._sources = sources
+        self._count = count
         self._number = -1
         self._tensors: Tensors = {}
         self._checked: dict[str, torch.Tensor] = {}
 
-    def tensor(self, mapping: int, name: str) -> torch.Tensor:
-        """Return a tensor of a mapping; each mapping is dropped at the next."""
-        while self._number < mapping:
+    def tensor(self, planned: TensorFacts) -> torch.Tensor:
+        """Return a tensor by its facts; each mapping is dropped at the next."""
+        name = planned.name
+        while self._number < planned.mapping:
             self._tensors, self._checked = next(self._mappings, {}), {}
             self._number += 1
         if name not in self._checked:
-            tensor, source = self._tensors.get(name), self._sources[mapping][name]
-            found = TensorFacts.of(tensor) if isinstance(tensor, torch.Tensor) else None
-            if tensor is None or found != source:
+            tensor = self._tensors.get(name)
+            found = TensorFacts.of(tensor, name, planned.mapping) if isinstance(tensor, torch.Tensor) else None
+            if tensor is None or found != planned:
                 raise InputError(
                     "a tensor that has changed since the stream was planned",
                     tensor=name,
-                    expected=_text(source),
+                    expected=_text(planned),
                     found="absent" if found is None else _text(found),
                     hint="make a new WeightStream after the model has changed",
                 )
@@ -77,17 +78,17 @@ class StatePass:
         """Check that the state has no further mappings."""
         self._tensors, self._checked = {}, {}
         found = self._number + 1 + sum(1 for _ in self._mappings)
-        if found > len(self._sources):
+        if found > self._count:
             raise InputError(
                 "a state of more parts than it had when the stream was planned",
-                expected=f"{len(self._sources)} mappings",
+                expected=f"{self._count} mappings",
                 found=f"{found}",
                 hint="make a new WeightStream after the model has changed",
             )
 
 
-def _text(source: TensorFacts) -> str:
-    return f"{source.dtype} {list(source.shape)} {source.placements}".rstrip()
+def _text(facts: TensorFacts) -> str:
+    return f"torch.{facts.dtype.name} {list(facts.shape)} {facts.placements}".rstrip()
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:

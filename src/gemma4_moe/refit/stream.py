@@ -19,16 +19,16 @@ from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.table import Layout
 from gemma4_moe.refit.buckets import Buffers, aligned, plan_buckets
 from gemma4_moe.refit.filling import Filler, holds_all
-from gemma4_moe.refit.items import form_of, items_of, only_layers
+from gemma4_moe.refit.items import Planned, form_of, items_of, only_layers
 from gemma4_moe.refit.preflight import check_against
-from gemma4_moe.refit.state import StatePass, mappings_of, sources_of
+from gemma4_moe.refit.state import StatePass, mappings_of, natives_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
     from pathlib import Path
 
     from gemma4_moe.refit.buckets import Bucket, Oversize, PlannedBucket
-    from gemma4_moe.refit.items import Experts, Item, Planned, TensorFacts
+    from gemma4_moe.refit.items import Experts, Item, TensorFacts
     from gemma4_moe.refit.state import State
 
 
@@ -88,17 +88,19 @@ class WeightStream:
         self.keeps = dst is None or dst == ranks.rank
         self._kernel = conversion_of(adapter.backend)
         self._state = state
-        self._sources: list[dict[str, TensorFacts]] = []
+        self._natives: list[TensorFacts] = []
+        self._mappings = 0
         self._aliases: dict[str, str] = {}
         self._buckets: list[PlannedBucket] | None = None
         inventory = Inventory(Layout.NEMO, axis_sizes(adapter.config, adapter.moe_config))
         into = None if dtype is None else target_dtype(str(dtype).removeprefix("torch."))
         excluded = excluding(exclude_key_regex)
         for tensors in mappings_of(state):
-            sources, aliases = sources_of(tensors)
+            natives, aliases = natives_of(tensors, self._mappings)
+            self._natives += natives
             self._aliases |= aliases
-            self._sources.append(sources)
-        self._items = items_of(self._sources, inventory, into, form, excluded)
+            self._mappings += 1
+        self._items = items_of(self._natives, inventory, into, form, excluded)
         if layers is not None:
             self._items = only_layers(self._items, layers, inventory)
         digest = hashlib.sha256(json.dumps(self.plan()).encode()).hexdigest()
@@ -106,7 +108,7 @@ class WeightStream:
 
     def plan(self) -> list[Planned]:
         """Return name, shape, dtype and size of each tensor in order; nothing communicates."""
-        return [item.planned for item in self._items]
+        return [Planned(item.name, item.shape, item.dtype.name, item.nbytes) for item in self._items]
 
     def preflight(self, reference: str | Path | Iterable[Any]) -> None:
         """Compare the plan with the engine's tensors, which most engines don't.
@@ -131,7 +133,7 @@ class WeightStream:
         for item in self._items:
             if self.keeps:
                 yield item.name, _fresh(item, state, filler)
-            elif not holds_all(state.tensor(item.mapping, item.native), item.native):
+            elif not holds_all(state.tensor(item.origin), item.origin.name):
                 _fresh(item, state, filler)
         state.finish()
 
@@ -148,18 +150,18 @@ class WeightStream:
         if self._buckets is None:
             self._buckets = plan_buckets(self._items, self._bucket_bytes, self._oversize)
         filler, state = self._begin()
-        device = next((state.tensor(item.mapping, item.native).device for item in self._items), torch.device("cpu"))
+        device = next((state.tensor(item.origin).device for item in self._items), torch.device("cpu"))
         sizes = (planned.size for planned in self._buckets)
         buffers = Buffers(device, max((size for size in sizes if size <= aligned(self._bucket_bytes)), default=0))
         for planned in self._buckets:
             bucket = buffers.take(planned)
             for batch in planned.batches:
                 item = batch.items[0]
-                value = state.tensor(item.mapping, item.native)
+                value = state.tensor(item.origin)
                 if value.device != device:
                     raise UsageError(
                         "tensors on several devices in one stream of buckets",
-                        tensor=item.native,
+                        tensor=item.origin.name,
                         expected=str(device),
                         found=str(value.device),
                         hint="iterate over the stream itself, or move the model to one device",
@@ -175,14 +177,13 @@ class WeightStream:
 
     def _begin(self) -> tuple[Filler, StatePass]:
         """Start a pass once all ranks agree on the call, the plan and placements."""
-        sources = [pair for mapping in self._sources for pair in mapping.items()]
-        placements = [(source.mesh, [name, source.placements]) for name, source in sources if source.mesh is not None]
+        placements = [(found.mesh, [found.name, found.placements]) for found in self._natives if found.mesh is not None]
         agree("stream", self._call, placements)
-        return Filler(self._kernel, keeps=self.keeps), StatePass(self._state, self._sources)
+        return Filler(self._kernel, keeps=self.keeps), StatePass(self._state, self._mappings)
 
 
 def _fresh(item: Item, state: StatePass, filler: Filler) -> torch.Tensor:
-    value = state.tensor(item.mapping, item.native)
+    value = state.tensor(item.origin)
     out = torch.empty(item.shape, dtype=getattr(torch, item.dtype.name), device=local_of(value).device)
     filler.fill(item, value, out)
     filler.flush()
