@@ -24,6 +24,7 @@ def lint(directory):
         ("x.transpose(1, 2).contiguous()", "x.transpose(1, 2)", "a transposed view is copied"),
         ("np.ascontiguousarray(x.swapaxes(1, 2))", "np.ascontiguousarray(x)", "a transposed view is copied"),
         (f"f(p + '{NAME}')", f"'''{NAME}'''", f"'{NAME}' spells {NAME}"),
+        ("def f():" + "\n    x()" * 60, "def f(): x()", "f has 61 lines"),
     ],
 )
 def test_each_rule_finds_its_line(bad, good, problem, tmp_path):

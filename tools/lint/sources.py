@@ -32,6 +32,9 @@ COPIES = {"contiguous", "clone", "copy", "ascontiguousarray", "copy_", "to", "as
 NAMES = {rule.name(layout) for rule in RULES for layout in Layout}
 TABLE = "table.py"
 
+#: A file has one subject, and a function fits on a screen: the most lines of each, the function's docstring apart.
+LONGEST_FILE, LONGEST_FUNCTION = 300, 60
+
 
 def errors_without_a_next_step(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Yield each error that is made without `hint=`, if its class has no usual hint or no fact explains that hint."""
@@ -63,13 +66,26 @@ def names_of_the_table(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{node.value!r} spells {max(spelled, key=len)}: ask layout.table"
 
 
+def longer_than_a_screen(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield each function of more than `LONGEST_FUNCTION` lines, and line 1 of a file of more than `LONGEST_FILE`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            docstring = len(ast.get_docstring(node, clean=False).splitlines()) if ast.get_docstring(node) else 0
+            lines = node.end_lineno - node.lineno + 1 - docstring
+            if lines > LONGEST_FUNCTION:
+                yield node.lineno, f"{node.name} has {lines} lines: at most {LONGEST_FUNCTION}"
+    last = max((node.end_lineno for node in ast.iter_child_nodes(tree)), default=0)
+    if last > LONGEST_FILE:
+        yield 1, f"the file has {last} lines: at most {LONGEST_FILE}"
+
+
 def main(directory: Path) -> None:
     """Apply every rule to every Python file below `directory`."""
     found = [
         f"{path}:{line}: {problem}"
         for path in sorted(directory.rglob("*.py"))
         for tree in [ast.parse(path.read_text())]
-        for rule in (errors_without_a_next_step, transposed_then_copied, names_of_the_table)
+        for rule in (errors_without_a_next_step, transposed_then_copied, names_of_the_table, longer_than_a_screen)
         if rule is not names_of_the_table or not (path.name == TABLE or path.parent.name == "spellings")
         for line, problem in rule(tree)
     ]
