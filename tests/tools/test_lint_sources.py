@@ -41,3 +41,10 @@ def test_each_rule_finds_its_line(bad, good, problem, tmp_path):
 def test_only_the_table_may_spell_a_name(tmp_path):
     (tmp_path / "table.py").write_text("NAME = 'experts.gate_up_proj'\n")
     assert lint(tmp_path).returncode == 0
+
+
+def test_a_file_has_at_most_300_lines(tmp_path):
+    (tmp_path / "module.py").write_text("x = 1\n" * 300)
+    assert lint(tmp_path).returncode == 0
+    (tmp_path / "module.py").write_text("x = 1\n" * 301)
+    assert lint(tmp_path).stderr == f"{tmp_path}/module.py:1: the file has 301 lines: at most 300\n"
