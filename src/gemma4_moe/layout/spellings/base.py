@@ -60,7 +60,6 @@ class Spelling:
         name: Its name in messages and results.
         names: For each role that it spells in its own way, REST of each run of rows, in their order. A "{}" stands for
             the number of an expert whose tensor has no axis E. All other roles have the names of the table.
-        readable: Whether checkpoints in this form are read.
         writable: Whether a stream can be written in this form.
     """
 
