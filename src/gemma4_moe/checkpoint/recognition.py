@@ -54,6 +54,13 @@ class Recognition(NamedTuple):
     spelling: str
     refusal: InputError | None = None
 
+    def accepted(self) -> Layout:
+        """Return the layout, or raise the refusal."""
+        if self.refusal is not None:
+            raise self.refusal
+        assert self.layout is not None, "a checkpoint without a layout is refused"
+        return self.layout
+
 
 def recognise(names: Collection[str], config: ConfigFile) -> Recognition:
     """Recognise a checkpoint by all its tensor names and its config.json."""
