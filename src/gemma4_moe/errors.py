@@ -25,7 +25,6 @@ class Gemma4MoEError(Exception):
     """The base class of all errors of this package.
 
     Attributes:
-        problem: One sentence that names the problem.
         facts: Label and value of each known fact, in the order of the message.
         hint: The next step, or None: that of this error, or else that of its class.
         exit_status: The status with which the command ends.
@@ -90,11 +89,7 @@ class IncompleteExpertsError(InputError, RuntimeError):
 
 
 class UnsupportedCheckpointError(InputError):
-    """A form of checkpoint that this package recognises and does not convert.
-
-    Attributes:
-        form: The form's name, or None if it has none.
-    """
+    """A form of checkpoint that is recognised and not converted; `form` is its name, or None."""
 
     def __init__(self, problem: str, *, form: str | None = None, **facts: Any) -> None:
         self.form = form

@@ -61,11 +61,7 @@ def axis_sizes(config: Any, moe_config: Any) -> dict[str, int]:
 
 
 def conversion_of(backend: Any) -> Conversion:
-    """Return the kernel that `backend` names, "auto" if it names none.
-
-    Raises:
-        UsageError: There is no kernel of that name.
-    """
+    """Return the kernel that `backend` names, or "auto"; an unknown name is a UsageError."""
     name, known = getattr(backend, "conversion", "auto"), get_args(Conversion)
     if name not in known:
         hint = "set backend.conversion to one of these, or leave it out"

@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 def write_part(native: torch.Tensor, entry: Entry, scale: Entry | None, kernel: str) -> None:
     """Write one part of a role into this rank's shard of the native tensor [E, C, R].
 
-    The part is [r, C] of one expert, or [E, r, C]; the scale [E] is that of a part of down_proj, else None.
-
-    Raises:
-        ParallelError: The part or its scale is a DTensor.
+    The part is [r, C] of one expert, or [E, r, C]; the scale [E] is that of a part of down_proj, else None. A DTensor
+    is refused with a ParallelError.
     """
     for given in (entry, scale):
         if given is not None and isinstance(given.value, DTensor):

@@ -48,7 +48,6 @@ class Checkpoint:
     """An open checkpoint. Use it as a context manager, or call `close`.
 
     Attributes:
-        path: The directory.
         files: The safetensors files by name, sorted.
         tensors: The tensors by name, in the order of the files and of their data.
         side_files: The files that a conversion copies unchanged, sorted.

@@ -18,7 +18,6 @@ from gemma4_moe.errors import SourceChangedError
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
     from gemma4_moe.checkpoint.readers import Reader
 
@@ -30,7 +29,6 @@ class FileIdentity:
     Attributes:
         size: Its size in bytes.
         mtime_ns: When it was last written, in nanoseconds since the epoch.
-        inode: Its number in its filesystem.
         header_digest: SHA-256 of its header, in hexadecimal.
     """
 
@@ -41,11 +39,7 @@ class FileIdentity:
 
 
 class OpenFile:
-    """Any regular file, opened for reading at positions. Use it as a context manager, or call `close`.
-
-    Attributes:
-        path: Where it was opened.
-    """
+    """Any regular file, opened for reading at positions. Use it as a context manager, or call `close`."""
 
     def __init__(self, path: Path) -> None:
         """Open the file. Raises what `open_regular` raises."""
@@ -55,9 +49,7 @@ class OpenFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -84,22 +76,15 @@ class OpenFile:
 
         Raises:
             CheckpointFormatError: The file ends too early: it was cut off after it was opened.
-            StorageError: The disk refused.
         """
         read_at(self._descriptor, self.path, offset, destination)
 
 
 class SafetensorsFile(OpenFile):
-    """An open file whose header has been checked. Use it as a context manager, or call `close`.
-
-    Attributes:
-        path: Where it was opened.
-        header: Its header.
-        identity: Its identity when it was opened.
-    """
+    """An open file whose header has been checked. Use it as a context manager, or call `close`."""
 
     header: Header
-    identity: FileIdentity
+    identity: FileIdentity  # when it was opened
 
     def __init__(self, path: Path) -> None:
         """Open the file and read its header.
@@ -108,7 +93,6 @@ class SafetensorsFile(OpenFile):
             CheckpointFormatError: It is missing, no regular file, or breaks a rule of the format.
             DuplicateTensorError: Its header has two entries of one name.
             TensorShapeError: A shape and dtype don't make the bytes that the header claims.
-            StorageError: The disk or its permissions refused.
         """
         super().__init__(path)
         try:
@@ -133,7 +117,6 @@ class SafetensorsFile(OpenFile):
 
         Raises:
             SourceChangedError: Size, time of writing, inode or header differ, or the path names nothing any more.
-            StorageError: The disk refused.
         """
         try:
             with refusals("look at the file", self.path):

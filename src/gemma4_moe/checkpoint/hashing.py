@@ -59,7 +59,6 @@ def hash_extents(
 
     Raises:
         CheckpointFormatError: A file is too short.
-        StorageError: The disk refused.
     """
     threads, buffer_bytes = _buffers(memory, len(groups))
     jobs = iter(range(len(groups)))

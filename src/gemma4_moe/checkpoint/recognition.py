@@ -47,12 +47,19 @@ class Recognition(NamedTuple):
     Attributes:
         layout: The layout, or None if it is neither or can't be told.
         spelling: "current", "legacy", "current and legacy", a foreign form's name, or "none".
-        refusal: The reason not to convert it, or None.
+        refusal: The reason not to convert it.
     """
 
     layout: Layout | None
     spelling: str
     refusal: InputError | None = None
+
+    def accepted(self) -> Layout:
+        """Return the layout, or raise the refusal."""
+        if self.refusal is not None:
+            raise self.refusal
+        assert self.layout is not None, "a checkpoint without a layout is refused"
+        return self.layout
 
 
 def recognise(names: Collection[str], config: ConfigFile) -> Recognition:
@@ -135,12 +142,7 @@ def checkpoint_targets(
 
 
 def _check_layer_count(inventory: Inventory, config: ConfigFile) -> None:
-    """Check that the layers with experts are those that the config counts.
-
-    Raises:
-        IncompleteExpertsError: A layer that the config counts is missing.
-        ConfigError: There is a layer that the config does not count.
-    """
+    """Check that the layers with experts are those that the config counts."""
     if config.layers is None:
         return
     for prefix in sorted({prefix for prefix, _ in inventory.layers}):

@@ -61,12 +61,7 @@ def is_side_file(name: str) -> bool:
 
 
 def check_side_file(path: Path) -> None:
-    """Check that `path` can be copied.
-
-    Raises:
-        CheckpointFormatError: It is missing, no regular file, nor a link to one, or is larger than `LARGEST_SIDE_FILE`.
-        StorageError: The disk or its permissions refused.
-    """
+    """Check that `path` names a regular file of at most `LARGEST_SIDE_FILE` bytes."""
     status = regular_status(path)
     if status.st_size > LARGEST_SIDE_FILE:
         raise too_large(path, LARGEST_SIDE_FILE, f"{status.st_size} bytes")

@@ -50,11 +50,7 @@ def refusal(action: str, file: object, error: OSError) -> StorageError:
 
 
 def resolved(path: Path) -> Path:
-    """Return a path from the root and without links. What it names need not exist.
-
-    Raises:
-        StorageError: Links lead in a circle, or the working directory is gone.
-    """
+    """Return a path from the root and without links. The path need not exist; links may not lead in a circle."""
     with refusals("look at the path", path):
         try:
             return path.resolve()
@@ -63,11 +59,7 @@ def resolved(path: Path) -> Path:
 
 
 def temporary_directory(prefix: str) -> tempfile.TemporaryDirectory[str]:
-    """Make a directory that is removed with the end of its context.
-
-    Raises:
-        StorageError: There is no place for one.
-    """
+    """Make a directory that is removed with the end of its context."""
     try:
         return tempfile.TemporaryDirectory(prefix=prefix)
     except OSError as error:
@@ -83,7 +75,6 @@ def regular_status(path: Path) -> os.stat_result:
 
     Raises:
         CheckpointFormatError: The file is missing, or is no regular file.
-        StorageError: The disk or its permissions refused.
     """
     with _missing_is_input(path), refusals("look at the file", path):
         status = path.stat()
@@ -98,7 +89,6 @@ def open_regular(path: Path) -> int:
 
     Raises:
         CheckpointFormatError: The file is missing, or is no regular file.
-        StorageError: The disk or its permissions refused.
     """
     regular_status(path)
     # Should the file have been exchanged for a pipe since, O_NONBLOCK keeps the open from waiting for a writer.
@@ -117,7 +107,6 @@ def read_whole(path: Path, longest: int) -> bytes:
 
     Raises:
         CheckpointFormatError: The file is missing, no regular file, or longer.
-        StorageError: The disk or its permissions refused.
     """
     descriptor = open_regular(path)
     with refusals("read the file", path), os.fdopen(descriptor, "rb") as file:
@@ -139,7 +128,6 @@ def read_at(descriptor: int, path: Path, offset: int, destination: memoryview) -
 
     Raises:
         CheckpointFormatError: The file ends too early: it was cut off after it was opened.
-        StorageError: The disk refused.
     """
     view = destination if destination.nbytes == 0 else destination.cast("B")
     while view.nbytes:
@@ -158,11 +146,7 @@ def read_at(descriptor: int, path: Path, offset: int, destination: memoryview) -
 
 
 def sync_directory(path: Path) -> None:
-    """Bring a directory's own entries to the device.
-
-    Raises:
-        StorageError: The disk or its permissions refused.
-    """
+    """Bring a directory's own entries to the device."""
     with refusals("bring the directory to the disk", path):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -172,11 +156,7 @@ def sync_directory(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a new small file and bring it to the device.
-
-    Raises:
-        StorageError: The disk or its permissions refused, or the file exists.
-    """
+    """Write a small file, which must not exist yet, and bring it to the device."""
     with refusals("write the file", path), path.open("xb") as file:
         file.write(content)
         file.flush()

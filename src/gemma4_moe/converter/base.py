@@ -72,15 +72,13 @@ class BaseExperts:
 def find_base(base: Checkpoint, wanted: Mapping[str, Target[StoredTensor]]) -> dict[str, BaseExperts]:
     """Return the base's experts for each `down_proj` of a target, by its name, after checking that they fit it."""
     config = base.read_config()
-    recognition = recognise(base.tensors, config)
-    if recognition.refusal is not None:
-        raise recognition.refusal
-    if recognition.layout is not Layout.HF:
+    layout = recognise(base.tensors, config).accepted()
+    if layout is not Layout.HF:
         raise UsageError(
             "the base is in the wrong layout",
             file=base.path,
             expected=f"the {Layout.HF} layout",
-            found=f"the {recognition.layout} layout",
+            found=f"the {layout} layout",
             hint="name the published checkpoint that the model was made from",
         )
     targets = checkpoint_targets(base.tensors.values(), Layout.HF, config)

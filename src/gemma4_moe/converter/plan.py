@@ -78,10 +78,7 @@ def make_plan(
     config = checkpoint.read_config()
     cast = None if dtype == "keep" else target_dtype(dtype)
     recognition = recognise(checkpoint.tensors, config)
-    if recognition.refusal is not None:
-        raise recognition.refusal
-    layout = recognition.layout
-    assert layout is not None, "a checkpoint without a layout is refused"
+    layout = recognition.accepted()
     _check_direction(layout, to, base)
     targets = checkpoint_targets(checkpoint.tensors.values(), layout, config, cast)
     downs = {name: target for name, target in targets.items() if target.operation is Operation.TRANSPOSE_SCALE}

@@ -203,6 +203,5 @@ def _placement(placement: TorchPlacement, name: str) -> Placement:
 def _torch_placement(placement: Placement) -> TorchPlacement:
     if placement is None:
         return Replicate()
-    if placement.split_factor == 1:
-        return Shard(placement.axis)
-    return _StridedShard(placement.axis, split_factor=placement.split_factor)
+    axis, factor = placement.axis, placement.split_factor
+    return Shard(axis) if factor == 1 else _StridedShard(axis, split_factor=factor)

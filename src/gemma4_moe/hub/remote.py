@@ -46,12 +46,7 @@ _OS_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 
 
 class RemoteFile(SafetensorsFile):
-    """A safetensors file on the Hub at one commit. After `read_from`, its copy is read.
-
-    Attributes:
-        repository: The model's id.
-        commit: The full hash of the commit.
-    """
+    """A safetensors file on the Hub at one commit (a full hash). After `read_from`, its copy is read."""
 
     def __init__(self, repository: str, commit: str, name: str, size: int | None) -> None:
         """Read the header of a file. Its size in bytes is asked for if the Hub does not list it."""

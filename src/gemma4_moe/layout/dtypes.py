@@ -117,11 +117,7 @@ def named(name: str) -> DType:
 def require_expert_dtype(
     tensor: str, dtype: str, hint: str = "cast the experts to one of these dtypes, or start from unquantised weights"
 ) -> None:
-    """Check that an expert tensor has one of `EXPERT_DTYPES`; `dtype` is torch's name of its dtype.
-
-    Raises:
-        TensorShapeError: It has another.
-    """
+    """Raise a TensorShapeError unless an expert tensor's `dtype`, torch's name, is in `EXPERT_DTYPES`."""
     name = dtype.removeprefix("torch.")
     if name not in _EXPERT_NAMES:
         expected = f"one of {', '.join(_EXPERT_NAMES)}"
@@ -130,11 +126,7 @@ def require_expert_dtype(
 
 
 def target_dtype(name: str) -> DType:
-    """Return the dtype that `--dtype` names.
-
-    Raises:
-        UsageError: Expert tensors may not have it.
-    """
+    """Return the dtype that `--dtype` names; a UsageError if expert tensors may not have it."""
     if name not in _EXPERT_NAMES:
         expected = f"keep, {', '.join(_EXPERT_NAMES)}"
         raise UsageError("no dtype to convert to", expected=expected, found=repr(name))

@@ -30,7 +30,6 @@ class Inventory:
     shows them, for each prefix on its own, and must agree from there on.
 
     Attributes:
-        layout: The layout in which names are explained.
         names: The meaning of each name, in the order in which they were added; None if both layouts have the name.
         layers: For each layer, the row of every tensor seen and the tensors that make it up.
     """

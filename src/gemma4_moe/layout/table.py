@@ -44,7 +44,6 @@ class Rule:
         role: A short name for messages and lookups.
         hf: REST in the hf layout.
         nemo: REST in the nemo layout. A folded tensor has that of the tensor that it is multiplied into.
-        hf_axes: Axes in the hf layout.
         nemo_axes: Axes in the nemo layout; empty for a tensor that is folded away.
         operation: The operation from hf to nemo.
     """

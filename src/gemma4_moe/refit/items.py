@@ -27,11 +27,7 @@ Experts = Literal["fused", "per-expert"]
 
 
 def form_of(experts: str) -> Spelling:
-    """Return the form of the hf layout that the argument `experts` of a stream names.
-
-    Raises:
-        UsageError: No form that can be written has this name.
-    """
+    """Return the writable form that a stream's argument `experts` names; another is a UsageError."""
     forms = {"fused": CURRENT} | {form.name: form for form in spellings.SPELLINGS if form.writable and form != CURRENT}
     if experts not in forms:
         raise UsageError("no such value of experts", expected=" or ".join(forms), found=repr(experts))
@@ -108,11 +104,7 @@ def items_of(
 
 
 def only_layers(items: list[Item], layers: Collection[int], inventory: Inventory) -> list[Item]:
-    """Return the items of the decoder layers with these numbers.
-
-    Raises:
-        UsageError: There is no such layer.
-    """
+    """Return the items of the decoder layers with these numbers, which must exist."""
     prefixes = {prefix for prefix, _ in inventory.layers}
     keys = [layer_of(item.origin.name) for item in items]
     there = {key[1] for key in keys if key is not None and key[0] in prefixes}

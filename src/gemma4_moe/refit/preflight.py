@@ -21,12 +21,9 @@ Shapes = dict[str, "tuple[int, ...] | None"]
 
 
 def check_against(plan: Iterable[Planned], aliases: Mapping[str, str], reference: str | Path | Iterable[Any]) -> None:
-    """Compare a plan with a reference. Arguments and errors are those of `WeightStream.preflight`.
+    """Compare a plan with a reference. `reference` and errors are those of `WeightStream.preflight`.
 
-    Args:
-        plan: The tensors that the stream sends.
-        aliases: For each other name of a tied tensor, the name that it is sent under.
-        reference: The engine's tensors.
+    `aliases` has, for each other name of a tied tensor, the name that it is sent under.
     """
     sent: Shapes = {planned.name: planned.shape for planned in plan}
     wanted = _shapes(reference)

@@ -110,11 +110,7 @@ def verify(
 def _understand(source: Checkpoint) -> tuple[Layout, dict[str, MoEName | None]]:
     """Return the source's layout and the meaning of its names; refuse a source that can't be converted."""
     config = source.read_config()
-    recognition = recognise(source.tensors, config)
-    if recognition.refusal is not None:
-        raise recognition.refusal
-    assert recognition.layout is not None, "a checkpoint without a layout is refused"
-    inventory = Inventory(recognition.layout, config.sizes)
+    inventory = Inventory(recognise(source.tensors, config).accepted(), config.sizes)
     for problem in wrong_tensors(source.tensors.values(), inventory, config):
         raise problem
     return inventory.layout, inventory.names

@@ -61,7 +61,6 @@ class Spelling:
         names: For each role that the form names itself, the REST (see `layout.table`) of its stored tensors, in the
             order of their rows. A "{}" stands for the number of an expert, if each expert has tensors of its own. All
             other roles have the names of the table.
-        readable: Whether checkpoints in this form are read.
         writable: Whether a stream can be written in this form.
     """
 
