@@ -6,7 +6,7 @@ Nothing is put together first: the kernel writes experts (start, end) and rows (
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.tensor import DTensor
 
@@ -16,6 +16,8 @@ from gemma4_moe.errors import ParallelError
 from gemma4_moe.kernels import transpose_scale_cast
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from gemma4_moe.adapter.entries import Entry
@@ -41,16 +43,30 @@ def write_part(native: torch.Tensor, entry: Entry, scale: Entry | None, kernel: 
     runs = placed(native, entry.parsed.nemo).runs(shape) if isinstance(native, DTensor) else whole
     experts, rows = entry.parsed.part.experts(shape[0]), entry.parsed.part.rows(shape[2])
     factors = None if scale is None else scale.read().detach().to(local.device)
+    write_rows(local, runs, entry.value, len(entry.shape), experts, rows, factors, kernel)
+
+
+def write_rows(
+    local: torch.Tensor,
+    runs: Sequence[Sequence[range]],
+    values: Any,
+    ndim: int,
+    experts: tuple[int, int],
+    rows: tuple[int, int],
+    scale: torch.Tensor | None,
+    kernel: str = "auto",
+) -> None:
+    """Write experts (start, end) and rows (start, end) of a role into `local`, the part at `runs` of the native tensor.
+
+    `values` are [e, r, C], or [r, C] of one expert, and may be lazy; `scale` is that of all experts, [E], or None.
+    """
     for held, some in overlaps(runs[0], *experts):
         for columns, lines in overlaps(runs[2], *rows):
             wanted = [[_from(some, experts[0])], [_from(lines, rows[0])], runs[1]]
-            values = take(entry.value, wanted[3 - len(entry.shape) :]).to(local.device)
-            transpose_scale_cast(
-                values.view(-1, *values.shape[-2:]),
-                scale=None if factors is None else factors[some.start : some.stop],
-                out=local[held, :, columns],
-                kernel=kernel,
-            )
+            part = take(values, wanted[3 - ndim :]).to(local.device)
+            factor = None if scale is None else scale[some.start : some.stop]
+            out = local[held, :, columns]
+            transpose_scale_cast(part.view(-1, *part.shape[-2:]), scale=factor, out=out, kernel=kernel)
 
 
 def _from(indices: range, start: int) -> range:

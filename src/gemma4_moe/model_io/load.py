@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
+from gemma4_moe.adapter.parts import write_rows
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.converter.blocks import load_staging_bytes, row_bytes, rows_at_once
 from gemma4_moe.converter.plan import make_plan
@@ -19,7 +20,7 @@ from gemma4_moe.distributed.placements import local_of, placed, take
 from gemma4_moe.distributed.sharding import count, overlaps
 from gemma4_moe.errors import TensorShapeError, UnknownTensorError, UsageError
 from gemma4_moe.hub.source import locate
-from gemma4_moe.kernels import scale_cast, transpose_scale_cast
+from gemma4_moe.kernels import scale_cast
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES
 from gemma4_moe.layout.table import Layout, transposes
 from gemma4_moe.sizes import format_size
@@ -179,20 +180,13 @@ def _fill_experts(
     Each stored tensor goes through the kernel straight to the experts and rows that it holds.
     """
     read_bytes = 0
-    for held, first, last in _blocks(runs[0], row_bytes(source.nbytes, source.shape)):
+    for _, first, last in _blocks(runs[0], row_bytes(source.nbytes, source.shape)):
         for read in source.reads(first, last):
-            places = list(overlaps(runs[2], *read.rows))
-            if not places:
-                continue
-            (start, end), (top, bottom) = read.experts, read.rows
-            raw = _read(read.stored, read.start, read.end - read.start, staging)
-            block = raw.view(end - start, bottom - top, source.shape[2])
-            out = local[held][start - first : end - first]
-            for columns, rows in places:
-                part = take(block, ((range(end - start),), (range(rows.start - top, rows.stop - top),), runs[1]))
-                factor = None if factors is None else factors[start:end]
-                transpose_scale_cast(part.to(local.device), scale=factor, out=out[:, :, columns])
-            read_bytes += read.end - read.start
+            if any(overlaps(runs[2], *read.rows)):
+                size = read.end - read.start
+                block = _read(read.stored, read.start, size, staging).view(-1, len(range(*read.rows)), source.shape[2])
+                write_rows(local, runs, block, 3, read.experts, read.rows, factors)
+                read_bytes += size
     return read_bytes
 
 
