@@ -169,7 +169,7 @@ def gathering(report: Report, case: Case, setting: Setting, state: State) -> Non
 
 def streaming(report: Report, case: Case, setting: Setting, state: State) -> None:
     """Fill a refit's buckets with all tensors of the layers, on every rank."""
-    stream = WeightStream(setting.ours, state, dtype="bfloat16", bucket_bytes=BUCKET_BYTES)
+    stream = WeightStream(state, setting.ours, dtype="bfloat16", bucket_bytes=BUCKET_BYTES)
     streamed = sum(planned.nbytes for planned in stream.plan())
     contenders: Contenders = {
         LIMIT: all_gather(setting.whole.values(), setting.device),

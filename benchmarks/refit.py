@@ -181,8 +181,8 @@ def main() -> None:
         state = native_state(options.layers, options.experts, native, device)
         moved = sum(tensor.nbytes + 2 * tensor.numel() for tensor in state.values())
         arguments: dict[str, Any] = {"dtype": "bfloat16", "bucket_bytes": BUCKET_BYTES}
-        fused = WeightStream(adapter, state, **arguments)
-        single = WeightStream(adapter, state, experts="per-expert", **arguments)
+        fused = WeightStream(state, adapter, **arguments)
+        single = WeightStream(state, adapter, experts="per-expert", **arguments)
         check_bits(state, fused)
         contenders: dict[str, Callable[[], None]] = {
             "device copy": copies(state, torch.bfloat16),

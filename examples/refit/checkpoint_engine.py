@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, WeightStream
+from gemma4_moe import WeightStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +36,7 @@ def register(stream: WeightStream, name: str, update: Callable[[list[tuple[str, 
 
 def main() -> None:
     state = torch.load(sys.argv[1], mmap=True, weights_only=True)
-    stream = WeightStream(Gemma4MoEStateDictAdapter(), state, dtype="bfloat16")
+    stream = WeightStream(state, dtype="bfloat16")
     register(stream, "policy", update=lambda sockets: print("the engine is to read from", sockets))
 
 

@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, WeightStream
-from gemma4_moe.adapter import MoEConfig
+from gemma4_moe import WeightStream
 from gemma4_moe.refit import broadcasting, ipc
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def engine_main(options: argparse.Namespace, connection: Connection) -> None:
 def trainer_main(options: argparse.Namespace, connection: Connection) -> None:
     join(TRAINER, options)
     model = native_model(options.device, options.layers)
-    stream = WeightStream(Gemma4MoEStateDictAdapter(moe_config=MoEConfig(E, H, I)), model, bucket_bytes=2**20)
+    stream = WeightStream(model, bucket_bytes=2**20)
     connection.send(stream.plan())
     connection.recv()
     for step in range(options.steps):

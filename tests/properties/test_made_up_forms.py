@@ -134,7 +134,7 @@ def test_ranks_take_their_own_part(form, world, tmp_path):
 
 def test_a_stream_writes_it_and_it_can_be_read_again(form):
     nemo = nemo_from_hf(HF)
-    stream = WeightStream(adapter(), nemo, experts=form)
+    stream = WeightStream(nemo, adapter(), experts=form)
     sent = FORMS[form](hf_from_nemo(nemo))
     assert_same_stream(sorted(stream, key=lambda pair: pair[0]), sorted(sent.items()))
     in_buckets = [pair for bucket in stream.buckets() for pair in bucket.tensors()]

@@ -21,7 +21,7 @@ def native_on_gpu(dtype):
 @pytest.mark.parametrize("experts", ["fused", "per-expert"])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_buckets_that_are_read_late_on_another_stream(experts, dtype):
-    stream = WeightStream(ADAPTER, native_on_gpu(dtype), dtype=BF16, experts=experts, bucket_bytes=3000)
+    stream = WeightStream(native_on_gpu(dtype), ADAPTER, dtype=BF16, experts=experts, bucket_bytes=3000)
     late, found = torch.cuda.Stream(), []
     for bucket in stream.buckets():
         late.wait_stream(torch.cuda.current_stream())
@@ -34,7 +34,7 @@ def test_buckets_that_are_read_late_on_another_stream(experts, dtype):
 
 
 def test_a_pass_never_waits_for_the_device():
-    stream = WeightStream(ADAPTER, native_on_gpu(FP32), dtype=BF16, bucket_bytes=3000)
+    stream = WeightStream(native_on_gpu(FP32), ADAPTER, dtype=BF16, bucket_bytes=3000)
     for _ in stream.buckets():  # compiles the kernel, which does wait
         pass
     with no_synchronisation():
@@ -51,7 +51,7 @@ def test_a_pass_takes_two_buffers_of_memory():
         for part, shape in shapes.items()
     }
     largest = E * 2 * I * H * 2
-    stream = WeightStream(Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I), None), state, bucket_bytes=largest)
+    stream = WeightStream(state, Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I), None), bucket_bytes=largest)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -18,7 +18,7 @@ LAYER = "model.language_model.layers.1."
 
 def stream_of(state=None, **arguments):
     adapter = Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I), None)
-    return WeightStream(adapter, nemo_from_hf(HF) if state is None else state, **arguments)
+    return WeightStream(nemo_from_hf(HF) if state is None else state, adapter, **arguments)
 
 
 def shapes(hf=HF):

@@ -9,7 +9,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from distributed.placement_checks import CASES, shard
 from gemma4_moe import Gemma4MoEStateDictAdapter
 from gemma4_moe.adapter import MoEConfig
-from gemma4_moe.errors import ParallelError
+from gemma4_moe.errors import ParallelError, UsageError
 from gemma4_moe.refit import WeightStream
 from support import ranks
 from support.formulas import nemo_from_hf
@@ -33,6 +33,15 @@ def test_every_placement_gives_the_same_stream(world):
 
 def test_ranks_that_disagree_fail_together():
     ranks.run(2, check_disagreement)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_consumer_that_stops_early_ends_the_pass_on_all_ranks(world):
+    ranks.run(world, check_early_stops, world)
+
+
+def test_pipeline_stages_stream_the_layers_that_they_have():
+    ranks.run(2, check_stages)
 
 
 def check_streams(world):
@@ -61,7 +70,7 @@ def check_stream(
         largest = max(tensor.nbytes for _, tensor in expected_stream(nemo, dtype=cast))
         arguments = {"experts": mode, "dtype": cast, "bucket_bytes": largest}
         for dst, here in ((None, expected), (last, expected if dist.get_rank() == last else [])):
-            stream = WeightStream(adapter, state, dst=dst, **arguments)
+            stream = WeightStream(state, adapter, dst=dst, **arguments)
             assert_same_stream(stream, here)
             assert_same_stream(copied(stream.buckets()), here)
 
@@ -73,6 +82,71 @@ def check_disagreement():
     rank = dist.get_rank()
     for arguments in ({"dtype": [BF16, FP32][rank]}, {"layers": [[0], [1]][rank]}, {"bucket_bytes": 2**20 + rank}):
         with pytest.raises(ParallelError, match="ranks disagree"):
-            next(WeightStream(ADAPTER, nemo, **arguments).buckets())
+            next(WeightStream(nemo, ADAPTER, **arguments).buckets())
     with pytest.raises(ParallelError, match="ranks disagree"):
-        next(iter(WeightStream(ADAPTER, shard(nemo_state(), mesh, (Shard(rank),)))))
+        next(iter(WeightStream(shard(nemo_state(), mesh, (Shard(rank),)), ADAPTER)))
+
+
+class ConsumerError(Exception):
+    """Raised by the consumer of one rank."""
+
+
+def take(pairs, stop_at=None):
+    """Copy tensors, and raise at the one of this number."""
+    taken = []
+    for number, (name, tensor) in enumerate(pairs):
+        if number == stop_at:
+            raise ConsumerError
+        taken.append((name, tensor.clone()))
+    return taken
+
+
+def check_early_stops(world):
+    """A consumer raises on the last rank alone, on all, or keeps every buffer; then a whole pass follows."""
+    mesh = init_device_mesh("cpu", (world,))
+    nemo, rank, last = nemo_state(), dist.get_rank(), world - 1
+    expected = expected_stream(nemo)
+    stream = WeightStream(shard(nemo, mesh, (Shard(0),)), ADAPTER, bucket_bytes=1700)
+    for pairs, count in ((iter, len(expected)), (bucket_pairs, len(expected))):
+        for place in (0, count // 2, count - 1):
+            if rank == last:
+                with pytest.raises(ConsumerError):
+                    take(pairs(stream), stop_at=place)
+            else:
+                with pytest.raises(ParallelError, match=f"rank {last} stopped the pass"):
+                    take(pairs(stream))
+            assert_same_stream(take(pairs(stream)), expected)
+        with pytest.raises(ConsumerError):
+            take(pairs(stream), stop_at=2)
+    few = WeightStream(shard(nemo, mesh, (Shard(0),)), ADAPTER, bucket_bytes=1700, buffers=2)
+    if rank == last:
+        with pytest.raises(UsageError, match="still holds all 2 buffers"):
+            list(few.buckets())
+    else:
+        with pytest.raises(ParallelError, match=f"rank {last} stopped the pass"):
+            copied(few.buckets())
+    assert_same_stream(copied(few.buckets()), expected)
+
+
+def bucket_pairs(stream):
+    for bucket in stream.buckets():
+        yield from bucket.tensors()
+
+
+def check_stages():
+    """Each stage has its own layers, and no mesh in common."""
+    nemo, rank = nemo_state(layers=4), dist.get_rank()
+
+    def is_own(name):
+        layer = name.partition(".layers.")[2].partition(".")[0]
+        return int(layer) // 2 == rank if layer else rank == 0
+
+    own = {name: tensor for name, tensor in nemo.items() if is_own(name)}
+    expected = [pair for pair in expected_stream(nemo) if is_own(pair[0])]
+    assert 0 < len(expected) < len(expected_stream(nemo))
+    stream = WeightStream(own, ADAPTER)
+    assert_same_stream(stream, expected)
+    assert_same_stream(copied(stream.buckets()), expected)
+    plans = [None, None]
+    dist.all_gather_object(plans, [planned.name for planned in stream.plan()])
+    assert sorted(plans[0] + plans[1]) == [name for name, _ in expected_stream(nemo)]

@@ -39,7 +39,7 @@ def test_another_process_reads_the_buckets_themselves():
     process = context.Process(target=read_twice, args=(there,), daemon=True)
     process.start()
     nemo = nemo_state()
-    stream = WeightStream(ADAPTER, nemo, bucket_bytes=LARGEST)
+    stream = WeightStream(nemo, ADAPTER, bucket_bytes=LARGEST)
     for _ in range(2):
         ipc.send(stream, here)
         assert here.recv() == described(expected_stream(nemo))
@@ -74,7 +74,7 @@ def test_a_stream_that_vllm_can_not_take_is_refused(arguments):
     state = nemo_state()
     name = "model.language_model.layers.1.layer_scalar"
     with pytest.raises(UsageError, match=r"(?s)several dtypes.*layer_scalar.*set dtype|for one rank"):
-        vllm_source(WeightStream(ADAPTER, state | {name: state[name].float()}, **arguments))
+        vllm_source(WeightStream(state | {name: state[name].float()}, ADAPTER, **arguments))
 
 
 def test_a_stream_is_what_sglang_loads():
@@ -85,7 +85,7 @@ def test_a_stream_is_what_sglang_loads():
             self.weights = {name: tensor.clone() for name, tensor in weights}
 
     nemo = nemo_state()
-    stream, engine = WeightStream(ADAPTER, nemo), Engine()
+    stream, engine = WeightStream(nemo, ADAPTER), Engine()
     for _ in range(2):
         engine.load_weights(stream)
         assert_same_stream(engine.weights.items(), expected_stream(nemo))
@@ -103,7 +103,7 @@ def test_the_example_ends_with_equal_bits(options):
 
 def native(model):
     adapter = Gemma4MoEStateDictAdapter(model.config, None, None)
-    return adapter, adapter.from_hf({name: t for name, t in model.state_dict().items() if name != "lm_head.weight"})
+    return adapter.from_hf({name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}), adapter
 
 
 @pytest.mark.parametrize("kind", ["multimodal", "text"])
@@ -116,13 +116,13 @@ def test_transformers_loads_a_stream_strictly(kind):
 
 
 def test_the_loop_of_nemo_rl_sends_the_same():
-    adapter, state = native(build_model())
+    state, adapter = native(build_model())
     sent = []
     for fqn, tensor in state.items():
         pairs = adapter.convert_single_tensor_to_hf(
             fqn, tensor, exclude_key_regex=r".*_extra_state.*", quantization=False
         )
         sent += [(name, converted.to(torch.bfloat16).contiguous()) for name, converted in pairs]
-    stream = WeightStream(adapter, state, dtype=torch.bfloat16)
+    stream = WeightStream(state, adapter, dtype=torch.bfloat16)
     order = {planned.name: place for place, planned in enumerate(stream.plan())}
     assert_same_stream(stream, sorted(sent, key=lambda pair: order[pair[0]]))

@@ -19,7 +19,8 @@ from gemma4_moe.distributed.collectives import agree, gather
 from gemma4_moe.distributed.placements import local_of, placed, placed_on, transposed_view
 from gemma4_moe.errors import UsageError
 from gemma4_moe.kernels import transpose_scale_cast
-from gemma4_moe.layout.table import Operation, converted_shape
+from gemma4_moe.layout.names import lookup
+from gemma4_moe.layout.table import Layout, Operation, converted_shape
 from gemma4_moe.layout.targets import hf_tensors
 
 if TYPE_CHECKING:
@@ -110,6 +111,15 @@ def excluding(regex: str | None) -> Excluded:
     except re.error as error:
         raise UsageError("exclude_key_regex is not a regular expression", found=regex, hint=str(error)) from error
     return lambda hf, nemo: pattern.match(hf) is not None or pattern.match(nemo) is not None
+
+
+def left_out(name: str, excluded: Excluded) -> bool:
+    """Return whether every hf tensor of the entry `name`, of either layout, is excluded."""
+    found = lookup(name, Layout.NEMO)
+    if found is not None:
+        return all(excluded(hf, name) for hf, _ in hf_tensors(found, name))
+    found = lookup(name, Layout.HF)
+    return excluded(name, name if found is None else found.nemo)
 
 
 def _is_shard(value: Any, entry: Entry) -> bool:

@@ -75,6 +75,19 @@ def _agree_on(mesh: DeviceMesh, action: str, text: str) -> None:
         )
 
 
+def ranks_where(found: bool, meshes: Iterable[DeviceMesh]) -> list[int]:
+    """Return the ranks of these meshes on which `found` is true. All their ranks must call."""
+    flags = None
+    for mesh in meshes:
+        if flags is None:
+            flags = torch.zeros(dist.get_world_size(), dtype=torch.uint8, device=mesh.device_type)
+            flags[dist.get_rank()] = found
+        for group in mesh.get_all_groups():
+            with failing_in_words("end together"):
+                dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+    return [] if flags is None else flags.nonzero().flatten().tolist()
+
+
 def gather(
     local: torch.Tensor,
     where: Placed,

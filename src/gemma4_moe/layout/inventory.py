@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gemma4_moe.errors import DuplicateTensorError, IncompleteExpertsError, TensorShapeError
 from gemma4_moe.layout.dtypes import require_expert_dtype
-from gemma4_moe.layout.names import LayerKey, MoEName, parse
+from gemma4_moe.layout.names import LayerKey, MoEName, lookup, parse
 from gemma4_moe.layout.spellings import WHOLE, Part
 from gemma4_moe.layout.table import Layout, Operation, Rule
 
@@ -27,20 +27,23 @@ class Inventory:
     """The tensors of one state dict or checkpoint in one layout.
 
     Sizes of E, H and I that are given hold for every layer. Those that aren't are learned from the first tensor that
-    shows them, for each prefix on its own, and must agree from there on.
+    shows them, for each prefix on its own, and must agree from there on. With `any_router` the shapes of the router's
+    tensors are not checked, which both layouts share.
 
     Attributes:
         names: The meaning of each name, in the order in which they were added; None if both layouts have the name.
         layers: For each layer, the row of every tensor seen and the tensors that make it up.
     """
 
-    def __init__(self, layout: Layout, sizes: Mapping[str, int] | None = None) -> None:
+    def __init__(self, layout: Layout, sizes: Mapping[str, int] | None = None, *, any_router: bool = False) -> None:
         self.layout = layout
         self.names: dict[str, MoEName | None] = {}
         self.layers: dict[LayerKey, dict[Rule, Parts]] = {}
         self._given = dict(sizes or {})
         self._learned: dict[str, dict[str, tuple[int, str]]] = {}
         self._seen: set[str] = set()
+        self._left_out: set[tuple[LayerKey, Rule]] = set()
+        self._any_router = any_router
 
     def add(self, name: str, shape: Sequence[int] | None, dtype: str | None = None) -> MoEName | None:
         """Take in one tensor and return the meaning of its name, or None if the name is the same in both layouts.
@@ -64,13 +67,19 @@ class Inventory:
             parts = self.layers.setdefault(parsed.layer_key, {}).setdefault(parsed.rule, {})
             _check_single(name, parsed.part, parts)
             parts[parsed.part] = name, dtype
-            if shape is not None:
+            if shape is not None and not self._is_free(parsed.rule):
                 self._check_shape(name, parsed, tuple(shape))
             if parsed.rule.operation is not Operation.KEEP and dtype is not None:
                 require_expert_dtype(name, dtype)
                 _check_same_dtype(name, dtype, parts)
         self.names[name] = parsed
         return parsed
+
+    def leave_out(self, name: str) -> None:
+        """Take note of a tensor that is not converted, so that its layer does not lack it."""
+        parsed = lookup(name, self.layout)
+        if parsed is not None:
+            self._left_out.add((parsed.layer_key, parsed.rule))
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return the sizes of E, H and I under `prefix`, as far as they are known."""
@@ -85,7 +94,7 @@ class Inventory:
         """
         wanted = tuple(rules)
         for key, seen in self.layers.items():
-            missing = [rule for rule in wanted if rule not in seen]
+            missing = [rule for rule in wanted if rule not in seen and (key, rule) not in self._left_out]
             if missing and any(rule in seen for rule in wanted):
                 path = MoEName(*key, missing[0]).layer_path
                 names = [name for rule, parts in seen.items() if rule in wanted for name, _ in parts.values()]
@@ -115,6 +124,10 @@ class Inventory:
                 found=f"{len(parts)} tensors, without {', '.join(_few(missing))}",
                 hint=_COMPLETE,
             )
+
+    def _is_free(self, rule: Rule) -> bool:
+        """Return whether a tensor of this row may have any shape."""
+        return not rule.axes(self.layout) or (self._any_router and rule.operation is Operation.KEEP)
 
     def _check_shape(self, name: str, parsed: MoEName, shape: tuple[int, ...]) -> None:
         axes = parsed.part.axes(parsed.rule.axes(self.layout))

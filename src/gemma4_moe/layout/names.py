@@ -11,7 +11,7 @@ from gemma4_moe.errors import UnknownTensorError
 from gemma4_moe.layout import spellings
 from gemma4_moe.layout.foreign import foreign_spelling
 from gemma4_moe.layout.spellings import CURRENT, WHOLE, Part, Spelling
-from gemma4_moe.layout.table import MOE_MODULES, RULES, Layout, Rule
+from gemma4_moe.layout.table import MOE_MODULES, RULES, Layout, Rule, lora_rule
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -76,6 +76,8 @@ def lookup(name: str, layout: Layout) -> MoEName | None:
     if match is None:
         return None
     prefix, layer, rest = match["prefix"], int(match["layer"]), match["rest"]
+    if (adapted := lora_rule(rest, layout)) is not None:
+        return MoEName(prefix, layer, adapted)
     if layout is Layout.NEMO:
         rule = _NEMO_ROWS.get(rest)
         return None if rule is None else MoEName(prefix, layer, rule)

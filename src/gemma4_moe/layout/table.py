@@ -58,7 +58,7 @@ class Rule:
     @property
     def in_nemo(self) -> bool:
         """Whether the nemo layout has a tensor of its own for this row."""
-        return bool(self.nemo_axes)
+        return self.operation is not Operation.FOLD
 
     def name(self, layout: Layout) -> str:
         """Return REST in `layout`, current spelling."""
@@ -78,9 +78,9 @@ class Rule:
 
         A tensor that took in another on the way to nemo gives it back on the way to hf.
         """
-        if target is Layout.HF:
-            return tuple(rule for rule in RULES if rule.nemo == self.nemo)
-        return (self,) if self.in_nemo else ()
+        if target is Layout.NEMO:
+            return (self,) if self.in_nemo else ()
+        return (self, *(rule for rule in RULES if rule.nemo == self.nemo and rule != self))
 
     @property
     def factor(self) -> Rule | None:
@@ -96,6 +96,9 @@ SCALE         = Rule("scale",         "router.per_expert_scale", "moe.experts.do
 ROUTER_WEIGHT = Rule("router weight", "router.proj.weight",      "moe.gate.proj.weight",          ("E", "H"),       ("E", "H"),       Operation.KEEP)
 ROUTER_SCALE  = Rule("router scale",  "router.scale",            "moe.gate.scale",                ("H",),           ("H",),           Operation.KEEP)
 # fmt: on
+
+#: The router's projection, a linear module that training may adapt: the parameters of its adapter move with it.
+ROUTER_MODULE = {layout: ROUTER_WEIGHT.name(layout).removesuffix("weight") for layout in Layout}
 
 RULES = (GATE_UP, DOWN, SCALE, ROUTER_WEIGHT, ROUTER_SCALE)
 
@@ -114,6 +117,15 @@ SIZE_FIELDS = {
     "H": ("hidden_size", "dim"),
     "I": ("moe_intermediate_size", "moe_inter_dim"),
 }
+
+
+def lora_rule(rest: str, layout: Layout) -> Rule | None:
+    """Return the row of a LoRA parameter of the router's projection by its REST, or None for another tensor."""
+    parameter = rest.removeprefix(ROUTER_MODULE[layout])
+    if parameter == rest or not parameter.startswith("lora_"):
+        return None
+    hf, nemo = (ROUTER_MODULE[each] + parameter for each in Layout)
+    return Rule("router LoRA", hf, nemo, (), (), Operation.KEEP)
 
 
 def transposes(operation: Operation) -> bool:

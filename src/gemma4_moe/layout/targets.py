@@ -1,4 +1,4 @@
-"""The tensors that a set of tensors becomes in the other layout: name, shape, dtype, operation and sources of each.
+"""The tensors that a set of tensors becomes in a layout: name, shape, dtype, operation and sources of each.
 
 The converter, `plan`, loading, saving and the stream all ask `targets_of`; `inspect` and the adapter check with the
 same `Inventory`. Names, shapes and dtypes decide, never values.
@@ -156,8 +156,9 @@ def targets_of(
     required: Sequence[Rule],
     cast: DType | None = None,
     spelling: Spelling = CURRENT,
+    to: Layout | None = None,
 ) -> dict[str, Target[T]]:
-    """Return every tensor that these become in the other layout, by name, in the natural order of their roles.
+    """Return every tensor that these become in a layout, by name, in the natural order of their roles.
 
     Args:
         tensors: All tensors of one layout. A target refers to these objects, whatever their type.
@@ -165,12 +166,13 @@ def targets_of(
         required: The rows that each layer must have.
         cast: The dtype of every floating-point tensor; None to keep each one's own.
         spelling: The form in which hf tensors are written.
+        to: The layout of the targets: the other one by default. In the tensors' own layout every value is kept.
 
     Raises:
         UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`.
         IncompleteExpertsError: See `Inventory.require_complete`.
     """
-    given = list(tensors)
+    given, to = list(tensors), to or inventory.layout.other
     for problem in problems(given, inventory, required):
         raise problem
     by_name = {tensor.name: tensor for tensor in given}
@@ -183,10 +185,11 @@ def targets_of(
         for rule, parts in rows.items():
             stored = {part: by_name[name] for part, (name, _) in parts.items()}
             source = _source(rule, stored, inventory, key)
-            factor = rule.factor if inventory.layout is Layout.HF else None
+            factor = rule.factor if (inventory.layout, to) == (Layout.HF, Layout.NEMO) else None
             scale = None if factor is None else by_name[rows[factor][WHOLE][0]]
-            for row in rule.yields(inventory.layout.other):
-                made += _made(MoEName(*key, row), source, scale, inventory.layout, cast, spelling)
+            for row in (rule,) if to is inventory.layout else rule.yields(to):
+                operation = Operation.KEEP if to is inventory.layout else row.operation
+                made += _made(MoEName(*key, row), operation, source, scale, to, cast, spelling)
     _check_used_once(by_name, made)
     return {target.name: target for target in sorted(made, key=lambda target: natural_key(target.role))}
 
@@ -199,15 +202,21 @@ def hf_tensors(parsed: MoEName | None, name: str) -> list[tuple[str, Operation]]
 
 
 def _made(
-    name: MoEName, source: Source[T], scale: T | None, layout: Layout, cast: DType | None, spelling: Spelling
+    name: MoEName,
+    operation: Operation,
+    source: Source[T],
+    scale: T | None,
+    to: Layout,
+    cast: DType | None,
+    spelling: Spelling,
 ) -> Iterator[Target[T]]:
-    """Yield the targets of one row that are made from `source`, a tensor of `layout`."""
-    operation, dtype, role = name.rule.operation, cast_to(source.dtype, cast), name.name(layout.other)
+    """Yield the targets of one row in layout `to` that are made from `source`."""
+    dtype, role = cast_to(source.dtype, cast), name.name(to)
     shape = converted_shape(operation, source.shape)
-    if layout is Layout.HF:
+    if to is Layout.NEMO:
         yield Target(role, dtype, shape, operation, role, source, scale)
         return
-    for rest, part in spelling.parts(name.rule, shape[0]):
+    for rest, part in spelling.parts(name.rule, next(iter(shape), 1)):
         written = name.layer_path + rest
         if operation is Operation.FOLD:
             yield Target(written, dtype, shape[:1], operation, role, None, beside=source.parts[0].stored)

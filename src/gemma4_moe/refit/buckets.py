@@ -1,21 +1,20 @@
-"""Buckets: many tensors in one buffer. Two buffers take turns, so that one is read while the other is filled."""
+"""Buckets: many tensors in one buffer."""
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from gemma4_moe.errors import UsageError
+from gemma4_moe.layout.names import layer_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from gemma4_moe.refit.items import Item
+    from gemma4_moe.refit.lending import Loan
 
 Oversize = Literal["error", "own"]
 
@@ -68,31 +67,22 @@ class PlannedBucket:
 
 
 class Bucket:
-    """Tensors in one buffer, valid until the bucket after the next is asked for.
+    """Tensors in one buffer, which is filled again once nothing holds this object or a view of the buffer.
 
     On a GPU the buffer is filled on the stream that is current when the consumer asks for the bucket. It is filled
-    again only after all work that was on the consumer's current stream when it asked for the next bucket. A consumer
-    that reads on another stream lets that stream wait for the current one first, and then calls `done_on`.
+    again only after all work that is then on the consumer's current stream. A consumer that reads on another stream
+    lets that stream wait for the current one first, and calls `done_on` before it drops the bucket.
+
+    Attributes:
+        entries: The tensors and their places.
+        buffer: The bytes, a one-dimensional uint8 tensor.
     """
 
-    def __init__(self, memory: torch.Tensor, planned: PlannedBucket) -> None:
-        self.entries = planned.entries  # the tensors and their places
-        self._size = planned.size
-        self._memory: torch.Tensor | None = memory
+    def __init__(self, loan: Loan, planned: PlannedBucket) -> None:
+        self.entries = planned.entries
+        self.buffer = loan.memory
+        self._loan = loan
         self._typed: dict[torch.dtype, torch.Tensor] = {}
-        self._events: list[Any] = []
-
-    @property
-    def buffer(self) -> torch.Tensor:
-        """The bytes, a one-dimensional uint8 tensor; a UsageError once a later bucket has them."""
-        if self._memory is None:
-            raise UsageError(
-                "a bucket that was kept too long",
-                expected="use of a bucket before the one after the next is asked for",
-                found="a buffer that holds a later bucket",
-                hint="copy tensors that are needed later, or consume each bucket before asking for more",
-            )
-        return self._memory[: self._size]
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """Return (hf name, tensor) for everything in the bucket: views of the buffer, no copies."""
@@ -104,62 +94,13 @@ class Bucket:
             self._typed[batch.dtype] = self.buffer.view(batch.dtype)
         return self._typed[batch.dtype].as_strided(batch.shape, batch.stride, batch.start)
 
+    def shareable(self) -> torch.Tensor:
+        """Return the bytes for another process, as `Loan.shareable` does: hold the bucket until it has read them."""
+        return self._loan.shareable()
+
     def done_on(self, stream: torch.cuda.Stream) -> None:
         """Declare that no work put on `stream` after this call reads the bucket."""
-        self._events.append(stream.record_event())
-        self.buffer.record_stream(stream)
-
-    def _retire(self, stream: torch.cuda.Stream | None) -> torch.Tensor | None:
-        """Return the memory, and let `stream` wait for the consumer's last reads."""
-        memory, self._memory = self._memory, None
-        self._typed.clear()
-        if stream is not None:
-            for event in self._events:
-                stream.wait_event(event)
-        return memory
-
-
-class Buffers:
-    """The two buffers of one pass, of `size` bytes, which take turns.
-
-    A larger bucket gets a buffer of its own. With GEMMA4_MOE_DEBUG=1 no buffer is used twice: each is replaced by a new
-    one, and it is an error if the consumer still holds the old one or a view of it.
-    """
-
-    def __init__(self, device: torch.device, size: int) -> None:
-        self._device = device
-        self._size = size
-        self._lent: deque[Bucket] = deque()
-        self._debug = os.environ.get("GEMMA4_MOE_DEBUG") == "1"
-
-    def take(self, planned: PlannedBucket) -> Bucket:
-        """Return an unfilled bucket in the buffer whose turn it is."""
-        size, memory = max(self._size, planned.size), None
-        if len(self._lent) == 2:
-            bucket = self._lent.popleft()
-            memory = bucket._retire(self._stream())
-        if memory is not None and (self._debug or memory.numel() != size):
-            storage = StorageWeakRef(memory.untyped_storage())  # type: ignore[no-untyped-call]
-            memory = None
-            if self._debug and not storage.expired():  # type: ignore[no-untyped-call]
-                raise UsageError(
-                    "a consumer still holds a bucket, or a view of it, whose buffer must be filled again",
-                    found=f"the bucket that starts with {bucket.entries[0].name}",
-                    hint="copy tensors that are needed later; drop the bucket and its tensors before asking for more",
-                )
-        if memory is None:
-            memory = torch.empty(size, dtype=torch.uint8, device=self._device)
-        self._lent.append(Bucket(memory, planned))
-        return self._lent[-1]
-
-    def asked_for_next(self, bucket: Bucket) -> None:
-        """Record the position of the consumer's stream as it asks for the bucket after `bucket`."""
-        stream = self._stream()
-        if stream is not None:
-            bucket._events.append(stream.record_event())
-
-    def _stream(self) -> torch.cuda.Stream | None:
-        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        self._loan.done_on(stream)
 
 
 def plan_buckets(items: Iterable[Item], bucket_bytes: int, oversize: Oversize) -> list[PlannedBucket]:
@@ -184,6 +125,18 @@ def plan_buckets(items: Iterable[Item], bucket_bytes: int, oversize: Oversize) -
     return [_planned(group) for group in groups]
 
 
+def buffers_for(planned: Sequence[PlannedBucket]) -> int:
+    """Return the buffers that serve a consumer which keeps a layer's tensors until it has all of them.
+
+    Those are as many as the buckets of a layer, and one more for the next.
+    """
+    spans: dict[object, set[int]] = {}
+    for number, bucket in enumerate(planned):
+        for entry in bucket.entries:
+            spans.setdefault(layer_of(entry.name) or entry.name, set()).add(number)
+    return 1 + max((max(span) - min(span) + 1 for span in spans.values()), default=1)
+
+
 def unpack(buffer: torch.Tensor, entries: Iterable[Sequence[Any]]) -> list[tuple[str, torch.Tensor]]:
     """Return (hf name, tensor) for each entry of a bucket: views of `buffer`, no copies.
 
@@ -200,13 +153,25 @@ def _planned(group: Sequence[Item]) -> PlannedBucket:
     for item in group:
         entries.append(BucketEntry(item.name, item.shape, item.dtype.name, offset, item.nbytes))
         offset += aligned(item.nbytes)
-    batches: dict[object, list[tuple[Item, BucketEntry]]] = {}
+    batches: list[list[tuple[Item, BucketEntry]]] = []
+    last: dict[object, list[tuple[Item, BucketEntry]]] = {}
     for item, entry in zip(group, entries, strict=True):
-        key = item.name if item.part.expert is None else (item.origin.name, item.part.slot)
-        batches.setdefault(key, []).append((item, entry))
-    return PlannedBucket(
-        tuple(Batch.of(*zip(*batch, strict=True)) for batch in batches.values()), tuple(entries), offset
-    )
+        batch = last.get((item.origin.name, item.part.slot), [])
+        if not _continues(batch, item, entry):
+            batch = last[(item.origin.name, item.part.slot)] = []
+            batches.append(batch)
+        batch.append((item, entry))
+    return PlannedBucket(tuple(Batch.of(*zip(*batch, strict=True)) for batch in batches), tuple(entries), offset)
+
+
+def _continues(batch: Sequence[tuple[Item, BucketEntry]], item: Item, entry: BucketEntry) -> bool:
+    """Return whether an item is the next expert of a batch, at the distance of those before it."""
+    if not batch or item.part.expert is None:
+        return False
+    before, at = batch[-1]
+    if before.part.expert is None or item.part.expert != before.part.expert + 1:
+        return False
+    return len(batch) == 1 or entry.offset - at.offset == at.offset - batch[-2][1].offset
 
 
 def aligned(nbytes: int) -> int:

@@ -12,7 +12,7 @@ from gemma4_moe.distributed.collectives import broadcast, gather
 from gemma4_moe.distributed.placements import Placed, local_of, placed
 from gemma4_moe.kernels import scale_cast, transpose_scale_cast
 from gemma4_moe.layout.spellings import WHOLE
-from gemma4_moe.layout.table import Operation, converted_shape
+from gemma4_moe.layout.table import Operation, converted_shape, transposes
 from gemma4_moe.refit.buckets import unpack
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Filler:
             return
         where = placed(value, item.origin.name) if isinstance(value, DTensor) else None
         if where is None or not where.is_cut:
-            small = item.operation is Operation.KEEP and local.dtype == out.dtype and item.nbytes < _OWN_LAUNCH_BYTES
+            whole = item.operation is Operation.KEEP and item.part == WHOLE and local.dtype == out.dtype
+            small = whole and item.nbytes < _OWN_LAUNCH_BYTES
             if self._keeps and small:
                 self._copies.append((out, local))
             elif self._keeps:
@@ -106,7 +107,8 @@ class Filler:
             self._convert(item, _part(local, item), out)
         elif item.part.slots > 1 and any(p and p.axis == 1 for p in moved.placements):
             # Gate and up are on different ranks: the experts are gathered whole.
-            whole, (start, end) = converted_shape(item.operation, shape), item.part.rows(shape[2])
+            whole = converted_shape(item.operation, shape)
+            start, end = item.part.rows(whole[1])
             shard = self._convert(item, local, out.new_empty(moved.local_shape(whole)))
             out.copy_(gather(shard, moved, whole)[:, start:end])
         else:
@@ -131,8 +133,9 @@ def holds_all(value: torch.Tensor, name: str) -> bool:
 
 
 def _part(native: torch.Tensor, item: Item) -> torch.Tensor:
-    """Return the columns of native experts [..., rows, columns] that become the item."""
+    """Return the values of experts [..., rows, columns] that become the item: a run of its rows in the hf layout."""
     if item.part == WHOLE:
         return native
-    start, end = item.part.rows(native.shape[-1])
-    return native[..., start:end]
+    axis = native.ndim - (1 if transposes(item.operation) else 2)
+    start, end = item.part.rows(native.shape[axis])
+    return native.narrow(axis, start, end - start)

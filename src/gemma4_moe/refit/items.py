@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from torch.distributed.tensor import DTensor
 
-from gemma4_moe.errors import InputError, UsageError
+from gemma4_moe.errors import DuplicateTensorError, InputError, UsageError
 from gemma4_moe.layout import spellings
-from gemma4_moe.layout.dtypes import named
-from gemma4_moe.layout.names import layer_of
+from gemma4_moe.layout.dtypes import cast_to, named
+from gemma4_moe.layout.lora import LORA_REGEX, is_lora
+from gemma4_moe.layout.names import fold_names, layer_of, lookup
 from gemma4_moe.layout.spellings import CURRENT, Spelling
 from gemma4_moe.layout.table import EXPERT_RULES, Layout
 from gemma4_moe.layout.targets import Target, targets_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
+    from gemma4_moe.adapter.to_hf import Excluded
     from gemma4_moe.layout.dtypes import DType
     from gemma4_moe.layout.inventory import Inventory
 
@@ -77,30 +80,77 @@ class TensorFacts(NamedTuple):
 Item: TypeAlias = Target[TensorFacts]
 
 
+def layout_of(natives: Iterable[TensorFacts]) -> Layout:
+    """Return the layout that the names of the experts are in; an InputError if they are in both or in none."""
+    layouts = {layout: [facts.name for facts in natives if _is_expert(facts.name, layout)] for layout in Layout}
+    found = [layout for layout, names in layouts.items() if names]
+    if not found:
+        raise InputError("a state without mixture-of-experts layers", hint="give the state of a Gemma 4 MoE model")
+    if len(found) > 1:
+        raise InputError(
+            "a state in both layouts",
+            tensor=layouts[Layout.HF][0],
+            expected=f"names of one layout, as {layouts[Layout.NEMO][0]}",
+            found=f"{len(layouts[Layout.HF])} names of the hf layout, {len(layouts[Layout.NEMO])} of the nemo layout",
+            hint="give the state of one model",
+        )
+    return found[0]
+
+
+def _is_expert(name: str, layout: Layout) -> bool:
+    found = lookup(name, layout)
+    return found is not None and found.rule in EXPERT_RULES[layout]
+
+
+def refuse_unmerged(natives: Iterable[TensorFacts]) -> None:
+    """Check that no adapter is left beside the weights: an engine would load the weights without it."""
+    unmerged = [facts.name for facts in natives if is_lora(facts.name)]
+    if unmerged:
+        raise InputError(
+            "an adapter that is not merged into the weights",
+            tensor=unmerged[0],
+            expected="merged weights",
+            found=f"{len(unmerged)} tensors: {', '.join(fold_names(unmerged))}",
+            hint="merge the adapter first; or, if the engine gets it by another way, leave it out by "
+            f"exclude_key_regex={LORA_REGEX!r}, and unwrap names with base_layer in them",
+        )
+
+
 def items_of(
     natives: Sequence[TensorFacts],
     inventory: Inventory,
-    dtype: DType | None,
     form: Spelling,
-    excluded: Callable[[str, str], bool],
+    excluded: Excluded,
+    dtype: Callable[[str], DType | None],
+    rename: Callable[[str], str | None],
 ) -> list[Item]:
     """Return the hf tensors of a state, in the order in which a stream sends them.
 
     Args:
-        natives: The native tensors of all mappings.
-        inventory: An empty one, which then holds the tensors.
-        dtype: The dtype of every floating-point tensor, or None to keep each one's own.
+        natives: The tensors of all mappings, in the inventory's layout.
+        inventory: One that holds none of them, and then all.
         form: The form in which experts are sent.
         excluded: Returns whether a tensor is skipped, from its hf name and its nemo name.
+        dtype: Returns the dtype of a floating-point tensor by its hf name, or None to keep its own.
+        rename: Returns the name under which a tensor is sent by its hf name, or None to leave it out.
 
     Raises:
-        InputError: See `targets_of`; or there is no layer with experts.
+        InputError: See `targets_of`; or two tensors would have one name.
     """
-    targets = targets_of(natives, inventory, EXPERT_RULES[Layout.NEMO], dtype, form)
-    if not inventory.layers:
-        raise InputError("a state without mixture-of-experts layers", hint="give the state of a model in nemo layout")
-    ordered = sorted(targets.values(), key=lambda target: target.origin.mapping)
-    return [target for target in ordered if not excluded(target.role, target.origin.name)]
+    targets = targets_of(natives, inventory, EXPERT_RULES[inventory.layout], spelling=form, to=Layout.HF)
+    items: dict[str, Item] = {}
+    for target in sorted(targets.values(), key=lambda target: target.origin.mapping):
+        found = lookup(target.role, Layout.HF)
+        name = None if excluded(target.role, target.role if found is None else found.nemo) else rename(target.name)
+        if name is None:
+            continue
+        if name in items:
+            known, hint = items[name].role, "let `names` give every tensor a name of its own"
+            raise DuplicateTensorError(
+                "two tensors under one name", tensor=target.name, found=f"{name}, as {known}", hint=hint
+            )
+        items[name] = replace(target, name=name, dtype=cast_to(target.dtype, dtype(target.name)))
+    return list(items.values())
 
 
 def only_layers(items: list[Item], layers: Collection[int], inventory: Inventory) -> list[Item]:

@@ -1,90 +1,139 @@
-"""The native state that a stream sends, read again on every pass."""
+"""The state that a stream sends, read again on every pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from gemma4_moe.distributed.placements import local_of
 from gemma4_moe.errors import InputError, UsageError
+from gemma4_moe.layout.wrappers import unwrapped
 from gemma4_moe.model_io.load import storage_key
 from gemma4_moe.refit.items import TensorFacts
 
-#: Tensors by name; a value that is no tensor, as a state dict may have, is skipped.
+#: Tensors by name; a value that is no tensor is skipped.
 Tensors = Mapping[str, Any]
 #: The states that a stream accepts.
 State = torch.nn.Module | Tensors | Iterable[Tensors]
 
+#: In the name of a module's own extra state, which no engine loads.
+_EXTRA_STATE = "_extra_state"
+
+
+class Contents(NamedTuple):
+    """The tensors of one mapping of a state.
+
+    Attributes:
+        natives: The facts of each tensor, under its first name.
+        aliases: For each other name of a tensor, the first one.
+        left_out: Names of tensors that are not sent.
+    """
+
+    natives: list[TensorFacts]
+    aliases: dict[str, str]
+    left_out: list[str]
+
 
 def mappings_of(state: State) -> Iterator[Tensors]:
-    """Yield the mappings of a state, in its order."""
+    """Yield the mappings of a state, in its order; names are without wrappers."""
     if isinstance(state, torch.nn.Module):
-        yield state.state_dict()
+        yield _plain(state.state_dict())
     elif isinstance(state, Mapping):
-        yield state
-    elif isinstance(state, Iterator):
+        yield _plain(state)
+    elif isinstance(state, Iterator) or not isinstance(state, Iterable):
         raise UsageError(
-            "a state that can be read only once",
-            expected="a module, a mapping, or an iterable that can be read again, such as a list",
+            "a state that can't be read, or only once",
+            expected="a module, a mapping, or an iterable of mappings that can be read again, such as a list",
             found=type(state).__name__,
-            hint="give an object whose __iter__ is the generator, instead of the generator itself",
+            hint="give the model first, then the adapter; in place of a generator, an object whose __iter__ is one",
         )
     else:
-        yield from state
+        for tensors in state:
+            yield _plain(tensors)
 
 
-def natives_of(tensors: Tensors, mapping: int) -> tuple[list[TensorFacts], dict[str, str]]:
-    """Return the facts of each tensor of a mapping, and for each alias of one its first name."""
-    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+def contents_of(tensors: Tensors, mapping: int, left_out: Callable[[str], bool]) -> Contents:
+    """Return the tensors of a mapping whose names are not left out."""
+    excluded = dict.fromkeys(name for name in tensors if left_out(name))
+    kept = {name: t for name, t in tensors.items() if isinstance(t, torch.Tensor) and name not in excluded}
     first: dict[object, str] = {}
-    same = {name: first.setdefault(_identity(tensor) or name, name) for name, tensor in tensors.items()}
-    natives = [TensorFacts.of(tensors[name], name, mapping) for name in same if same[name] == name]
-    return natives, {name: same[name] for name in same if same[name] != name}
+    same = {name: first.setdefault(_identity(tensor) or name, name) for name, tensor in kept.items()}
+    natives = [TensorFacts.of(kept[name], name, mapping) for name in same if same[name] == name]
+    return Contents(natives, {name: same[name] for name in same if same[name] != name}, list(excluded))
 
 
 class StatePass:
-    """One pass over a state, whose tensors must still be as planned."""
+    """One pass over a state, whose tensors must still be as planned.
 
-    def __init__(self, state: State, count: int) -> None:
+    Attributes:
+        problem: The first difference in the state's first mapping, which is read at once; None if there is none.
+    """
+
+    def __init__(self, state: State, planned: list[Contents], left_out: Callable[[str], bool]) -> None:
         self._mappings = mappings_of(state)
-        self._count = count
+        self._planned = planned
+        self._left_out = left_out
         self._number = -1
         self._tensors: Tensors = {}
-        self._checked: dict[str, torch.Tensor] = {}
+        self.problem: InputError | None = None
+        try:
+            self._next()
+        except InputError as error:
+            self.problem = error
 
     def tensor(self, planned: TensorFacts) -> torch.Tensor:
         """Return a tensor by its facts; each mapping is dropped at the next."""
-        name = planned.name
         while self._number < planned.mapping:
-            self._tensors, self._checked = next(self._mappings, {}), {}
-            self._number += 1
-        if name not in self._checked:
-            tensor = self._tensors.get(name)
-            found = TensorFacts.of(tensor, name, planned.mapping) if isinstance(tensor, torch.Tensor) else None
-            if tensor is None or found != planned:
-                raise InputError(
-                    "a tensor that has changed since the stream was planned",
-                    tensor=name,
-                    expected=_text(planned),
-                    found="absent" if found is None else _text(found),
-                    hint="make a new WeightStream after the model has changed",
-                )
-            self._checked[name] = tensor
-        return self._checked[name]
+            self._next()
+        tensor: torch.Tensor = self._tensors[planned.name]
+        return tensor
 
     def finish(self) -> None:
         """Check that the state has no further mappings."""
-        self._tensors, self._checked = {}, {}
+        self._tensors = {}
         found = self._number + 1 + sum(1 for _ in self._mappings)
-        if found > self._count:
-            raise InputError(
-                "a state of more parts than it had when the stream was planned",
-                expected=f"{self._count} mappings",
-                found=f"{found}",
-                hint="make a new WeightStream after the model has changed",
-            )
+        if found > len(self._planned):
+            raise _changed(None, f"{len(self._planned)} mappings", f"{found}")
+
+    def _next(self) -> None:
+        self._tensors = next(self._mappings, {})
+        self._number += 1
+        found = contents_of(self._tensors, self._number, self._left_out)
+        _compare(found, self._planned[self._number])
+
+
+def _plain(tensors: Tensors) -> Tensors:
+    names = unwrapped(name for name in tensors if _EXTRA_STATE not in name)
+    return {plain: tensors[name] for plain, name in names.items()}
+
+
+def _compare(found: Contents, planned: Contents) -> None:
+    """Check that a mapping has the tensors and the aliases that it had when the stream was planned."""
+    now = {facts.name: facts for facts in found.natives}
+    then = {facts.name: facts for facts in planned.natives}
+    for name, facts in then.items():
+        if now.get(name) != facts:
+            alias = found.aliases.get(name)
+            is_now = f"the same tensor as {alias}" if alias else _text(now[name]) if name in now else "absent"
+            raise _changed(name, _text(facts), is_now)
+    for name, facts in now.items():
+        if name not in then:
+            was = planned.aliases.get(name)
+            raise _changed(name, f"the same tensor as {was}" if was else "no tensor of this name", _text(facts))
+    if found.aliases != planned.aliases:
+        name = next(name for name, _ in found.aliases.items() ^ planned.aliases.items())
+        raise _changed(name, _alias(planned, name), _alias(found, name))
+
+
+def _alias(contents: Contents, name: str) -> str:
+    return f"the same tensor as {contents.aliases[name]}" if name in contents.aliases else "no tensor of this name"
+
+
+def _changed(name: str | None, expected: str, found: str) -> InputError:
+    problem, hint = "the state has changed since the stream was planned", "make a new WeightStream"
+    return InputError(problem, tensor=name, expected=expected, found=found, hint=hint)
 
 
 def _text(facts: TensorFacts) -> str:

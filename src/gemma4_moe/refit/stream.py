@@ -9,46 +9,62 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_moe.adapter.configs import axis_sizes, conversion_of
-from gemma4_moe.adapter.to_hf import excluding
-from gemma4_moe.distributed.collectives import agree
+from gemma4_moe.adapter.to_hf import excluding, left_out
+from gemma4_moe.distributed.collectives import agree, ranks_where
 from gemma4_moe.distributed.placements import local_of
 from gemma4_moe.distributed.ranks import current
-from gemma4_moe.errors import UsageError
+from gemma4_moe.errors import ParallelError, UsageError
 from gemma4_moe.layout.dtypes import target_dtype
 from gemma4_moe.layout.inventory import Inventory
-from gemma4_moe.layout.table import Layout
-from gemma4_moe.refit.buckets import Buffers, aligned, plan_buckets
+from gemma4_moe.refit.buckets import Bucket, aligned, buffers_for, plan_buckets
 from gemma4_moe.refit.filling import Filler, holds_all
-from gemma4_moe.refit.items import Planned, form_of, items_of, only_layers
+from gemma4_moe.refit.items import Planned, form_of, items_of, layout_of, only_layers, refuse_unmerged
+from gemma4_moe.refit.lending import Lender
 from gemma4_moe.refit.preflight import check_against
-from gemma4_moe.refit.state import StatePass, mappings_of, natives_of
+from gemma4_moe.refit.state import StatePass, contents_of, mappings_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
     from pathlib import Path
 
-    from gemma4_moe.refit.buckets import Bucket, Oversize, PlannedBucket
-    from gemma4_moe.refit.items import Experts, Item, TensorFacts
-    from gemma4_moe.refit.state import State
+    from gemma4_moe.layout.dtypes import DType
+    from gemma4_moe.refit.buckets import Oversize, PlannedBucket
+    from gemma4_moe.refit.items import Experts, Item
+    from gemma4_moe.refit.state import Contents, State
+
+    #: A dtype, or torch's name of it; None keeps each tensor's own.
+    Dtype = torch.dtype | str | None
 
 
 class WeightStream:
-    """Native training weights in hf names and layout, contiguous, with `per_expert_scale` 1.
+    """Training weights in hf names and layout, contiguous.
 
-    Names, shapes and dtypes are read once, when the stream is made; values are read again on every pass. A pass goes in
-    the order of `convert --to hf`, layer after layer; with "per-expert", a layer's `down_proj` of all experts come
-    first, then `gate_proj` and `up_proj` of each. Before its first tensor, the ranks of every mesh agree on the pass,
-    within a time limit.
+    Native weights are converted, with `per_expert_scale` 1. The weights of a transformers model, which are in the hf
+    layout already, are sent as they are. Names, shapes and dtypes are read once, when the stream is made; values are
+    read again on every pass. A pass goes in the order of `convert --to hf`, layer after layer; with "per-expert", a
+    layer's `down_proj` of all experts come first, then `gate_proj` and `up_proj` of each. Before its first tensor, the
+    ranks of every mesh agree on the pass, within a time limit.
+
+    A consumer that stops early, by `break` or an exception, ends the pass on all ranks: its rank still takes part in
+    the gathers that are left, and the others raise a ParallelError at the end. The next pass starts anew. A generator
+    that is held by a name is closed by `contextlib.closing`.
 
     Args:
-        adapter: The adapter: its configs give the sizes, its backend the kernel.
-        state: A module (its `state_dict()`: buffers too, a tied tensor under its first name), a mapping with nemo
-            names, or an iterable of mappings that can be read again, such as one per layer. DTensors may have any
-            placement; plain tensors are whole.
-        dtype: The dtype of every floating-point tensor, or torch's name of it; each one's own by default.
+        state: A module (its `state_dict()`: buffers too, a tied tensor under its first name), a mapping, or an iterable
+            of mappings that can be read again, such as one per layer; a pipeline stage has its own layers. DTensors
+            may have any placement; plain tensors are whole. Names lose the components of torch's wrappers
+            (`layout.wrappers`); an `_extra_state` is left out.
+        adapter: The adapter: its configs give the sizes, its backend the kernel. By default they come from a module's
+            own `config` and from the tensors.
+        dtype: The dtype of every floating-point tensor, or torch's name of it, or a function that returns one of these
+            for an hf name. None keeps each one's own.
         experts: "fused" sends [E, ...] tensors, "per-expert" two-dimensional ones for each expert.
+        names: A function that returns the name under which a tensor is sent, for its hf name, or None to leave it out.
         bucket_bytes: The most bytes of tensors in a bucket.
         oversize: A tensor larger than that is an "error", or gets a bucket of its "own".
+        buffers: The most buffers that `buckets` fills before the consumer has dropped an earlier one. By default as
+            many as serve an engine that keeps a layer's tensors until it has all of them. A consumer that drops each
+            bucket before the next takes two, whatever the limit.
         exclude_key_regex: Leave out each tensor whose hf or nemo name this matches (`re.match`).
         layers: Send only these decoder layers.
         dst: The only rank that gets tensors; the others only take part in gathers. Every rank by default.
@@ -57,58 +73,62 @@ class WeightStream:
         keeps: Whether this rank gets tensors.
 
     Raises:
-        InputError: The state is not that of a Gemma 4 MoE model in the nemo layout, or lacks part of a layer.
+        InputError: The state is not that of a Gemma 4 MoE model, lacks part of a layer, or has LoRA parameters.
         UsageError: An argument has an invalid value, or the state can be read only once.
     """
 
     def __init__(
         self,
-        adapter: Any,
         state: State,
+        adapter: Any = None,
         *,
-        dtype: torch.dtype | str | None = None,
+        dtype: Dtype | Callable[[str], Dtype] = None,
         experts: Experts = "fused",
+        names: Callable[[str], str | None] | None = None,
         bucket_bytes: int = 2**30,
         oversize: Oversize = "error",
+        buffers: int | None = None,
         exclude_key_regex: str | None = None,
         layers: Collection[int] | None = None,
         dst: int | None = None,
     ) -> None:
-        form = form_of(experts)
-        if oversize not in ("error", "own"):
-            raise UsageError("no such value of oversize", expected="error or own", found=repr(oversize))
-        if bucket_bytes < 1:
-            raise UsageError("a bucket without room", expected="bucket_bytes of 1 or more", found=bucket_bytes)
-        ranks = current()
+        form, ranks = form_of(experts), current()
+        _check_sizes(bucket_bytes, oversize, buffers)
         if dst is not None and not 0 <= dst < ranks.world:
             raise UsageError("no such rank", expected=f"dst from 0 to {ranks.world - 1}", found=dst)
-        self._bucket_bytes = bucket_bytes
-        self._oversize = oversize
         self.dst = dst
         self.keeps = dst is None or dst == ranks.rank
-        self._kernel = conversion_of(adapter.backend)
+        self._bucket_bytes, self._oversize, self._buffers = bucket_bytes, oversize, buffers
+        self._kernel = conversion_of(getattr(adapter, "backend", None))
         self._state = state
-        self._natives: list[TensorFacts] = []
-        self._mappings = 0
-        self._aliases: dict[str, str] = {}
-        self._buckets: list[PlannedBucket] | None = None
-        inventory = Inventory(Layout.NEMO, axis_sizes(adapter.config, adapter.moe_config))
-        into = None if dtype is None else target_dtype(str(dtype).removeprefix("torch."))
         excluded = excluding(exclude_key_regex)
-        for tensors in mappings_of(state):
-            natives, aliases = natives_of(tensors, self._mappings)
-            self._natives += natives
-            self._aliases |= aliases
-            self._mappings += 1
-        self._items = items_of(self._natives, inventory, into, form, excluded)
+        self._left_out = lambda name: left_out(name, excluded)
+        self._contents: list[Contents] = []
+        for number, tensors in enumerate(mappings_of(state)):
+            self._contents.append(contents_of(tensors, number, self._left_out))
+        natives = [facts for contents in self._contents for facts in contents.natives]
+        refuse_unmerged(natives)
+        inventory = Inventory(layout_of(natives), _sizes(state, adapter))
+        for name in (each for contents in self._contents for each in contents.left_out):
+            inventory.leave_out(name)
+        self._items = items_of(natives, inventory, form, excluded, _dtype_of(dtype), names or (lambda name: name))
         if layers is not None:
             self._items = only_layers(self._items, layers, inventory)
+        self._meshes = {facts.mesh: None for facts in natives if facts.mesh is not None}
+        self._placements = [(each.mesh, [each.name, each.placements]) for each in natives if each.mesh is not None]
+        self._buckets: list[PlannedBucket] | None = None
         digest = hashlib.sha256(json.dumps(self.plan()).encode()).hexdigest()
-        self._call = [digest, str(into), experts, bucket_bytes, oversize, exclude_key_regex, sorted(layers or ())]
+        self._call = [digest, experts, bucket_bytes, oversize, exclude_key_regex, sorted(layers or ())]
 
     def plan(self) -> list[Planned]:
         """Return name, shape, dtype and size of each tensor in order; nothing communicates."""
         return [Planned(item.name, item.shape, item.dtype.name, item.nbytes) for item in self._items]
+
+    def buffers(self) -> tuple[int, int]:
+        """Return the most buffers that a pass of buckets fills at a time, and the size in bytes of the largest."""
+        planned = self._planned_buckets()
+        count = buffers_for(planned) if self._buffers is None else self._buffers
+        return count, max((bucket.size for bucket in planned), default=0)
 
     def preflight(self, reference: str | Path | Iterable[Any]) -> None:
         """Compare the plan with the engine's tensors, which most engines don't.
@@ -120,66 +140,110 @@ class WeightStream:
         Raises:
             DifferenceError: The stream lacks a tensor, has one too many, or one of another shape; all are named.
         """
-        check_against(self.plan(), self._aliases, reference)
+        aliases = {alias: name for contents in self._contents for alias, name in contents.aliases.items()}
+        check_against(self.plan(), aliases, reference)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Start a pass over (hf name, tensor) pairs, each tensor in new memory.
 
         Raises:
             InputError: The state has changed since the stream was made.
-            ParallelError: Ranks disagree, or a collective failed.
+            ParallelError: Ranks disagree, a collective failed, or another rank stopped the pass.
         """
         filler, state = self._begin()
+        stopped = False
         for item in self._items:
-            if self.keeps:
-                yield item.name, _fresh(item, state, filler)
+            if stopped and not self._meshes:
+                return
+            if self.keeps and not stopped:
+                try:
+                    yield item.name, _fresh(item, state, filler)
+                except GeneratorExit:
+                    stopped = True
             elif not holds_all(state.tensor(item.origin), item.origin.name):
                 _fresh(item, state, filler)
-        state.finish()
+        self._end(state, stopped=stopped)
 
     def buckets(self) -> Iterator[Bucket]:
-        """Start a pass over the same tensors in buckets.
+        """Start a pass over the same tensors in buckets, in buffers on the tensors' device.
 
-        A bucket is good until the one after the next is asked for; see `Bucket`. Buffers are on the tensors' device.
+        A bucket's tensors are the consumer's until it has dropped them: its buffer is not filled again before.
 
         Raises:
-            UsageError: A tensor is larger than a bucket; or tensors are on several devices; or, in debug mode, the
-                consumer keeps a bucket too long.
+            UsageError: A tensor is larger than a bucket; or tensors are on several devices; or the consumer still holds
+                every buffer.
             InputError, ParallelError: As in an iteration.
         """
-        if self._buckets is None:
-            self._buckets = plan_buckets(self._items, self._bucket_bytes, self._oversize)
+        planned, (count, _) = self._planned_buckets(), self.buffers()
         filler, state = self._begin()
         device = next((state.tensor(item.origin).device for item in self._items), torch.device("cpu"))
-        sizes = (planned.size for planned in self._buckets)
-        buffers = Buffers(device, max((size for size in sizes if size <= aligned(self._bucket_bytes)), default=0))
-        for planned in self._buckets:
-            bucket = buffers.take(planned)
-            for batch in planned.batches:
-                item = batch.items[0]
-                value = state.tensor(item.origin)
-                if value.device != device:
-                    raise UsageError(
-                        "tensors on several devices in one stream of buckets",
-                        tensor=item.origin.name,
-                        expected=str(device),
-                        found=str(value.device),
-                        hint="iterate over the stream itself, or move the model to one device",
-                    )
-                filler.fill_batch(batch, value, bucket)
-                del value
-            filler.flush()
-            if self.keeps:
-                yield bucket
-            buffers.asked_for_next(bucket)
-            del bucket
-        state.finish()
+        ordinary = max((each.size for each in planned if each.size <= aligned(self._bucket_bytes)), default=0)
+        lender, failure, stopped = Lender(device, count), None, False
+        for each in planned:
+            if stopped and not self._meshes:
+                break
+            label = f"the bucket from {each.entries[0].name} on"
+            try:
+                bucket = Bucket(lender.lend(each.size, label, at_least=ordinary), each)
+            except UsageError as error:
+                failure, stopped = error, True
+                lender = Lender(device, 1)  # for the gathers that are left
+                bucket = Bucket(lender.lend(each.size, label), each)
+            self._fill(each, bucket, state, filler)
+            if self.keeps and not stopped:
+                try:
+                    yield bucket
+                except GeneratorExit:
+                    stopped, lender = True, Lender(device, 1)
+            del bucket  # or its buffer would stay lent
+        self._end(state, stopped=stopped, failure=failure)
+
+    def _planned_buckets(self) -> list[PlannedBucket]:
+        if self._buckets is None:
+            self._buckets = plan_buckets(self._items, self._bucket_bytes, self._oversize)
+        return self._buckets
+
+    def _fill(self, planned: PlannedBucket, bucket: Bucket, state: StatePass, filler: Filler) -> None:
+        """Write a bucket's tensors to their places."""
+        for batch in planned.batches:
+            origin = batch.items[0].origin
+            value = state.tensor(origin)
+            if value.device != bucket.buffer.device:
+                raise UsageError(
+                    "tensors on several devices in one stream of buckets",
+                    tensor=origin.name,
+                    expected=str(bucket.buffer.device),
+                    found=str(value.device),
+                    hint="iterate over the stream itself, or move the model to one device",
+                )
+            filler.fill_batch(batch, value, bucket)
+        filler.flush()
 
     def _begin(self) -> tuple[Filler, StatePass]:
-        """Start a pass once all ranks agree on the call, the plan and placements."""
-        placements = [(found.mesh, [found.name, found.placements]) for found in self._natives if found.mesh is not None]
-        agree("stream", self._call, placements)
-        return Filler(self._kernel, keeps=self.keeps), StatePass(self._state, self._mappings)
+        """Start a pass once all ranks agree on the call, the plan, the placements, and an unchanged state."""
+        state = StatePass(self._state, self._contents, self._left_out)
+        try:
+            agree("stream", [*self._call, str(state.problem)], self._placements)
+        except ParallelError:
+            if state.problem is None:
+                raise
+        if state.problem is not None:
+            raise state.problem
+        return Filler(self._kernel, keeps=self.keeps), state
+
+    def _end(self, state: StatePass, *, stopped: bool, failure: UsageError | None = None) -> None:
+        """End a pass on all ranks; one of them may have stopped it before its end."""
+        if not stopped:
+            state.finish()
+        who = ranks_where(stopped, self._meshes)
+        if failure is not None:
+            raise failure
+        if who and not stopped:
+            raise ParallelError(
+                f"rank {', '.join(map(str, who))} stopped the pass before its end",
+                expected="every rank to take all tensors",
+                hint="read the first error in that rank's log; then start the next pass on all ranks",
+            )
 
 
 def _fresh(item: Item, state: StatePass, filler: Filler) -> torch.Tensor:
@@ -188,3 +252,33 @@ def _fresh(item: Item, state: StatePass, filler: Filler) -> torch.Tensor:
     filler.fill(item, value, out)
     filler.flush()
     return out
+
+
+def _check_sizes(bucket_bytes: int, oversize: str, buffers: int | None) -> None:
+    if oversize not in ("error", "own"):
+        raise UsageError("no such value of oversize", expected="error or own", found=repr(oversize))
+    if bucket_bytes < 1:
+        raise UsageError("a bucket without room", expected="bucket_bytes of 1 or more", found=bucket_bytes)
+    if buffers is not None and buffers < 2:
+        hint = "give 2 or more: one is read while the next is filled"
+        raise UsageError("too few buffers", expected="2 or more", found=buffers, hint=hint)
+
+
+def _sizes(state: State, adapter: Any) -> dict[str, int]:
+    """Return the sizes of E, H and I that an adapter's configs or a module's own give."""
+    adapter = getattr(state, "state_dict_adapter", None) if adapter is None else adapter
+    if adapter is None:
+        return axis_sizes(getattr(state, "config", None), None)
+    return axis_sizes(adapter.config, adapter.moe_config)
+
+
+def _dtype_of(given: Dtype | Callable[[str], Dtype]) -> Callable[[str], DType | None]:
+    """Return a function that gives the dtype to cast a tensor to by its hf name."""
+
+    def known(dtype: Dtype) -> DType | None:
+        return None if dtype is None else target_dtype(str(dtype).removeprefix("torch."))
+
+    if callable(given):
+        return lambda name: known(given(name))
+    one = known(given)
+    return lambda _: one

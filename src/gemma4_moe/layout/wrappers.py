@@ -1,0 +1,53 @@
+"""Names without the components that wrappers of torch add to them.
+
+A wrapped module's state dict has the wrapper's attribute in its names: at the start if the whole model is wrapped, or
+inside if a layer is. No tensor of Gemma 4 has a component of these names.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gemma4_moe.errors import DuplicateTensorError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+#: The attribute that holds the wrapped module, by wrapper.
+WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "module": "DistributedDataParallel",
+    "_fsdp_wrapped_module": "FullyShardedDataParallel",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+
+
+def without_wrappers(name: str) -> str:
+    """Return `name` without the components of wrappers."""
+    return ".".join(component for component in name.split(".") if component not in WRAPPERS)
+
+
+def wrappers_in(name: str) -> list[str]:
+    """Return the components of wrappers in `name`, each once."""
+    return list(dict.fromkeys(component for component in name.split(".") if component in WRAPPERS))
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Return the given name of each name without wrappers, in the order given.
+
+    Raises:
+        DuplicateTensorError: Two names become one.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        plain = without_wrappers(name)
+        if plain in found:
+            raise DuplicateTensorError(
+                "two names that become one without their wrappers",
+                tensor=name,
+                expected=f"one name for {plain}",
+                found=f"also {found[plain]}",
+                hint="give the state dict of one module; leave one of the two out",
+            )
+        found[plain] = name
+    return found
