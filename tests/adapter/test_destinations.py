@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from gemma4_moe import Gemma4MoEStateDictAdapter
 from gemma4_moe.adapter import destinations
-from gemma4_moe.errors import IncompleteExpertsError, UsageError
+from gemma4_moe.errors import IncompleteExpertsError, InputError, UsageError
 from support.formulas import assert_same_tensors, nemo_from_hf
 from support.models import DOWN, GATE_UP, LAYER, NATIVE_DOWN, NATIVE_GATE_UP, SCALE, random_hf_state_dict
 
@@ -85,6 +85,19 @@ def test_destinations_may_be_loaded_again(hf, views):
         assert_same_tensors(ADAPTER.from_hf(fill(views, state)), nemo_from_hf(state))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_scale_that_is_nan_in_the_file_is_told_from_one_that_was_not_loaded(dtype, hf, views, tmp_path):
+    hf[SCALE] = hf[SCALE].to(dtype)
+    hf[SCALE][2:5] = float("nan")
+    save_file(hf, tmp_path / "model.safetensors")
+    dcp.load(views, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    with pytest.raises(InputError, match="NaN in the checkpoint") as raised:
+        ADAPTER.from_hf(views)
+    assert raised.value.facts["tensor"] == SCALE
+    assert raised.value.facts["found"] == "NaN for 3 of 6 experts"
+
+
 @pytest.mark.parametrize("partly", [False, True])
 def test_a_scale_that_was_not_loaded_is_an_error(hf, model, views, partly):
     fill(views, hf, skip=(SCALE,))
@@ -94,7 +107,7 @@ def test_a_scale_that_was_not_loaded_is_an_error(hf, model, views, partly):
         ADAPTER.from_hf(views)
     assert isinstance(raised.value, IncompleteExpertsError)
     assert raised.value.facts["tensor"] == SCALE
-    assert raised.value.facts["found"] == f"NaN for {2 if partly else 6} of 6 experts"
+    assert raised.value.facts["found"] == f"none for {2 if partly else 6} of 6 experts"
     assert torch.equal(model[NATIVE_DOWN].mT, hf[DOWN]), "the tensor was scaled all the same"
 
 

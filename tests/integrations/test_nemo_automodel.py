@@ -110,7 +110,10 @@ def test_models_built_while_it_is_installed_have_our_adapter_and_keep_it_and_nem
     assert adapter.moe_config.n_routed_experts == 6
     assert adapter.supports_low_memory_dcp_load is adapter._supports_low_memory_dcp_load is True
     assert adapter.view_loaded_native_keys == set()  # from_hf returns every key, those loaded in place too
-    assert adapter.checkpoint_key_aliases == {}
+    aliases = adapter.checkpoint_key_aliases
+    prefix = "model.language_model.layers.1."
+    assert aliases[f"{prefix}experts.down_proj"] == f"{prefix}moe.down_proj"
+    assert aliases[f"{prefix}router.per_expert_scale"] == f"{prefix}moe.per_expert_scale"
     assert not hasattr(adapter, "forced_hf_dtype_mapping")  # the export keeps the base checkpoint's dtypes
     assert not hasattr(adapter, "set_expert_storage_format")  # NeMo then refuses MXFP4 experts in its own words
     adapter._paramwrapper_layout_hint = None  # set around each from_hf

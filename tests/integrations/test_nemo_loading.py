@@ -14,7 +14,7 @@ from gemma4_moe.integrations import nemo_automodel
 from gemma4_moe.integrations.nemo_automodel import refuse_two_roundings
 from support import peer
 from support.formulas import assert_same_tensors, nemo_from_hf
-from support.models import random_hf_state_dict, read_directory
+from support.models import random_hf_state_dict, read_directory, respell_as_legacy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
@@ -153,18 +153,48 @@ def test_lora_of_attention_is_saved_under_its_own_names_and_loaded_again(model, 
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained(model).items())
 
 
-def test_lora_of_experts_is_refused_by_name_before_anything_is_written(model, tmp_path):
+def test_lora_of_experts_is_refused_by_name_before_the_base_is_loaded(model, tmp_path):
+    """`get_hf_state_dict_keys` is NeMo's first call, before it shards and loads the model."""
     add_lora_to_experts(model)
-    with pytest.raises(UnknownTensorError, match="LoRA adapter") as refused:
+    state = model.state_dict()
+    name = f"{LAYERS}0.moe.experts.lora_down_A"
+    for call in (model.state_dict_adapter.get_hf_state_dict_keys, load_destinations(model)):
+        with pytest.raises(UnknownTensorError, match=r"(?s)LoRA on experts.*target_modules") as refused:
+            call(state)
+        assert refused.value.facts["tensor"] == name
+    with pytest.raises(UnknownTensorError, match="LoRA on experts"):
         peer.checkpointer(tmp_path, is_peft=True).save_model(model, str(tmp_path), peft_config=LORA)
-    assert refused.value.facts["tensor"] == f"base_model.model.{LAYERS}0.moe.experts.lora_down_A"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_nemo_names_the_fused_experts_as_target_parameters(model):
+def load_destinations(model):
+    return lambda state: model.state_dict_adapter.to_hf(state, for_checkpoint_load=True)
+
+
+def test_no_expert_parameter_is_promised_in_the_adapters_config(model):
     from nemo_automodel.components.checkpoint import addons
 
-    assert addons._extract_target_parameters(model) == []
     add_lora_to_experts(model)
-    assert addons._extract_target_parameters(model) == ["experts.gate_up_proj", "experts.down_proj"]
-    assert addons._extract_target_modules(model) == []  # or it would list each expert's projections besides
+    assert addons._extract_target_parameters(model) == []
+
+
+def test_a_checkpoint_of_the_legacy_spelling_is_loaded(base):
+    expected = nemo_from_hf(read_directory(base))
+    respell_as_legacy(base)
+    assert any(".moe.down_proj" in name for name in read_directory(base))
+    with nemo_automodel.installed():
+        model = peer.model(build_model("multimodal").config)
+        load_base(model, base)
+    assert_same_tensors(weights(model), expected)
+
+
+def test_a_config_that_names_a_quantisation_loads_weights_that_are_not_quantised(base):
+    with nemo_automodel.installed():
+        model = peer.model(build_model("multimodal").config)
+        model.config.quantization_config = {"quant_method": "fp8"}
+        load_base(model, base)
+    experts = nemo_from_hf(read_directory(base), model.state_dict_adapter.dtype)  # NeMo copies them into the model
+    assert_same_tensors(weights(model), {name: tensor.float() for name, tensor in experts.items()})
+    state = model.state_dict()
+    asked = model.state_dict_adapter.to_hf(state, quantization=True, for_checkpoint_load=True)
+    assert asked.keys() == model.state_dict_adapter.to_hf(state).keys()

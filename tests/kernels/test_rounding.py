@@ -5,7 +5,7 @@ import pytest
 
 from gemma4_moe import kernels
 from support.raw_kernels import KERNELS
-from support.rounding import BF16, FACTORS, FORMATS, FP16, FP32, assert_same_bits, expected
+from support.rounding import BF16, FACTORS, FORMATS, FP16, FP32, assert_same_bits, codes, expected, rounded
 
 
 def every_value(dtype):
@@ -32,6 +32,19 @@ def test_every_value_is_rounded_once(source, target, name, factors):
         out = np.empty(view.shape, target)
         KERNELS[name](view, factors, out)
         assert_same_bits(out, expected(view, factors, target))
+
+
+@pytest.mark.parametrize(("target", "rate"), [(BF16, 2**-17), (FP16, 2**-14)], ids=str)
+def test_an_fp32_factor_costs_one_last_place_at_most_and_seldom(target, rate):
+    """Compared with exact products: those of 16 and 24 bits fit fp64."""
+    draw = np.random.default_rng(0)
+    x = draw.uniform(0.5, 1.0, (1, 1000, 1024)).astype(target)
+    factor = draw.uniform(0.25, 2.0, 1).astype(FP32)
+    out = np.empty(x.shape, target)
+    KERNELS["numpy"](x, factor, out)
+    right = rounded(x.astype(np.float64) * np.float64(factor), target).astype(target)
+    assert np.abs(codes(out).astype(int) - codes(right).astype(int)).max() <= 1
+    assert (codes(out) != codes(right)).mean() < 8 * rate
 
 
 def test_the_formula_agrees_with_ml_dtypes_where_that_rounds_too():

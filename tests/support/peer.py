@@ -17,12 +17,22 @@ def _module(name):
         return importlib.import_module(f"{_PACKAGE}.{name}")
 
 
+def import_all():
+    """Import all that is used here, with its warnings left out."""
+    for name in ("common", "gemma4_moe.model", "gemma4_moe.state_dict_adapter"):
+        _module(name)
+
+
 def adapter(E, H, I, dtype):  # noqa: E741
     """The peer's adapter for E experts of inner size I and hidden size H, whose experts become `dtype`."""
     config = SimpleNamespace(hidden_size=H, moe_intermediate_size=I, num_experts=E)
     moe_config = SimpleNamespace(n_routed_experts=E, moe_inter_dim=I, dim=H)
-    cls = _module("gemma4_moe.state_dict_adapter").Gemma4MoEStateDictAdapter
-    return cls(config, moe_config, None, dtype=dtype)
+    return adapter_class()(config, moe_config, None, dtype=dtype)
+
+
+def adapter_class():
+    """The peer's class."""
+    return _module("gemma4_moe.state_dict_adapter").Gemma4MoEStateDictAdapter
 
 
 def model(config):

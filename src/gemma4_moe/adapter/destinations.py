@@ -4,16 +4,14 @@ The mark is an attribute of the tensor object itself. A reader that returns the 
 `torch.distributed.checkpoint.load` does, returns the mark with it. `clone`, `detach`, `contiguous`, `deepcopy` and
 pickle lose the mark, which makes the result an ordinary tensor. So no adapter has to remember an unfinished load.
 
-Only the scale shows whether a reader filled its destination: it starts as NaN. The experts' views start with the
-model's values, since NaN there would cost one write of the whole model before every load.
+Only the scale shows whether a reader filled its destination: it starts as one NaN of all the 2^24 - 2 that float32 has,
+which no file of 16-bit scales can hold. The experts' views start with the model's values, since NaN there would cost
+one write of the whole model before every load.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 _MARK = "_gemma4_moe_destination_of"
 
@@ -27,6 +25,20 @@ class _Mark:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Become None in a deep copy or a pickle: those have storage of their own, which is no model's."""
         return type(None), ()
+
+
+#: The bits of the NaN that an unfilled scale has: quiet, and with bits set that a 16-bit dtype lacks.
+_UNFILLED = 0x7FC0_5A5A
+
+
+def unfilled_scale(experts: int, device: torch.device) -> torch.Tensor:
+    """Return a float32 scale [E] that no reader has filled."""
+    return torch.full((experts,), _UNFILLED, dtype=torch.int32, device=device).view(torch.float32)
+
+
+def unfilled(scale: torch.Tensor) -> int:
+    """Return the number of experts whose scale no reader has filled."""
+    return int((scale.view(torch.int32) == _UNFILLED).sum())
 
 
 def mark(view: torch.Tensor, native: torch.Tensor) -> torch.Tensor:

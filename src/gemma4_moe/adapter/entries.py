@@ -55,7 +55,7 @@ def checked(
 
     A mapping can be read twice, so all of it is checked before its first entry is given. Any other iterable is
     consumed entry by entry, and no value is held once the next one is asked for. Plain values may be sharded over
-    `mesh`. A name that the layout does not know is skipped if it is `excluded`, and else refused.
+    `mesh`. An `excluded` entry is skipped before it is checked.
     """
     rules = EXPERT_RULES[inventory.layout]
     if isinstance(state_dict, Mapping):
@@ -72,7 +72,8 @@ def _one_by_one(
 ) -> Iterator[Entry]:
     has_destinations: dict[LayerKey, bool] = {}
     for name, value in pairs:
-        if excluded(name) and lookup(name, inventory.layout) is None:
+        if excluded(name):
+            inventory.leave_out(name)
             continue
         entry = check(name, value, inventory, mesh)
         if entry.parsed is not None and entry.operation is not Operation.KEEP:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from gemma4_moe.adapter import destinations
 from gemma4_moe.adapter.parts import write_part
 from gemma4_moe.distributed.placements import Placed, local_of, placed, placed_on, take
-from gemma4_moe.errors import IncompleteExpertsError, ParallelError, TensorShapeError, UsageError
+from gemma4_moe.errors import IncompleteExpertsError, InputError, ParallelError, TensorShapeError, UsageError
 from gemma4_moe.kernels import scale_in_place, transpose_scale_cast
 from gemma4_moe.layout.dtypes import require_expert_dtype
 from gemma4_moe.layout.spellings import WHOLE
@@ -203,14 +203,21 @@ def _misplaced(entry: Entry, other: str, wanted: Placed | None, found: Placed) -
 def _folded_in_place(name: MoEName, native: torch.Tensor, scale: torch.Tensor, kernel: str) -> torch.Tensor:
     """Multiply a loaded `down_projs` by its scale, and set the scale to one."""
     factor = local_of(scale)
-    missing = int(torch.isnan(factor).sum())
-    if missing:
+    if missing := destinations.unfilled(factor):
         raise IncompleteExpertsError(
             "Incomplete expert weights: a destination was not loaded",
             tensor=name.sibling(SCALE).hf,
             expected="a scale for each expert",
-            found=f"NaN for {missing} of {factor.numel()} experts",
+            found=f"none for {missing} of {factor.numel()} experts",
             hint="load the checkpoint into all destinations before from_hf, and check that it holds the scale",
+        )
+    if wrong := int(torch.isnan(factor).sum()):
+        raise InputError(
+            "a per_expert_scale that is NaN in the checkpoint",
+            tensor=name.sibling(SCALE).hf,
+            expected="numbers",
+            found=f"NaN for {wrong} of {factor.numel()} experts",
+            hint="get the checkpoint again; gemma4_moe.load_hf loads it as it is, with NaN in these experts",
         )
     scale_in_place(local_of(native), factor, kernel=kernel)
     factor.fill_(1)  # so that a second call changes nothing

@@ -22,7 +22,7 @@ class StateDictAdapter(ABC):
 
     @property
     def checkpoint_key_aliases(self) -> dict[str, str]:
-        """Other names of a tensor in a checkpoint: none."""
+        """Other names of tensors in a checkpoint, by their hf names: none."""
         return {}
 
     @abstractmethod

@@ -12,13 +12,13 @@ through `from_hf` or `to_hf`, which convert; `destinations` are for a reader tha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe.adapter import entries
-from gemma4_moe.adapter.configs import axis_sizes, conversion_of
+from gemma4_moe.adapter.configs import axis_sizes, conversion_of, decoder_layers
 from gemma4_moe.adapter.from_hf import FromHf
 from gemma4_moe.adapter.interface import StateDict, StateDictAdapter
 from gemma4_moe.adapter.to_hf import Form, ToHf, excluding
@@ -27,7 +27,8 @@ from gemma4_moe.distributed.placements import expert_mesh, local_of, placed, pla
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES
 from gemma4_moe.layout.inventory import Inventory
-from gemma4_moe.layout.names import lookup
+from gemma4_moe.layout.names import PUBLISHED_PREFIXES, MoEName, lookup
+from gemma4_moe.layout.spellings import LEGACY_NAMES
 from gemma4_moe.layout.table import DOWN, GATE_UP, Layout
 from gemma4_moe.layout.targets import hf_tensors
 
@@ -42,31 +43,46 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
     modified unless it was given as `out` or as a destination.
 
     Args:
-        config: The text config, or a multimodal config that has it as `text_config`: gives E, H and I.
+        config: The text config, or a multimodal config that has it as `text_config`, as an object or a dict: gives E,
+            H and I. A field that is no integer counts as absent.
         moe_config: Any object with `n_routed_experts`, E. Sizes that neither config gives are learned from the tensors.
         backend: Any object; its attribute `conversion`, if any, names the kernel.
-        dtype: Dtype of the native expert tensors that `from_hf` makes: float32, bfloat16 or float16.
+        dtype: Dtype of the native expert tensors that `from_hf` makes, or its name: float32, bfloat16 or float16.
 
     Raises:
-        ConfigError: The configs disagree, or give a size that is not a positive integer.
+        ConfigError: The configs disagree, or give a size less than one.
         UsageError: A dtype that experts can't have, or an unknown kernel.
     """
 
     _supports_low_memory_dcp_load = True
 
     def __init__(
-        self, config: Any = None, moe_config: Any = None, backend: Any = None, dtype: torch.dtype = torch.float32
+        self, config: Any = None, moe_config: Any = None, backend: Any = None, dtype: torch.dtype | str = torch.float32
     ) -> None:
         self.config = config
         self.moe_config = moe_config
         self.backend = backend
-        self.dtype = dtype
+        self.dtype = _expert_dtype(dtype)
         axis_sizes(config, moe_config)
         conversion_of(backend)
-        known = [f"torch.{each.name}" for each in EXPERT_DTYPES]
-        if str(dtype) not in known:
-            hint = "give the dtype in which the model holds its experts"
-            raise UsageError("no dtype for expert tensors", expected=", ".join(known), found=repr(dtype), hint=hint)
+
+    @property
+    def checkpoint_key_aliases(self) -> dict[str, str]:
+        """The names of the first published files, by the current hf name: a reader tries them where it is missing.
+
+        They need the number of layers in the config; without it there are none.
+        """
+        layers = decoder_layers(self.config)
+        keys = [(prefix, layer) for prefix in PUBLISHED_PREFIXES for layer in range(layers)]
+        return {
+            MoEName(*key, rule).hf: MoEName(*key, rule).layer_path + old for key in keys for rule, old in LEGACY_NAMES
+        }
+
+    def map_peft_target_module_to_hf(self, name: str, *, v4_compatible: bool = False) -> str:
+        """Return the hf name of a module: that of the router's projection differs."""
+        del v4_compatible
+        found = lookup(f"{name}.weight", Layout.NEMO)
+        return name if found is None else found.hf.removesuffix(".weight")
 
     def from_hf(
         self,
@@ -120,9 +136,10 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
 
         Args:
             state_dict: A mapping or an iterable of (name, tensor) in the nemo layout.
-            exclude_key_regex: Leave out each entry whose hf or nemo name this matches (`re.match`); the nemo name of
-                the scale is that of `down_projs`.
-            quantization: Must be False: quantised output is not supported.
+            exclude_key_regex: Leave out each entry whose hf or nemo name this matches (`re.match`), unchecked; the nemo
+                name of the scale is that of `down_projs`.
+            quantization: Whether the model's config names a quantisation method. Destinations are the same with it;
+                other results can't be quantised.
             device_mesh: The mesh of plain local shards. A DTensor's own mesh takes precedence.
             for_checkpoint_load: Return destinations for a checkpoint reader to fill and `from_hf` to finish: transposed
                 views of the given tensors' storage, and an fp32 scale of NaN. `from_hf` refuses a layer whose scale is
@@ -141,7 +158,7 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
             IncompleteExpertsError: A layer has only one of its two expert tensors.
             UnknownTensorError, DuplicateTensorError, TensorShapeError: See `Inventory.add`.
             ParallelError: Ranks disagree, a collective failed, or a placement is not known.
-            UsageError: `quantization` is set, or both `gather` and `for_checkpoint_load`.
+            UsageError: `quantization` without `for_checkpoint_load`, or both `gather` and `for_checkpoint_load`.
         """
         del kwargs
         if gather and for_checkpoint_load:
@@ -149,8 +166,8 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
             raise UsageError("a destination can't be gathered", expected=asked, found="both", hint="leave one out")
         form: Form = "gathered" if gather else "destinations" if for_checkpoint_load else "sharded"
         how = self._conversion(form, quantization, device_mesh, exclude_key_regex, staging_bytes)
-        inventory, excluded = self._inventory(Layout.NEMO), how.excluded
-        return dict(how.convert(entries.checked(state_dict, inventory, how.mesh, lambda name: excluded(name, name))))
+        inventory = self._inventory(Layout.NEMO)
+        return dict(how.convert(entries.checked(state_dict, inventory, how.mesh, how.leaves_out)))
 
     def convert_single_tensor_to_hf(
         self,
@@ -169,7 +186,7 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         """
         del kwargs
         how = self._conversion("gathered", quantization, device_mesh, exclude_key_regex, STAGING_BYTES)
-        if how.excluded(fqn, fqn) and lookup(fqn, Layout.NEMO) is None:
+        if how.leaves_out(fqn):
             return []
         return list(how.convert([entries.check(fqn, tensor, self._inventory(Layout.NEMO), how.mesh)]))
 
@@ -208,13 +225,13 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         return gather(local_of(tensor), where, tensor.shape)
 
     def _inventory(self, layout: Layout) -> Inventory:
-        return Inventory(layout, axis_sizes(self.config, self.moe_config))
+        return Inventory(layout, axis_sizes(self.config, self.moe_config), any_router=True)
 
     def _conversion(
         self, form: Form, quantization: bool, mesh: DeviceMesh | None, exclude: str | None, staging_bytes: int
     ) -> ToHf:
         """Return the conversion to the hf layout that a call asks for."""
-        if quantization:
+        if quantization and form != "destinations":
             raise UsageError(
                 "quantised hf output is not supported",
                 expected="quantization=False",
@@ -222,3 +239,14 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
                 hint="convert without it, then quantise the hf checkpoint with the tool of your engine",
             )
         return ToHf(conversion_of(self.backend), expert_mesh(mesh), excluding(exclude), form, staging_bytes)
+
+
+def _expert_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return the dtype of expert tensors that `dtype` is or names; another is a UsageError."""
+    known = {name: getattr(torch, name) for name in (each.name for each in EXPERT_DTYPES)}
+    name = str(dtype).removeprefix("torch.")
+    if name not in known:
+        hint = "give the dtype in which the model holds its experts"
+        expected = ", ".join(f"torch.{each}" for each in known)
+        raise UsageError("no dtype for expert tensors", expected=expected, found=repr(dtype), hint=hint)
+    return cast("torch.dtype", known[name])

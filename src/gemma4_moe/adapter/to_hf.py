@@ -6,7 +6,6 @@ results that are sharded, gathered, or destinations of a load.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,6 +59,10 @@ class ToHf:
                 yield hf, self._converted(operation, value, entry)
             del entry, value  # or it would stay alive while the next one is made
 
+    def leaves_out(self, name: str) -> bool:
+        """Return whether an entry becomes nothing."""
+        return left_out(name, self.excluded)
+
     def _wanted(self, entry: Entry) -> list[tuple[str, Operation]]:
         return [pair for pair in hf_tensors(entry.parsed, entry.name) if not self.excluded(pair[0], entry.name)]
 
@@ -87,8 +90,10 @@ class ToHf:
         local, loading = local_of(value), self.form == "destinations"
         if operation is Operation.FOLD:
             shape = value.shape[:1] if gathered else local.shape[:1]
-            factor, dtype = (math.nan, torch.float32) if loading else (1, local.dtype)  # no loaded scale is rounded
-            scale = torch.full(shape, factor, dtype=dtype, device=local.device)
+            if loading:
+                scale = destinations.unfilled_scale(shape[0], local.device)
+            else:
+                scale = torch.ones(shape, dtype=local.dtype, device=local.device)
             if isinstance(value, DTensor) and not gathered:
                 scale = placed(value, entry.name).of_experts().wrap(scale, value.shape[:1])
             return destinations.mark(scale, entry.value) if loading else scale

@@ -18,7 +18,7 @@ from gemma4_moe.integrations import nemo_contract
 from gemma4_moe.integrations.nemo_contract import ADAPTER, READ
 from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.names import lookup
-from gemma4_moe.layout.table import DOWN, GATE_UP, SCALE, Layout
+from gemma4_moe.layout.table import DOWN, SCALE, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -88,8 +88,8 @@ def adapter_class() -> type[Gemma4MoEStateDictAdapter]:
     class Installed(Gemma4MoEStateDictAdapter, nemo.mixin, nemo.interface):  # type: ignore[misc, name-defined]
         __doc__ = Gemma4MoEStateDictAdapter.__doc__
 
-        #: NeMo's names of the experts in the `target_parameters` of adapter_config.json.
-        _v5_peft_target_parameters = (GATE_UP.hf, DOWN.hf)
+        #: The expert parameters that adapter_config.json may name: none, as long as LoRA on them is refused.
+        _v5_peft_target_parameters = ()
 
         def get_hf_state_dict_keys(self, state_dict: StateDict) -> list[str]:
             """Return the names that NeMo saves: all but a module's `_extra_state`."""

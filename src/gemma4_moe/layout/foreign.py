@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from gemma4_moe.layout.lora import LORA_NAME
+
 
 class ForeignSpelling(NamedTuple):
     """A published form of Gemma 4 MoE, or a relative of it, that this package names and does not convert.
@@ -46,7 +48,7 @@ FOREIGN_SPELLINGS = tuple(
         (
             "LoRA adapter",
             "merge the adapter into its base with PEFT first, then convert the merged model",
-            r".*(\blora_[A-Za-z_]+|\.base_layer)(\.[A-Za-z0-9_]+)*",
+            LORA_NAME,
         ),
     )
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from gemma4_moe.errors import UnknownTensorError
 from gemma4_moe.layout import spellings
 from gemma4_moe.layout.foreign import foreign_spelling
+from gemma4_moe.layout.lora import is_lora
 from gemma4_moe.layout.spellings import CURRENT, WHOLE, Part, Spelling
 from gemma4_moe.layout.table import MOE_MODULES, RULES, Layout, Rule, lora_rule
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 #: The key of a layer: its prefix and its number. Two towers may both have a layer 0.
 LayerKey = tuple[str, int]
+
+#: The prefixes of published models: multimodal, text-only, and as some tools write them.
+PUBLISHED_PREFIXES = ("model.language_model.", "model.", "language_model.", "")
 
 _NEMO_ROWS = {rule.nemo: rule for rule in RULES if rule.in_nemo}
 
@@ -76,8 +80,9 @@ def lookup(name: str, layout: Layout) -> MoEName | None:
     if match is None:
         return None
     prefix, layer, rest = match["prefix"], int(match["layer"]), match["rest"]
-    if (adapted := lora_rule(rest, layout)) is not None:
-        return MoEName(prefix, layer, adapted)
+    for spelled in (layout,) if layout is Layout.NEMO else Layout:  # some adapters are saved under native names
+        if (adapted := lora_rule(rest, spelled)) is not None:
+            return MoEName(prefix, layer, adapted)
     if layout is Layout.NEMO:
         rule = _NEMO_ROWS.get(rest)
         return None if rule is None else MoEName(prefix, layer, rule)
@@ -139,6 +144,9 @@ def _unknown(name: str, rest: str, layout: Layout) -> UnknownTensorError:
         hint = f"convert in the other direction, or give a state dict in the {layout} layout"
     elif (foreign := foreign_spelling(name)) is not None:
         rest, hint = f"{rest} ({foreign.name})", foreign.reason
+        if layout is Layout.NEMO and is_lora(name):
+            problem = "LoRA on experts, which is not converted"
+            hint = "leave the experts out of the adapter: name linear modules alone in its target_modules"
     expected = f"one of {', '.join(_known(layout))}"
     return UnknownTensorError(problem, tensor=name, expected=expected, found=rest, hint=hint)
 

@@ -10,10 +10,13 @@ from gemma4_moe.layout.spellings.fused import CURRENT, LEGACY
 from gemma4_moe.layout.spellings.per_expert import PER_EXPERT
 from gemma4_moe.layout.table import RULES, Rule
 
-__all__ = ["CURRENT", "SPELLINGS", "WHOLE", "Part", "Spelling", "find", "known_names"]
+__all__ = ["CURRENT", "LEGACY_NAMES", "SPELLINGS", "WHOLE", "Part", "Spelling", "find", "known_names"]
 
 #: Every form. A name that several forms share belongs to the first of them.
 SPELLINGS = (CURRENT, LEGACY, PER_EXPERT)
+
+#: Each row that the first published files name otherwise, and its REST there.
+LEGACY_NAMES = tuple((rule, names[0]) for rule, names in LEGACY.names.items())
 
 
 def find(rest: str) -> tuple[Spelling, Rule, Part] | None:
