@@ -96,12 +96,18 @@ def read_directory(directory):
 
 
 def respell_as_legacy(directory):
-    """Rename the experts' tensors of a saved hf checkpoint, in its files and its index, to the legacy spelling."""
+    """Rename the experts' tensors of a saved hf checkpoint to the legacy spelling."""
+    rename_tensors(directory, legacy_name)
+
+
+def rename_tensors(directory, rename):
+    """Give the tensors of a checkpoint other names, in its files and its index."""
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata()
-        save_file({legacy_name(name): tensor for name, tensor in load_file(file).items()}, file, metadata)
+        save_file({rename(name): tensor for name, tensor in load_file(file).items()}, file, metadata)
     index = directory / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"] = {legacy_name(name): file for name, file in content["weight_map"].items()}
-    index.write_text(json.dumps(content, indent=2, sort_keys=True))
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"] = {rename(name): file for name, file in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=2, sort_keys=True))

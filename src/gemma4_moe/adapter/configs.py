@@ -88,4 +88,4 @@ def _field(source: Any, name: str) -> Any:
 def _integer(source: Any, name: str) -> int | None:
     """Return a field that is an integer, None for any other."""
     value = _field(source, name)
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    return None if isinstance(value, bool) or not isinstance(value, Integral) else int(value)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.storage import read_whole
 from gemma4_moe.errors import CheckpointFormatError, ConfigError
+from gemma4_moe.layout.model_tensors import ties_embeddings
 from gemma4_moe.layout.table import SIZE_FIELDS
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ class ConfigFile:
     model_type: str | None
     sizes: dict[str, int]
     layers: int | None
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether the output head is the embedding, as it is where the config does not say."""
+        return ties_embeddings(self.document)
 
 
 def read_config(directory: Path) -> ConfigFile:

@@ -6,7 +6,7 @@ Only the directory's own entries count: subdirectories, `.cache` among them, are
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -16,9 +16,10 @@ from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.checkpoint.foreign_formats import refuse_foreign_files, refuse_partial_tensors
 from gemma4_moe.checkpoint.header import TensorEntry
 from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, parse_index
-from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, check_side_file, is_side_file
+from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, side_files_of
 from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, command_line
+from gemma4_moe.layout.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -80,6 +81,15 @@ class Checkpoint:
         """Read config.json. Raises what `config.read_config` raises."""
         return read_config(self.path)
 
+    def without_wrappers(self) -> Self:
+        """Return the same open checkpoint, its tensors' names without the components of torch's wrappers.
+
+        Raises:
+            DuplicateTensorError: Two names become one.
+        """
+        named = {plain: replace(self.tensors[name], name=plain) for plain, name in unwrapped(self.tensors).items()}
+        return replace(self, tensors=named)
+
     def check_unchanged(self) -> None:
         """Check every file as `SafetensorsFile.check_unchanged` does, and raise what it raises."""
         for file in self.files.values():
@@ -112,9 +122,7 @@ def open_checkpoint(
         _compare_names(path / INDEX_NAME, set(weight_map.values()), set(weights))
     else:
         _require_single_file(path, weights)
-    side_files = tuple(path / name for name in files if is_side_file(name))
-    for side_file in side_files:
-        check_side_file(side_file)
+    side_files = side_files_of(path, files)
     with ExitStack() as stack:
         openers = {name: partial(SafetensorsFile, path / name) for name in weights} | dict(elsewhere)
         opened = {name: stack.enter_context(openers[name]()) for name in weights}

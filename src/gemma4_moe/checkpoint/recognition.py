@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from gemma4_moe.errors import ConfigError, IncompleteExpertsError, InputError, UnsupportedCheckpointError
+from gemma4_moe.errors import (
+    ConfigError,
+    IncompleteExpertsError,
+    InputError,
+    UnknownTensorError,
+    UnsupportedCheckpointError,
+    command_line,
+)
 from gemma4_moe.layout.foreign import FOREIGN_SPELLINGS
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.spellings import CURRENT
 from gemma4_moe.layout.table import CHECKPOINT_RULES, GATE_UP, Layout
 from gemma4_moe.layout.targets import problems, targets_of
+from gemma4_moe.layout.wrappers import WRAPPERS, without_wrappers, wrappers_in
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -46,7 +54,7 @@ class Recognition(NamedTuple):
 
     Attributes:
         layout: The layout, or None if it is neither or can't be told.
-        spelling: "current", "legacy", "current and legacy", a foreign form's name, or "none".
+        spelling: "current", "legacy", "current and legacy", a foreign form's name, "wrapped" or "none".
         refusal: The reason not to convert it.
     """
 
@@ -64,6 +72,8 @@ class Recognition(NamedTuple):
 
 def recognise(names: Collection[str], config: ConfigFile) -> Recognition:
     """Recognise a checkpoint by all its tensor names and its config.json."""
+    if (refusal := _wrapped(names, config)) is not None:
+        return Recognition(None, "wrapped", refusal)
     for form in FOREIGN_SPELLINGS:
         if (name := next(filter(form.pattern.fullmatch, names), None)) is not None:
             problem = f"a {form.name} checkpoint, which is not converted"
@@ -76,6 +86,23 @@ def recognise(names: Collection[str], config: ConfigFile) -> Recognition:
     known = [found for name in names if (found := lookup(name, layout)) is not None]
     spellings = {found.spelling.name for found in known if found.rule in found.spelling.names}
     return Recognition(layout, " and ".join(sorted(spellings)) or CURRENT.name, _wrong_model(config))
+
+
+def _wrapped(names: Collection[str], config: ConfigFile) -> InputError | None:
+    """Return the refusal of names that have components of torch's wrappers in them; None if there are none."""
+    wrapped = [name for name in names if wrappers_in(name)]
+    if not wrapped:
+        return None
+    components = sorted({component for name in wrapped for component in wrappers_in(name)})
+    sources = " and ".join(f"{component} ({WRAPPERS[component]})" for component in components)
+    strip = command_line("gemma4-moe", "convert", config.path.parent, "DST", "--strip-wrappers")
+    return UnknownTensorError(
+        "names of a wrapped module",
+        tensor=wrapped[0],
+        expected=without_wrappers(wrapped[0]),
+        found=f"{sources} in {len(wrapped)} of {len(names)} names",
+        hint=f"remove the wrappers on the way: {strip}",
+    )
 
 
 def layout_of(names: Collection[str], directory: Path, model_type: str | None = None) -> Layout:
@@ -122,6 +149,12 @@ def _wrong_model(config: ConfigFile) -> InputError | None:
     return relative
 
 
+def refuse_other_models(config: ConfigFile) -> None:
+    """Check that a config names a Gemma 4 model with experts, whose weights are not quantised."""
+    if (refusal := _wrong_model(config)) is not None:
+        raise refusal
+
+
 def wrong_tensors(tensors: Iterable[Described], inventory: Inventory, config: ConfigFile) -> Iterator[InputError]:
     """Yield every wrong tensor, then the first incomplete layer, then layers that the config does not count."""
     yield from problems(tensors, inventory, CHECKPOINT_RULES[inventory.layout])
@@ -132,23 +165,26 @@ def wrong_tensors(tensors: Iterable[Described], inventory: Inventory, config: Co
 
 
 def checkpoint_targets(
-    tensors: Iterable[T], layout: Layout, config: ConfigFile, cast: DType | None = None
+    tensors: Iterable[T], layout: Layout, config: ConfigFile, cast: DType | None = None, *, all_layers: bool = True
 ) -> dict[str, Target[T]]:
-    """Return every tensor that a checkpoint becomes in the other layout, after the checks of `wrong_tensors`."""
+    """Return every tensor that a checkpoint becomes in the other layout, after the checks of `wrong_tensors`.
+
+    Without `all_layers` it may have some of the layers that the config counts.
+    """
     inventory = Inventory(layout, config.sizes)
     targets = targets_of(tensors, inventory, CHECKPOINT_RULES[layout], cast)
-    _check_layer_count(inventory, config)
+    _check_layer_count(inventory, config, all_layers=all_layers)
     return targets
 
 
-def _check_layer_count(inventory: Inventory, config: ConfigFile) -> None:
+def _check_layer_count(inventory: Inventory, config: ConfigFile, *, all_layers: bool = True) -> None:
     """Check that the layers with experts are those that the config counts."""
     if config.layers is None:
         return
     for prefix in sorted({prefix for prefix, _ in inventory.layers}):
         there = {layer for owner, layer in inventory.layers if owner == prefix}
         missing = sorted(set(range(config.layers)) - there)
-        if missing:
+        if missing and all_layers:
             raise IncompleteExpertsError(
                 f"Incomplete expert weights: no tensor of {len(missing)} layers",
                 tensor=f"{prefix}layers.{missing[0]}.experts",

@@ -13,6 +13,7 @@ from gemma4_moe.checkpoint.config import CONFIG_NAME
 from gemma4_moe.checkpoint.storage import regular_status, too_large
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 
@@ -58,6 +59,14 @@ LARGEST_SIDE_FILE = 2**30
 def is_side_file(name: str) -> bool:
     """Return whether a file of this name is copied."""
     return any(fnmatchcase(name, pattern) for pattern in PATTERNS) and not name.lower().endswith(NEVER)
+
+
+def side_files_of(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
+    """Return the side files among the files of a directory, each checked by `check_side_file`."""
+    found = tuple(directory / name for name in names if is_side_file(name))
+    for path in found:
+        check_side_file(path)
+    return found
 
 
 def check_side_file(path: Path) -> None:

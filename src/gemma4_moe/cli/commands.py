@@ -74,6 +74,7 @@ def inspect(output: Output, *, source: str, revision: str | None) -> None:
 @options.revision
 @options.stream
 @options.base
+@options.strip_wrappers
 @options.common
 def plan(output: Output, *, source: str, **arguments: Any) -> None:
     """Show what convert would do: files, bytes, space and memory.
@@ -115,6 +116,7 @@ def plan(output: Output, *, source: str, **arguments: Any) -> None:
 @options.revision
 @options.stream
 @options.base
+@options.strip_wrappers
 @options.common
 def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read_back: bool, **arguments: Any) -> None:
     """Convert SRC into the new directory DST.
@@ -143,7 +145,8 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
         output.say(f"skipped: {', '.join(done.skipped)}")
     output.give(report.conversion(done))
     revision = [] if arguments["revision"] is None else ["--revision", arguments["revision"]]
-    compared = [str(target)] if arguments["stream"] else [*revision, source, str(target)]
+    strip = ["--strip-wrappers"] if arguments["strip_wrappers"] else []
+    compared = [str(target)] if arguments["stream"] else [*revision, *strip, source, str(target)]
     output.say(f"next: {command_line('gemma4-moe', 'verify', *compared)}")
 
 
@@ -151,8 +154,9 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
 @options.argument("first", "[SRC]", f"The checkpoint that DST was converted from: {options.CHECKPOINT}")
 @options.argument("second", "DST", "The checkpoint to judge, likewise.", required=False)
 @options.revision
+@options.strip_wrappers
 @options.common
-def verify(output: Output, *, first: str, second: str | None, revision: str | None) -> None:
+def verify(output: Output, *, first: str, second: str | None, revision: str | None, strip_wrappers: bool) -> None:
     """Compute every tensor of DST again from SRC, and compare bits.
 
     The kernels that made DST are not used. Without SRC, compare the hashes of DST's files with those in its
@@ -167,7 +171,7 @@ def verify(output: Output, *, first: str, second: str | None, revision: str | No
             alone = verify.verify(first, revision=revision, progress=progress)
             shown, wrong = report.recheck(alone), len(alone.wrong)
         else:
-            found = verify.verify(first, second, revision=revision, progress=progress)
+            found = verify.verify(first, second, revision=revision, strip_wrappers=strip_wrappers, progress=progress)
             shown, wrong = report.verification(found), len(found.different)
     _judge(output, shown, wrong)
 

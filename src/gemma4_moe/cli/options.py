@@ -89,6 +89,11 @@ base = click.option(
     help="The published hf checkpoint that SRC was trained from, a directory or a Hub id. Experts that training left "
     "unchanged get its weights and scales back, bit for bit. Only from nemo to hf.",
 )
+strip_wrappers = click.option(
+    "--strip-wrappers",
+    is_flag=True,
+    help="Remove what torch.compile, DDP or FSDP added to the names of tensors in SRC.",
+)
 break_lock = click.option(
     "--break-lock", is_flag=True, help="Take DST from a process on another host, which must no longer run."
 )

@@ -82,6 +82,7 @@ def convert(
     revision: str | None = None,
     stream: bool = False,
     base: str | Path | None = None,
+    strip_wrappers: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert the checkpoint `source` into the new directory `target`.
@@ -110,6 +111,7 @@ def convert(
         base: On the way to hf, the hf checkpoint that the model was made from, a directory or a Hub id: an expert that
             is still the base's, folded, gets the base's own weights and scale. A complete target is then not known
             again by `resume`.
+        strip_wrappers: Remove the components of torch's wrappers (`layout.wrappers`) from the source's names.
         progress: Told how far the writing is.
 
     Raises:
@@ -127,10 +129,9 @@ def convert(
             if stream:
                 check_streamed(source, base)
             checkpoint = stack.enter_context(open_source(source, revision, stream=stream))
+            checkpoint = checkpoint.without_wrappers() if strip_wrappers else checkpoint
             origin = None if base is None else stack.enter_context(open_source(base, stream=stream))
-            opened = [checkpoint] if origin is None else [checkpoint, origin]
-            for one in opened:
-                check_place(target, one.path)
+            opened = _away_from(target, checkpoint, origin)
             plan = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=origin)
             memory = plan_memory(plan, parse_size(max_memory))
             if ranks.is_first and not stream and not resume:  # an earlier run may hold the space already
@@ -142,7 +143,7 @@ def convert(
                     download(origin)
             scales = {name: read_scale(t.scale) for name, t in plan.tensors.items() if t.scale is not None}
             options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
-            options |= _identities(checkpoint, origin, stream=stream)
+            options |= _identities(checkpoint, origin, stream=stream, strip_wrappers=strip_wrappers)
         transaction = None
         with ranks.together("take the target"):
             if ranks.is_first:
@@ -163,6 +164,14 @@ def convert(
         return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.skipped)
 
 
+def _away_from(target: Path, checkpoint: Checkpoint, base: Checkpoint | None) -> list[Checkpoint]:
+    """Return the open checkpoints, none of which is the target, above or below it."""
+    opened = [checkpoint] if base is None else [checkpoint, base]
+    for one in opened:
+        check_place(target, one.path)
+    return opened
+
+
 def _publish(job: Job, transaction: Transaction | None, *, overwrite: bool) -> None:
     with job.files.ranks.together("publish the target"):
         job.check_unchanged()
@@ -170,11 +179,12 @@ def _publish(job: Job, transaction: Transaction | None, *, overwrite: bool) -> N
             transaction.publish(overwrite=overwrite)
 
 
-def _identities(source: Checkpoint, base: Checkpoint | None, *, stream: bool) -> dict[str, Any]:
+def _identities(source: Checkpoint, base: Checkpoint | None, *, stream: bool, strip_wrappers: bool) -> dict[str, Any]:
     """Return the options that say which source and base it was: commits of a stream, headers of the base."""
     headers = None if base is None else {name: file.header.digest for name, file in base.files.items()}
     commits = {"commit": commit_of(source), "base_commit": base and commit_of(base)} if stream else {}
-    return {name: value for name, value in {**commits, "base": headers}.items() if value is not None}
+    said = {**commits, "base": headers, "strip_wrappers": strip_wrappers or None}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _check_room(opened: list[Checkpoint], plan: Plan, target: Path) -> None:

@@ -79,6 +79,7 @@ def plan(
     revision: str | None = None,
     stream: bool = False,
     base: str | Path | None = None,
+    strip_wrappers: bool = False,
     mesh: Mapping[str, int] | str | None = None,
 ) -> Preview:
     """Return what `convert` would do, from headers alone: of a model on the Hub, no weights are fetched.
@@ -94,6 +95,7 @@ def plan(
         revision: Branch, tag or commit of a Hub id.
         stream: See `convert`; no space is then needed for a model in the Hub's cache.
         base: See `convert`.
+        strip_wrappers: See `convert`.
         mesh: Ranks by dimension, or text such as "ep_shard=2,ep=8": also preview the share of each of these ranks, if
             they load the source into the nemo layout.
 
@@ -107,6 +109,7 @@ def plan(
         check_streamed(source, base)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_source(source, revision))
+        checkpoint = checkpoint.without_wrappers() if strip_wrappers else checkpoint
         bases = [] if base is None else [stack.enter_context(open_source(base))]
         planned = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=next(iter(bases), None))
         return Preview(

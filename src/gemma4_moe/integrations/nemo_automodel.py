@@ -19,6 +19,7 @@ from gemma4_moe.integrations.nemo_contract import ADAPTER, READ
 from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.table import DOWN, SCALE, Layout
+from gemma4_moe.layout.wrappers import is_extra_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -93,7 +94,7 @@ def adapter_class() -> type[Gemma4MoEStateDictAdapter]:
 
         def get_hf_state_dict_keys(self, state_dict: StateDict) -> list[str]:
             """Return the names that NeMo saves: all but a module's `_extra_state`."""
-            return [name for name in super().get_hf_state_dict_keys(state_dict) if "_extra_state" not in name]
+            return [name for name in super().get_hf_state_dict_keys(state_dict) if not is_extra_state(name)]
 
     # NeMo-RL finds a class by the ending of its name, and NeMo's messages show the name.
     Installed.__name__ = Installed.__qualname__ = Gemma4MoEStateDictAdapter.__name__

@@ -96,6 +96,9 @@ ALL = (
     DType("bool", "BOOL", 8),
 )
 
+#: Other dtypes whose elements are values by themselves.
+_PLAIN_NAMES = ("float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+
 BY_TAG = {dtype.tag: dtype for dtype in ALL}
 BY_NAME = {dtype.name: dtype for dtype in ALL}
 
@@ -123,6 +126,19 @@ def require_expert_dtype(
         expected = f"one of {', '.join(_EXPERT_NAMES)}"
         problem = "an expert tensor of a dtype that is not converted"
         raise TensorShapeError(problem, tensor=tensor, expected=expected, found=name, hint=hint)
+
+
+def require_model_dtype(name: str, dtype: DType) -> None:
+    """Check that libraries which load models take a tensor of this dtype without more: no packed or scaled format."""
+    if dtype in EXPERT_DTYPES or dtype.name in _PLAIN_NAMES:
+        return
+    raise TensorShapeError(
+        "a dtype in which no weight is loaded",
+        tensor=name,
+        expected=", ".join([*_EXPERT_NAMES, *_PLAIN_NAMES]),
+        found=dtype.name,
+        hint=f"cast it before: tensor.to(torch.{BFLOAT16.name})",
+    )
 
 
 def target_dtype(name: str) -> DType:

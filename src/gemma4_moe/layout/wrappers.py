@@ -1,17 +1,20 @@
-"""Names without the components that wrappers of torch add to them.
+"""Names of a module's state dict without the parts that torch adds to them.
 
 A wrapped module's state dict has the wrapper's attribute in its names: at the start if the whole model is wrapped, or
-inside if a layer is. No tensor of Gemma 4 has a component of these names.
+inside if a layer is. No tensor of Gemma 4 has a component of these names. An `_extra_state` belongs to a module's code
+and to no checkpoint.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from gemma4_moe.errors import DuplicateTensorError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+
+T = TypeVar("T")
 
 #: The attribute that holds the wrapped module, by wrapper.
 WRAPPERS = {
@@ -51,3 +54,13 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
             )
         found[plain] = name
     return found
+
+
+def is_extra_state(name: str) -> bool:
+    """Return whether an entry of a state dict is a module's own extra state."""
+    return "_extra_state" in name
+
+
+def plain_state(state: Mapping[str, T]) -> dict[str, T]:
+    """Return a state dict under names without wrappers, and without extra state. Errors are those of `unwrapped`."""
+    return {plain: state[name] for plain, name in unwrapped(name for name in state if not is_extra_state(name)).items()}

@@ -23,6 +23,7 @@ from gemma4_moe.hub.source import locate
 from gemma4_moe.kernels import scale_cast
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES
 from gemma4_moe.layout.table import Layout, transposes
+from gemma4_moe.layout.wrappers import plain_state
 from gemma4_moe.sizes import format_size
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def load_hf(module_or_state: torch.nn.Module | Mapping[str, torch.Tensor], path:
 
     Args:
         module_or_state: A module whose `state_dict()` has nemo names, buffers and tied aliases included; or such a
-            mapping. DTensors of any placement, or plain tensors, on any device; a pipeline stage may have a part of
-            the layers.
+            mapping. Names lose the components of torch's wrappers. DTensors of any placement, or plain tensors, on
+            any device; a pipeline stage may have a part of the layers.
         path: A directory, or a Hub id.
 
     Raises:
@@ -83,9 +84,14 @@ def load_hf(module_or_state: torch.nn.Module | Mapping[str, torch.Tensor], path:
 
 
 def state_of(module_or_state: torch.nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors of a module's state dict, or of a mapping, without `_extra_state`; each must hold values."""
+    """Return the tensors of a module's state dict, or of a mapping, as `plain_state` names them.
+
+    Raises:
+        DuplicateTensorError: Two names become one without their wrappers.
+        UsageError: An entry is no tensor, or holds no values.
+    """
     state = module_or_state.state_dict() if isinstance(module_or_state, torch.nn.Module) else module_or_state
-    tensors = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    tensors = plain_state(state)
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor) or value.is_meta:
             raise UsageError(

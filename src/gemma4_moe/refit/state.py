@@ -9,7 +9,7 @@ import torch
 
 from gemma4_moe.distributed.placements import local_of
 from gemma4_moe.errors import InputError, UsageError
-from gemma4_moe.layout.wrappers import unwrapped
+from gemma4_moe.layout.wrappers import plain_state
 from gemma4_moe.model_io.load import storage_key
 from gemma4_moe.refit.items import TensorFacts
 
@@ -17,9 +17,6 @@ from gemma4_moe.refit.items import TensorFacts
 Tensors = Mapping[str, Any]
 #: The states that a stream accepts.
 State = torch.nn.Module | Tensors | Iterable[Tensors]
-
-#: In the name of a module's own extra state, which no engine loads.
-_EXTRA_STATE = "_extra_state"
 
 
 class Contents(NamedTuple):
@@ -39,9 +36,9 @@ class Contents(NamedTuple):
 def mappings_of(state: State) -> Iterator[Tensors]:
     """Yield the mappings of a state, in its order; names are without wrappers."""
     if isinstance(state, torch.nn.Module):
-        yield _plain(state.state_dict())
+        yield plain_state(state.state_dict())
     elif isinstance(state, Mapping):
-        yield _plain(state)
+        yield plain_state(state)
     elif isinstance(state, Iterator) or not isinstance(state, Iterable):
         raise UsageError(
             "a state that can't be read, or only once",
@@ -51,7 +48,7 @@ def mappings_of(state: State) -> Iterator[Tensors]:
         )
     else:
         for tensors in state:
-            yield _plain(tensors)
+            yield plain_state(tensors)
 
 
 def contents_of(tensors: Tensors, mapping: int, left_out: Callable[[str], bool]) -> Contents:
@@ -102,11 +99,6 @@ class StatePass:
         self._number += 1
         found = contents_of(self._tensors, self._number, self._left_out)
         _compare(found, self._planned[self._number])
-
-
-def _plain(tensors: Tensors) -> Tensors:
-    names = unwrapped(name for name in tensors if _EXTRA_STATE not in name)
-    return {plain: tensors[name] for plain, name in names.items()}
 
 
 def _compare(found: Contents, planned: Contents) -> None:

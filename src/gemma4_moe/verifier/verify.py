@@ -49,6 +49,7 @@ def verify(
     /,
     *,
     revision: str | None = None,
+    strip_wrappers: bool = ...,
     max_memory: int | str = ...,
     progress: Progress | None = ...,
 ) -> Verification: ...
@@ -60,6 +61,7 @@ def verify(
     /,
     *,
     revision: str | None = None,
+    strip_wrappers: bool = False,
     max_memory: int | str = DEFAULT_MEMORY,
     progress: Progress | None = None,
 ) -> Verification | Recheck:
@@ -76,6 +78,7 @@ def verify(
         first: The source, or the target if there is no second argument: a directory, or a Hub id.
         second: The target, likewise.
         revision: Branch, tag or commit of the first argument, if it is a Hub id.
+        strip_wrappers: Compare under the source's names without torch's wrappers, as `convert` removes them.
         max_memory: The most bytes of buffers, or text such as "512MiB".
         progress: Called with the bytes that were compared so far and with their total.
 
@@ -96,7 +99,8 @@ def verify(
         return check_manifest(source, max_memory=memory, progress=progress)
     target = locate(second)
     check_published(target)
-    with open_checkpoint(source) as given, open_checkpoint(target) as judged:
+    with open_checkpoint(source) as opened, open_checkpoint(target) as judged:
+        given = opened.without_wrappers() if strip_wrappers else opened
         layout, names = _understand(given)
         to = layout_of(judged.tensors, target)
         expected = expectations(given, names, layout, to)

@@ -1,0 +1,108 @@
+"""Tensors of a checkpoint against those that its model has: missing ones, unknown ones, others of another shape."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gemma4_moe.errors import ConfigError, InputError, TensorShapeError, UnknownTensorError
+from gemma4_moe.layout.model_tensors import AUDIO, TEXT_PREFIX, called_for
+from gemma4_moe.layout.names import fold_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from gemma4_moe.checkpoint.config import ConfigFile
+
+    Shapes = Mapping[str, tuple[int, ...]]
+
+
+def expected_shapes(config: ConfigFile, weights: Shapes | None) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a config's model, by hf name.
+
+    Args:
+        config: The model's config.json. Where weights are given it may lack fields that decide a name or a shape.
+        weights: Those of a checkpoint of the same model, by hf name, if there is one: the audio tower, which the config
+            does not tell, is known from them.
+
+    Raises:
+        ConfigError: The config lacks such a field, and there are no weights.
+    """
+    try:
+        called = called_for(config.document)
+    except ConfigError as error:
+        if weights is None:
+            raise ConfigError(error.problem, file=config.path, **error.facts, hint=error.hint) from error
+        return dict(weights)
+    return called | dict(weights or {})
+
+
+def check_complete(
+    found: Shapes, expected: Shapes, config: ConfigFile, weights: Path | None, *, allow_missing: bool
+) -> list[str]:
+    """Check tensors against those that a model has, and return the names of those that are missing.
+
+    Args:
+        found: Shapes by hf name.
+        expected: Those of `expected_shapes`.
+        config: The model's config.
+        weights: The directory of the weights that `expected` was taken from, if any.
+        allow_missing: Whether tensors may be missing.
+
+    Raises:
+        UnknownTensorError: Tensors that the model does not have.
+        TensorShapeError: A tensor of another shape.
+        InputError: Tensors are missing.
+    """
+    origin = config.path if weights is None else weights
+    unknown = [name for name in found if name not in expected and not (weights is None and name.startswith(AUDIO))]
+    missing = [name for name in expected if name not in found]
+    if unknown:
+        raise UnknownTensorError(
+            f"tensors that the model of {origin} does not have",
+            tensor=unknown[0],
+            expected=f"names of the {len(expected)} tensors of the model",
+            found=f"{len(unknown)} others: {_folded(unknown)}",
+            hint=_cause(unknown, expected, config),
+        )
+    for name, shape in expected.items():
+        if name in found and tuple(found[name]) != tuple(shape):
+            raise TensorShapeError(
+                f"a tensor of another shape than in the model of {origin}",
+                tensor=name,
+                expected=list(shape),
+                found=list(found[name]),
+                hint="give the config of the same model",
+            )
+    if missing and not allow_missing:
+        raise InputError(
+            f"tensors of the model of {origin} are missing",
+            tensor=missing[0],
+            expected=f"all {len(expected)} tensors of the model",
+            found=f"without {len(missing)}: {_folded(missing)}",
+            hint="give the state of the whole model, buffers included; or, for a part such as a pipeline stage, "
+            "allow_partial=True",
+        )
+    return missing
+
+
+def folded(names: Iterable[str]) -> list[str]:
+    """Return names folded over their numbers, each with the count of those that it stands for if it is several."""
+    return [f"{name} ({len(members)})" if len(members) > 1 else name for name, members in fold_names(names).items()]
+
+
+def _folded(names: Iterable[str]) -> str:
+    shown = folded(names)
+    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
+
+
+def _cause(unknown: list[str], expected: Shapes, config: ConfigFile) -> str:
+    """Return the next step for names that a model lacks: most often they belong to its other kind."""
+    own = TEXT_PREFIX.get(str(config.model_type), "")
+    for kind, prefix in TEXT_PREFIX.items():
+        if prefix != own and any(own + name.removeprefix(prefix) in expected for name in unknown):
+            said = (
+                "text-only names under a multimodal config" if kind == "gemma4_text" else "names of a multimodal model"
+            )
+            return f"these are {said}: give config_from a directory whose config.json has model_type {kind}"
+    return "leave tensors that are no part of the model out of the state"
