@@ -24,7 +24,7 @@ Kind = Literal["multimodal", "text"]
 
 #: Enough that a bucket held for each layer is noticed. vLLM keeps a router's small tensors until the end of a reload:
 #: its module has a buffer that no checkpoint has. So these are sent as copies.
-LAYERS = 9
+LAYERS = 6
 #: The least number of buckets, and arguments of a stream. In fp32 the experts of a layer are tensors of 147,456 and
 #: 294,912 bytes, and the embedding is one of 131,072.
 BUCKETS = [

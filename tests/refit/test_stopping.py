@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 from distributed.placement_checks import shard
-from gemma4_moe.errors import DifferenceError, ParallelError, UsageError
+from gemma4_moe.errors import DifferenceError, InputError, ParallelError, UsageError
 from gemma4_moe.refit import WeightStream
 from support import ranks
 from support.streams import ADAPTER, LARGEST, assert_same_stream, copied, expected_stream, nemo_state
@@ -89,6 +89,26 @@ def check_other_ends():
     else:
         with pytest.raises(ParallelError, match="ranks disagree"):
             list(stream)
+
+
+def test_a_state_that_is_wrong_at_its_end_on_one_rank_ends_the_pass_on_all():
+    ranks.run(2, check_last_part)
+
+
+def check_last_part():
+    """A part more on one rank is seen after the last tensor."""
+    parts = [shard(nemo_state(), init_device_mesh("cpu", (2,)), (Shard(0),))]
+    stream = WeightStream(parts, ADAPTER, bucket_bytes=LARGEST)
+    for start in (iter, WeightStream.buckets):
+        if dist.get_rank() == 1:
+            parts.append({"more.weight": parts[0]["model.language_model.embed_tokens.weight"]})
+            with pytest.raises(InputError, match="changed since the stream was planned"):
+                consume(start(stream), None)
+            parts.pop()
+        else:
+            with pytest.raises(ParallelError, match="rank 1 stopped the pass"):
+                consume(start(stream), None)
+    assert_same_stream(stream, expected_stream(nemo_state()))
 
 
 def test_only_one_rank_keeps_and_stops():
