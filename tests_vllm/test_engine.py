@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Kind = Literal["multimodal", "text"]
 
 
+#: Enough that a bucket held for each layer is noticed. vLLM keeps a router's small tensors until the end of a reload:
+#: its module has a buffer that no checkpoint has. So these are sent as copies.
+LAYERS = 6
 #: The least number of buckets, and arguments of a stream. In fp32 the experts of a layer are tensors of 147,456 and
 #: 294,912 bytes, and the embedding is one of 131,072.
 BUCKETS = [
@@ -37,7 +40,7 @@ def refit(llm: Any, stream: WeightStream) -> int:
     llm.start_weight_update()
     for bucket in stream.buckets():
         count += 1
-        llm.update_weights({"update_info": {"weights": bucket.tensors()}})
+        llm.update_weights({"update_info": {"weights": bucket.tensors(copy_up_to=4096)}})
     llm.finish_weight_update()
     return count
 
@@ -47,7 +50,7 @@ def lively_model(kind: Kind, seed: int) -> Any:
 
     I is a multiple of 32: vLLM pads other sizes on the CPU when it loads, and can't reload what it has padded.
     """
-    model = small_models.build_model(kind, expert_size=96, seed=seed)
+    model = small_models.build_model(kind, layers=LAYERS, expert_size=96, seed=seed)
     state = model.state_dict()
     with torch.no_grad():
         for name, tensor in state.items():

@@ -1,5 +1,9 @@
 """Lent memory: used again once no view of it is left, whoever holds the view, and not before."""
 
+import multiprocessing
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
 import numpy as np
 import pytest
 import torch
@@ -79,3 +83,37 @@ def test_a_loan_has_the_size_that_was_asked_for():
     loan = lender.lend(100, "c")
     loan.memory.fill_(7)
     assert loan.shareable().tolist() == [7] * 100
+
+
+def read_twice(connection):
+    tensor = connection.recv()
+    connection.send(tensor.tolist())
+    connection.recv()
+    connection.send(tensor.tolist())
+
+
+def test_another_process_sees_the_memory_and_views_stay_right():
+    context = multiprocessing.get_context("forkserver")
+    here, there = context.Pipe()
+    process = context.Process(target=read_twice, args=(there,), daemon=True)
+    process.start()
+    lender = Lender(CPU, 1)
+    loan = lender.lend(4, "a")
+    loan.memory.copy_(torch.tensor([3, 1, 4, 1]))
+    view = loan.memory[1:]
+    here.send(loan.shareable())
+    assert here.recv() == [3, 1, 4, 1]
+    assert view.tolist() == [1, 4, 1]
+    del loan, view
+    lender.lend(4, "b").memory.copy_(torch.tensor([5, 9, 2, 6]))  # the shared memory itself
+    here.send("look again")
+    assert here.recv() == [5, 9, 2, 6]
+    process.join(60)
+
+
+def test_a_shared_buffer_is_not_copied_again():
+    lender = Lender(CPU, 1)
+    first = lender.lend(4, "a").shareable()
+    loan = lender.lend(4, "b")
+    assert loan.shareable().data_ptr() == first.data_ptr() == place_of(loan)
+    assert pickle.loads(bytes(ForkingPickler.dumps(loan.shareable()))).shape == (4,)

@@ -14,7 +14,7 @@ from gemma4_moe.refit import WeightStream
 from support import ranks
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
-from support.streams import ADAPTER, assert_same_stream, copied, expected_stream, nemo_state
+from support.streams import ADAPTER, assert_same_stream, copied, expected_stream, nemo_state, per_expert
 
 BF16, FP32 = torch.bfloat16, torch.float32
 #: Experts, hidden size, inner size: uneven on every axis; for 4 ranks with fewer experts than ranks, too.
@@ -29,6 +29,28 @@ INNER = {
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_placement_gives_the_same_stream(world):
     ranks.run(world, check_streams, world)
+
+
+def test_a_sharded_state_in_hf_layout_is_sent_as_it_is():
+    ranks.run(2, check_hf_state)
+
+
+def check_hf_state():
+    """Shards of every axis, the scale's too, uneven on each."""
+    experts, hidden, inner = SIZES[2][0]
+    hf = random_hf_state_dict(layers=2, E=experts, H=hidden, I=inner)
+    mesh = init_device_mesh("cpu", (2,))
+    for axis in range(3):
+        state = {
+            name: distribute_tensor(tensor, mesh, [Shard(min(axis, tensor.ndim - 1))], src_data_rank=None)
+            for name, tensor in hf.items()
+        }
+        for mode, values in (("fused", sorted(hf.items())), ("per-expert", per_expert(dict(sorted(hf.items()))))):
+            for cast in (None, FP32):
+                expected = [(name, tensor.to(cast or tensor.dtype).contiguous()) for name, tensor in values]
+                stream = WeightStream(state, experts=mode, dtype=cast, bucket_bytes=2**13)
+                assert_same_stream(stream, expected)
+                assert_same_stream(copied(stream.buckets()), expected)
 
 
 def test_ranks_that_disagree_fail_together():

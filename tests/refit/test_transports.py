@@ -60,7 +60,7 @@ def check_broadcast():
     group = dist.new_group([1, 2])
     nemo = nemo_state()
     if rank < 2:
-        stream = WeightStream(ADAPTER, shard(nemo, trainers, (Shard(0),)), bucket_bytes=LARGEST, dst=1)
+        stream = WeightStream(shard(nemo, trainers, (Shard(0),)), ADAPTER, bucket_bytes=LARGEST, dst=1)
         for _ in range(2):
             broadcasting.send(stream, group)
         return

@@ -84,9 +84,13 @@ class Bucket:
         self._loan = loan
         self._typed: dict[torch.dtype, torch.Tensor] = {}
 
-    def tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """Return (hf name, tensor) for everything in the bucket: views of the buffer, no copies."""
-        return unpack(self.buffer, self.entries)
+    def tensors(self, copy_up_to: int = 0) -> list[tuple[str, torch.Tensor]]:
+        """Return (name, tensor) for everything in the bucket: views of the buffer.
+
+        Tensors of at most `copy_up_to` bytes are copies. An engine that keeps one of them does not keep the buffer.
+        """
+        views = unpack(self.buffer, self.entries)
+        return [(name, view.clone() if view.nbytes <= copy_up_to else view) for name, view in views]
 
     def view_of(self, batch: Batch) -> torch.Tensor:
         """Return a batch's place in the buffer as one tensor."""
@@ -132,8 +136,8 @@ def buffers_for(planned: Sequence[PlannedBucket]) -> int:
     """
     spans: dict[object, set[int]] = {}
     for number, bucket in enumerate(planned):
-        for entry in bucket.entries:
-            spans.setdefault(layer_of(entry.name) or entry.name, set()).add(number)
+        for name in (item.role for batch in bucket.batches for item in batch.items):
+            spans.setdefault(layer_of(name) or name, set()).add(number)
     return 1 + max((max(span) - min(span) + 1 for span in spans.values()), default=1)
 
 
@@ -165,11 +169,11 @@ def _planned(group: Sequence[Item]) -> PlannedBucket:
 
 
 def _continues(batch: Sequence[tuple[Item, BucketEntry]], item: Item, entry: BucketEntry) -> bool:
-    """Return whether an item is the next expert of a batch, at the distance of those before it."""
+    """Return whether an item is the next expert of a batch, of its dtype and at the distance of those before it."""
     if not batch or item.part.expert is None:
         return False
     before, at = batch[-1]
-    if before.part.expert is None or item.part.expert != before.part.expert + 1:
+    if before.part.expert is None or item.part.expert != before.part.expert + 1 or entry.dtype != at.dtype:
         return False
     return len(batch) == 1 or entry.offset - at.offset == at.offset - batch[-2][1].offset
 

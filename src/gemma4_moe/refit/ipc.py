@@ -30,7 +30,7 @@ def send(stream: WeightStream, connection: Connection) -> None:
     sent = False
     for bucket in stream.buckets():
         _wait_for(bucket.buffer)  # the other process doesn't see this process' CUDA streams
-        connection.send((bucket.buffer, bucket.entries))
+        connection.send((bucket.shareable(), bucket.entries))
         if sent:
             connection.recv()  # the bucket before this one is read
         sent = True

@@ -31,8 +31,13 @@ class Loan:
     def shareable(self) -> torch.Tensor:
         """Return the bytes as a view of the buffer itself, which another process can map.
 
-        It does not keep the loan: hold this object until the other process has released the bytes.
+        It does not keep the loan: hold this object until the other process has released the bytes. On the CPU the first
+        call for a buffer copies it into shared memory, which all its later loans are made of.
         """
+        base = self._buffer.base
+        if not base.is_shared():  # type: ignore[no-untyped-call]  # a CUDA tensor always is
+            # Moving the storage itself would pull the memory away under the loan.
+            self._buffer.base = torch.empty_like(base).share_memory_().copy_(base)  # type: ignore[no-untyped-call]
         return self._buffer.base[: self.memory.numel()]
 
     def done_on(self, stream: torch.cuda.Stream) -> None:
@@ -125,5 +130,6 @@ class Lender:
             f"a consumer still holds all {self._limit} buffers",
             expected="one that neither it nor a view of it holds",
             found=f"held: {held}",
-            hint=f"set buffers to more than {self._limit}, or drop tensors once they are read, or copy them",
+            hint=f"set buffers to more than {self._limit}, or drop tensors once they are read, or copy them; "
+            "bucket.tensors(copy_up_to=2**16) copies the small ones, which engines keep for longest",
         )

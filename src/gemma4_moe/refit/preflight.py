@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 Shapes = dict[str, "tuple[int, ...] | None"]
 
 
-def check_against(plan: Iterable[Planned], aliases: Mapping[str, str], reference: str | Path | Iterable[Any]) -> None:
+def check_against(
+    plan: Iterable[Planned], aliases: Mapping[str | None, str | None], reference: str | Path | Iterable[Any]
+) -> None:
     """Compare a plan with a reference. `reference` and errors are those of `WeightStream.preflight`.
 
     `aliases` has, for each other name of a tied tensor, the name that it is sent under.

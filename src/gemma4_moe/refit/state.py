@@ -88,7 +88,9 @@ class StatePass:
         return tensor
 
     def finish(self) -> None:
-        """Check that the state has no further mappings."""
+        """Check the mappings of which nothing was sent, and that the state has no further ones."""
+        while self._number < len(self._planned) - 1:
+            self._next()
         self._tensors = {}
         found = self._number + 1 + sum(1 for _ in self._mappings)
         if found > len(self._planned):

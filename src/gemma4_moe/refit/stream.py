@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_moe.adapter.configs import axis_sizes, conversion_of
+from gemma4_moe.adapter.state_dict_adapter import Gemma4MoEStateDictAdapter
 from gemma4_moe.adapter.to_hf import excluding, left_out
 from gemma4_moe.distributed.collectives import agree, ranks_where
 from gemma4_moe.distributed.placements import local_of
 from gemma4_moe.distributed.ranks import current
-from gemma4_moe.errors import ParallelError, UsageError
+from gemma4_moe.errors import InputError, ParallelError, UsageError
 from gemma4_moe.layout.dtypes import target_dtype
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.refit.buckets import Bucket, aligned, buffers_for, plan_buckets
@@ -99,6 +100,7 @@ class WeightStream:
         self.dst = dst
         self.keeps = dst is None or dst == ranks.rank
         self._bucket_bytes, self._oversize, self._buffers = bucket_bytes, oversize, buffers
+        adapter = _adapter_of(state) if adapter is None else adapter
         self._kernel = conversion_of(getattr(adapter, "backend", None))
         self._state = state
         excluded = excluding(exclude_key_regex)
@@ -114,6 +116,8 @@ class WeightStream:
         self._items = items_of(natives, inventory, form, excluded, _dtype_of(dtype), names or (lambda name: name))
         if layers is not None:
             self._items = only_layers(self._items, layers, inventory)
+        sent, ties = names or str, [tie for contents in self._contents for tie in contents.aliases.items()]
+        self._aliases = {sent(alias): sent(name) for alias, name in ties}
         self._meshes = {facts.mesh: None for facts in natives if facts.mesh is not None}
         self._placements = [(each.mesh, [each.name, each.placements]) for each in natives if each.mesh is not None]
         self._buckets: list[PlannedBucket] | None = None
@@ -130,18 +134,19 @@ class WeightStream:
         count = buffers_for(planned) if self._buffers is None else self._buffers
         return count, max((bucket.size for bucket in planned), default=0)
 
-    def preflight(self, reference: str | Path | Iterable[Any]) -> None:
+    def preflight(self, reference: str | Path | Iterable[Any], others: Iterable[Iterable[Planned]] = ()) -> None:
         """Compare the plan with the engine's tensors, which most engines don't.
 
         Args:
             reference: An hf directory, of which only headers are read; or hf names, or (name, shape) pairs. Experts may
                 be fused or not.
+            others: The plans of other pipeline stages, whose streams send the rest.
 
         Raises:
             DifferenceError: The stream lacks a tensor, has one too many, or one of another shape; all are named.
         """
-        aliases = {alias: name for contents in self._contents for alias, name in contents.aliases.items()}
-        check_against(self.plan(), aliases, reference)
+        plans = [self.plan(), *others]
+        check_against([planned for plan in plans for planned in plan], self._aliases, reference)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Start a pass over (hf name, tensor) pairs, each tensor in new memory.
@@ -232,12 +237,16 @@ class WeightStream:
         return Filler(self._kernel, keeps=self.keeps), state
 
     def _end(self, state: StatePass, *, stopped: bool, failure: UsageError | None = None) -> None:
-        """End a pass on all ranks; one of them may have stopped it before its end."""
+        """End a pass on all ranks; one of them may have stopped it before its end, or failed there."""
+        problem: UsageError | InputError | None = failure
         if not stopped:
-            state.finish()
-        who = ranks_where(stopped, self._meshes)
-        if failure is not None:
-            raise failure
+            try:
+                state.finish()
+            except InputError as error:  # the other ranks must not wait for this one
+                problem = error
+        who = ranks_where(stopped or problem is not None, self._meshes)
+        if problem is not None:
+            raise problem
         if who and not stopped:
             raise ParallelError(
                 f"rank {', '.join(map(str, who))} stopped the pass before its end",
@@ -264,9 +273,14 @@ def _check_sizes(bucket_bytes: int, oversize: str, buffers: int | None) -> None:
         raise UsageError("too few buffers", expected="2 or more", found=buffers, hint=hint)
 
 
+def _adapter_of(state: State) -> Gemma4MoEStateDictAdapter | None:
+    """Return a module's own adapter, unless it is of another library."""
+    own = getattr(state, "state_dict_adapter", None)
+    return own if isinstance(own, Gemma4MoEStateDictAdapter) else None
+
+
 def _sizes(state: State, adapter: Any) -> dict[str, int]:
     """Return the sizes of E, H and I that an adapter's configs or a module's own give."""
-    adapter = getattr(state, "state_dict_adapter", None) if adapter is None else adapter
     if adapter is None:
         return axis_sizes(getattr(state, "config", None), None)
     return axis_sizes(adapter.config, adapter.moe_config)
