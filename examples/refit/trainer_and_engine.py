@@ -71,9 +71,11 @@ def engine_main(options: argparse.Namespace, connection: Connection) -> None:
     connection.send("ready")
     for _ in range(options.steps):
         if options.transport == "ipc":
-            engine.load_weights(ipc.receive(connection))
+            receiving = ipc.receive(connection)
         else:
-            engine.load_weights(broadcasting.receive(TRAINER, device=options.device))
+            receiving = broadcasting.receive(TRAINER, device=options.device)
+        with receiving as tensors:  # an error in this block ends the pass in the trainer, too
+            engine.load_weights(tensors)
         connection.send(digest(engine.weights.items()))
     leave()
 

@@ -30,7 +30,9 @@ def described(pairs):
 
 def read_twice(connection):
     for _ in range(2):
-        connection.send(described(ipc.receive(connection)))
+        with ipc.receive(connection) as tensors:
+            found = described(tensors)
+        connection.send(found)
 
 
 def test_another_process_reads_the_buckets_themselves():
@@ -65,7 +67,8 @@ def check_broadcast():
             broadcasting.send(stream, group)
         return
     for _ in range(2):
-        found = [(name, tensor.clone()) for name, tensor in broadcasting.receive(1, group=group)]
+        with broadcasting.receive(1, group=group) as tensors:
+            found = [(name, tensor.clone()) for name, tensor in tensors]
         assert_same_stream(found, expected_stream(nemo))
 
 

@@ -9,8 +9,8 @@ from datetime import timedelta
 from multiprocessing import forkserver
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOADED = ["torch", "torch.distributed.tensor", "gemma4_moe.adapter.state_dict_adapter"]
-_CONTEXT.set_forkserver_preload(_PRELOADED)
+PRELOADED = ["torch", "torch.distributed.tensor", "gemma4_moe.adapter.state_dict_adapter"]
+_CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def run(world, function, *arguments, seconds=120, meet_at_end=True):
@@ -62,9 +62,9 @@ def preloading(*modules):
     """Let ranks begin with these modules imported, too: a new server is started, of which they are forked."""
     server = forkserver._forkserver
     server._stop()
-    _CONTEXT.set_forkserver_preload([*_PRELOADED, *modules])
+    _CONTEXT.set_forkserver_preload([*PRELOADED, *modules])
     try:
         yield
     finally:
         server._stop()
-        _CONTEXT.set_forkserver_preload(_PRELOADED)
+        _CONTEXT.set_forkserver_preload(PRELOADED)

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int | None:
     Raises:
         UsageError: NeMo AutoModel is not as expected; or the recipe is for a launcher of other machines.
     """
-    from nemo_automodel.cli import app, utils
+    from nemo_automodel.cli import app, utils  # type: ignore[import-untyped]
 
     arguments = sys.argv[1:] if arguments is None else arguments
     options, _ = app.build_parser().parse_known_args(arguments)
@@ -33,12 +33,12 @@ def main(arguments: list[str] | None = None) -> int | None:
             file=options.config,
             expected="no section skypilot or nemo_run",
             found=", ".join(sorted(remote)),
-            hint="let that launcher run: torchrun --nproc-per-node N -m gemma4_moe.integrations.nemo_launch RECIPE.yaml",
+            hint=f"let that launcher run: torchrun --nproc-per-node N -m {__spec__.name} RECIPE.yaml",
         )
     if not dist.is_torchelastic_launched():
         processes = "gpu" if options.nproc_per_node is None else str(options.nproc_per_node)
         launch = ["--standalone", "--nproc-per-node", processes, "-m", __spec__.name, *arguments]
-        torchrun.run(torchrun.parse_args(launch))
+        torchrun.run(torchrun.parse_args(launch))  # type: ignore[no-untyped-call]
         return 0
     nemo_automodel.install()
     sys.argv = ["automodel", *arguments]

@@ -1,13 +1,24 @@
-"""Send buckets to the ranks of a receiver group by `torch.distributed` broadcasts."""
+"""Send buckets to the ranks of a receiver group by `torch.distributed` broadcasts.
+
+Nobody enters a broadcast before all have said that they are ready for it, through a key-value store and within a time
+limit. So a receiver that failed, is slow, late or dead is found outside of collectives. After an error the next pass
+works in the same group, unless a rank died: then it needs a new group.
+"""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from gemma4_moe.refit.buckets import aligned, unpack
+from gemma4_moe.distributed.ranks import failing_in_words
+from gemma4_moe.refit import endings
+from gemma4_moe.refit.buckets import Bucket, BucketEntry, aligned, unpack
+from gemma4_moe.refit.leases import Buffers
+from gemma4_moe.refit.mailboxes import Mailbox, Passes, passes_between
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,37 +26,142 @@ if TYPE_CHECKING:
     from gemma4_moe.refit.stream import WeightStream
 
 
-def send(stream: WeightStream, group: dist.ProcessGroup | None = None) -> None:
-    """Broadcast one pass of a stream to the ranks of a group that call `receive`.
+def send(
+    stream: WeightStream, group: dist.ProcessGroup | None = None, *, timeout: float = endings.TIMEOUT_SECONDS
+) -> None:
+    """Broadcast one pass of a stream to the ranks of a group that call `receive`; return when their blocks have ended.
 
-    The default is the group of all ranks. A trainer rank that gets no tensors only takes part in the gathers, and need
-    not be in the group.
+    A trainer rank that gets no tensors only takes part in the gathers, and need not be in the group.
+
+    Args:
+        stream: The stream.
+        group: This rank and all receivers; the default is the group of all ranks.
+        timeout: The most seconds that a receiver takes to come, to read a bucket, or to end its block.
+
+    Raises:
+        ParallelError: A receiver failed, died, abandoned the pass, or took longer than `timeout`.
     """
-    for bucket in stream.buckets():
-        _broadcast_entries(bucket.entries, dist.get_rank(), group, bucket.buffer.device)
-        dist.broadcast(bucket.buffer, src=dist.get_rank(), group=group)
-    if stream.keeps:
-        _broadcast_entries(None, dist.get_rank(), group, None)
+    if not stream.keeps:
+        for _ in stream.buckets():
+            pass
+        return
+    own = dist.get_rank()
+    passes = [passes_between(own, rank, timeout) for rank in dist.get_process_group_ranks(group) if rank != own]
+    buckets = stream.buckets()
+    receivers: list[Mailbox] = []
+    try:
+        receivers += _opened(passes)
+        for bucket in buckets:
+            _broadcast(bucket, receivers, group, timeout)
+            del bucket
+        _tell(receivers, "end")
+        _wait_for(receivers, "end its `with` block")
+    except BaseException as error:
+        _tell(receivers, "failed", endings.text_of(error))
+        raise
+    finally:
+        buckets.close()  # type: ignore[attr-defined]  # the other trainer ranks learn of it
 
 
+def _opened(passes: list[Passes]) -> list[Mailbox]:
+    """Wait until all receivers have come, and open the pass with each."""
+    tokens = [each.wait_for_receiver() for each in passes]
+    return [each.open(token) for each, token in zip(passes, tokens, strict=True)]
+
+
+def _broadcast(bucket: Bucket, receivers: list[Mailbox], group: dist.ProcessGroup | None, timeout: float) -> None:
+    """Offer a bucket, and broadcast it once every receiver has memory for it."""
+    label = bucket.entries[0].name
+    _tell(receivers, "bucket", bucket.entries)
+    _wait_for(receivers, "ask for it", label)
+    _tell(receivers, "go")
+    _run(bucket.buffer, dist.get_rank(), group, timeout)
+
+
+def _tell(receivers: list[Mailbox], kind: str, content: Any = None) -> None:
+    for receiver in receivers:
+        receiver.put(kind, content)
+
+
+def _wait_for(receivers: list[Mailbox], action: str, bucket: str | None = None) -> None:
+    for receiver in receivers:
+        receiver.get(action, bucket)
+
+
+@contextmanager
 def receive(
-    src: int, *, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (hf name, tensor) of one pass, each valid until the next is asked for.
+    src: int,
+    *,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str = "cpu",
+    buffers: int = 4,
+    timeout: float = endings.TIMEOUT_SECONDS,
+) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
+    """Open a pass, and give its (hf name, tensor) pairs to a `with` block.
 
-    The sender's rank is `src`. The buffer is on `device`, which the group's backend must serve.
+    `with receive(src) as tensors: engine.load_weights(tensors)`.
+
+    The consumer may keep tensors: the memory of a bucket is used again once all tensors of it are dropped. An error in
+    the block ends the pass on all sides, in the sender with its text. A block that ends before the last tensor abandons
+    the pass.
+
+    Args:
+        src: The sender's rank.
+        group: The sender's group.
+        device: The buffers' device, which the group's backend must serve.
+        buffers: The most buffers that are alive, each as large as a bucket.
+        timeout: The most seconds that the sender takes to come, or to fill a bucket.
+
+    Raises:
+        ParallelError: The sender or another receiver failed, died, or took longer than `timeout`.
+        UsageError: The consumer holds buckets in all `buffers` and asks for more.
     """
-    buffer = torch.empty(0, dtype=torch.uint8, device=device)
-    while (entries := _broadcast_entries(None, src, group, torch.device(device))) is not None:
-        size = entries[-1].offset + aligned(entries[-1].nbytes)
-        if buffer.numel() < size:
-            buffer = torch.empty(size, dtype=torch.uint8, device=device)
-        dist.broadcast(buffer[:size], src=src, group=group)
-        yield from unpack(buffer, entries)
+    passes = passes_between(src, dist.get_rank(), timeout)
+    with passes.opened() as sender:
+        incoming = _Incoming(sender, src, group, Buffers(torch.device(device), buffers), timeout)
+        try:
+            yield incoming.tensors()
+        except BaseException as error:
+            sender.put("failed", endings.text_of(error))
+            raise
+        if incoming.ended:
+            sender.put("done")
+            sender.check("wait for the end of the `with` block")
+        else:
+            sender.put("failed", endings.ABANDONED)
 
 
-def _broadcast_entries(entries: Any, src: int, group: dist.ProcessGroup | None, device: torch.device | None) -> Any:
-    """Return the entries of the next bucket of `src`, None at the end."""
-    message = [entries]
-    dist.broadcast_object_list(message, src=src, group=group, device=device)
-    return message[0]
+class _Incoming:
+    """The buckets of one pass, on a receiver."""
+
+    def __init__(
+        self, sender: Mailbox, src: int, group: dist.ProcessGroup | None, buffers: Buffers, timeout: float
+    ) -> None:
+        self.ended = False
+        self._sender = sender
+        self._src = src
+        self._group = group
+        self._buffers = buffers
+        self._timeout = timeout
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of the pass."""
+        label: str | None = None
+        while (message := self._sender.get("offer the next bucket", label)).kind != "end":
+            entries = [BucketEntry(*entry) for entry in message.content]
+            label, size = entries[0].name, entries[-1].offset + aligned(entries[-1].nbytes)
+            lease = self._buffers.lease(size, label)
+            self._sender.put("ready")
+            self._sender.get("broadcast the bucket", label)
+            _run(lease.buffer, self._src, self._group, self._timeout)
+            views = unpack(lease.buffer, entries)[::-1]
+            del lease
+            while views:
+                yield views.pop()
+            self._buffers.asked_for_next()
+        self.ended = True
+
+
+def _run(buffer: torch.Tensor, src: int, group: dist.ProcessGroup | None, timeout: float) -> None:
+    with failing_in_words("broadcast a bucket"):
+        dist.broadcast(buffer, src=src, group=group, async_op=True).wait(timedelta(seconds=timeout))

@@ -17,7 +17,10 @@ def sglang_bucket(bucket: Bucket) -> Any:
     can be sent to the engine's process. Keep `bucket` until the engine has loaded it: a handle does not count as a
     holder of its memory. On the CPU the first use of a buffer copies it into shared memory.
     """
-    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket, FlattenedTensorMetadata
+    from sglang.srt.weight_sync.tensor_bucket import (  # type: ignore[import-not-found]
+        FlattenedTensorBucket,
+        FlattenedTensorMetadata,
+    )
 
     metadata = [
         FlattenedTensorMetadata(
