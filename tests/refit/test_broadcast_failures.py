@@ -19,7 +19,7 @@ def good_pass(group=None):
     """One pass that arrives, with equal bits."""
     nemo = nemo_state()
     if dist.get_rank() == SENDER:
-        broadcasting.send(WeightStream(ADAPTER, nemo, bucket_bytes=LARGEST), group, timeout=20)
+        broadcasting.send(WeightStream(nemo, ADAPTER, bucket_bytes=LARGEST), group, timeout=20)
     else:
         with broadcasting.receive(SENDER, group=group, timeout=20) as tensors:
             found = consume(tensors)
@@ -29,7 +29,7 @@ def good_pass(group=None):
 def take_part(fault, at):
     """One pass in which one receiver misbehaves."""
     if dist.get_rank() == SENDER:
-        broadcasting.send(WeightStream(ADAPTER, nemo_state(), bucket_bytes=LARGEST), timeout=LIMIT)
+        broadcasting.send(WeightStream(nemo_state(), ADAPTER, bucket_bytes=LARGEST), timeout=LIMIT)
         return
     fault = fault if dist.get_rank() == FAULTY else None
     if fault == "is late":
@@ -89,7 +89,7 @@ def test_a_receiver_that_dies_ends_the_others_and_a_new_group_works(place):
 
 
 def check_death(at):
-    stream, start = WeightStream(ADAPTER, nemo_state(), bucket_bytes=LARGEST), time.monotonic()
+    stream, start = WeightStream(nemo_state(), ADAPTER, bucket_bytes=LARGEST), time.monotonic()
     if dist.get_rank() == SENDER:
         with pytest.raises(ParallelError, match=rf"(?s)rank {FAULTY},.*within {LIMIT:g} s"):
             broadcasting.send(stream, timeout=LIMIT)
@@ -115,7 +115,7 @@ def check_sender(fault):
     nemo = nemo_state()
     if dist.get_rank() == 1:
         state = layered(nemo)
-        stream = WeightStream(ADAPTER, state, bucket_bytes=LARGEST)
+        stream = WeightStream(state, ADAPTER, bucket_bytes=LARGEST)
         state.broken = fault
         with pytest.raises(LookupError, match="no such page"):
             broadcasting.send(stream, timeout=LIMIT)
@@ -138,7 +138,7 @@ def test_a_consumer_may_keep_tensors_within_its_buffers():
 def check_keeping():
     nemo = nemo_state()
     if dist.get_rank() == SENDER:
-        stream = WeightStream(ADAPTER, nemo, bucket_bytes=LARGEST)
+        stream = WeightStream(nemo, ADAPTER, bucket_bytes=LARGEST)
         with pytest.raises(ParallelError, match="all 2 buffers are still held"):
             broadcasting.send(stream, timeout=20)
         broadcasting.send(stream, timeout=20)

@@ -74,7 +74,7 @@ def send_and_fail(stream, connection, words):
 @pytest.mark.parametrize("fault", ["raises", "sleeps"])
 def test_a_receiver_that_fails_ends_both_sides_and_the_next_pass_works(fault):
     nemo = nemo_state()
-    stream = WeightStream(ADAPTER, nemo, bucket_bytes=LARGEST)
+    stream = WeightStream(nemo, ADAPTER, bucket_bytes=LARGEST)
     expected = described(expected_stream(nemo))
     assert len(expected) == TENSORS
     words = {"raises": r"ValueError: the engine is full", "sleeps": rf"(?s)did not .* within {LIMIT:g} s"}
@@ -90,7 +90,7 @@ def test_a_receiver_that_fails_ends_both_sides_and_the_next_pass_works(fault):
 
 def test_a_receiver_that_is_late_or_stops_early_ends_both_sides():
     nemo = nemo_state()
-    stream = WeightStream(ADAPTER, nemo, bucket_bytes=LARGEST)
+    stream = WeightStream(nemo, ADAPTER, bucket_bytes=LARGEST)
     with another_process(read_with_faults, [("is late", None), ("stops", 7)]) as (connection, reports):
         for words, told in [("did not call `receive` within", "did not send"), ("abandoned before its", "no error")]:
             send_and_fail(stream, connection, words)
@@ -101,10 +101,10 @@ def test_a_receiver_that_is_late_or_stops_early_ends_both_sides():
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_receiver_that_dies_ends_the_sender(place):
-    stream = WeightStream(ADAPTER, nemo_state(), bucket_bytes=LARGEST)
+    stream = WeightStream(nemo_state(), ADAPTER, bucket_bytes=LARGEST)
     with another_process(read_with_faults, [("dies", PLACES[place])]) as (connection, _):
         send_and_fail(stream, connection, "the receiver has closed the connection, or was killed")
-    with another_process(read_with_faults, [("raises", 0)]) as (connection, reports):
+    with another_process(read_with_faults, [("raises", 7)]) as (connection, reports):
         send_and_fail(stream, connection, "the engine is full")
         assert reported(reports) == "the engine is full"
         ipc.send(stream, connection, timeout=10)
@@ -113,7 +113,7 @@ def test_a_receiver_that_dies_ends_the_sender(place):
 
 def send_with_fault(connection, reporting, fault):
     state = layered(nemo_state())
-    stream = WeightStream(ADAPTER, state, bucket_bytes=LARGEST)
+    stream = WeightStream(state, ADAPTER, bucket_bytes=LARGEST)
     state.broken = fault
     try:
         ipc.send(stream, connection, timeout=LIMIT)
@@ -137,7 +137,7 @@ def test_a_sender_that_fails_ends_the_receiver(fault, words):
 
 
 def send_often(connection, reporting, buffers):
-    stream = WeightStream(ADAPTER, nemo_state(), bucket_bytes=LARGEST, buffers=buffers)
+    stream = WeightStream(nemo_state(), ADAPTER, bucket_bytes=LARGEST, buffers=buffers)
     try:
         ipc.send(stream, connection, timeout=10)
         reporting.send("no error")

@@ -31,6 +31,7 @@ def consume(tensors, fault=None, at=None):
     """Read a pass, and misbehave once `at` tensors are read; `TENSORS` + 1 is after the loop."""
     found = []
     if at == 0:
+        time.sleep(LIMIT / 2)  # the sender has come: it would drop a pass that failed before
         misbehave(fault)
     for name, tensor in tensors:
         found += described([(name, tensor)])

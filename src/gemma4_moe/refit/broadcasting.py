@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from gemma4_moe.distributed.ranks import failing_in_words
 from gemma4_moe.refit import endings
-from gemma4_moe.refit.buckets import Bucket, BucketEntry, aligned, unpack
-from gemma4_moe.refit.leases import Buffers
+from gemma4_moe.refit.buckets import SMALL_BYTES, Bucket, BucketEntry, aligned, copying, unpack
+from gemma4_moe.refit.lending import Lender
 from gemma4_moe.refit.mailboxes import Mailbox, Passes, passes_between
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def receive(
     group: dist.ProcessGroup | None = None,
     device: torch.device | str = "cpu",
     buffers: int = 4,
+    copy_up_to: int = SMALL_BYTES,
     timeout: float = endings.TIMEOUT_SECONDS,
 ) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
     """Open a pass, and give its (hf name, tensor) pairs to a `with` block.
@@ -110,6 +111,7 @@ def receive(
         group: The sender's group.
         device: The buffers' device, which the group's backend must serve.
         buffers: The most buffers that are alive, each as large as a bucket.
+        copy_up_to: Tensors of at most so many bytes are copies; see `Bucket.tensors`.
         timeout: The most seconds that the sender takes to come, or to fill a bucket.
 
     Raises:
@@ -118,7 +120,7 @@ def receive(
     """
     passes = passes_between(src, dist.get_rank(), timeout)
     with passes.opened() as sender:
-        incoming = _Incoming(sender, src, group, Buffers(torch.device(device), buffers), timeout)
+        incoming = _Incoming(sender, src, group, Lender(torch.device(device), buffers), copy_up_to, timeout)
         try:
             yield incoming.tensors()
         except BaseException as error:
@@ -135,30 +137,38 @@ class _Incoming:
     """The buckets of one pass, on a receiver."""
 
     def __init__(
-        self, sender: Mailbox, src: int, group: dist.ProcessGroup | None, buffers: Buffers, timeout: float
+        self,
+        sender: Mailbox,
+        src: int,
+        group: dist.ProcessGroup | None,
+        lender: Lender,
+        copy_up_to: int,
+        timeout: float,
     ) -> None:
         self.ended = False
         self._sender = sender
         self._src = src
         self._group = group
-        self._buffers = buffers
+        self._lender = lender
+        self._copy_up_to = copy_up_to
         self._timeout = timeout
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors of the pass."""
         label: str | None = None
+        largest = 0
         while (message := self._sender.get("offer the next bucket", label)).kind != "end":
             entries = [BucketEntry(*entry) for entry in message.content]
             label, size = entries[0].name, entries[-1].offset + aligned(entries[-1].nbytes)
-            lease = self._buffers.lease(size, label)
+            largest = max(largest, size)
+            loan = self._lender.lend(size, f"the bucket from {label} on", at_least=largest)
             self._sender.put("ready")
             self._sender.get("broadcast the bucket", label)
-            _run(lease.buffer, self._src, self._group, self._timeout)
-            views = unpack(lease.buffer, entries)[::-1]
-            del lease
+            _run(loan.memory, self._src, self._group, self._timeout)
+            views = copying(reversed(unpack(loan.memory, entries)), self._copy_up_to)
+            del loan
             while views:
                 yield views.pop()
-            self._buffers.asked_for_next()
         self.ended = True
 
 

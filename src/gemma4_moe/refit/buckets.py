@@ -22,6 +22,10 @@ Oversize = Literal["error", "own"]
 ALIGNMENT = 512
 
 
+#: Tensors of at most so many bytes, such as norms and scales, are given to a consumer as copies by default.
+SMALL_BYTES = 2**16
+
+
 class BucketEntry(NamedTuple):
     """The place of one tensor in a bucket, as `json` can write it."""
 
@@ -84,13 +88,13 @@ class Bucket:
         self._loan = loan
         self._typed: dict[torch.dtype, torch.Tensor] = {}
 
-    def tensors(self, copy_up_to: int = 0) -> list[tuple[str, torch.Tensor]]:
-        """Return (name, tensor) for everything in the bucket: views of the buffer.
+    def tensors(self, copy_up_to: int = SMALL_BYTES) -> list[tuple[str, torch.Tensor]]:
+        """Return (name, tensor) for everything in the bucket, for a consumer that may keep some of them.
 
-        Tensors of at most `copy_up_to` bytes are copies. An engine that keeps one of them does not keep the buffer.
+        Tensors are views of the buffer, but for those of at most `copy_up_to` bytes, which are copies: engines keep
+        some of these until a pass ends, and would keep a whole buffer with each.
         """
-        views = unpack(self.buffer, self.entries)
-        return [(name, view.clone() if view.nbytes <= copy_up_to else view) for name, view in views]
+        return copying(unpack(self.buffer, self.entries), copy_up_to)
 
     def view_of(self, batch: Batch) -> torch.Tensor:
         """Return a batch's place in the buffer as one tensor."""
@@ -139,6 +143,11 @@ def buffers_for(planned: Sequence[PlannedBucket]) -> int:
         for name in (item.role for batch in bucket.batches for item in batch.items):
             spans.setdefault(layer_of(name) or name, set()).add(number)
     return 1 + max((max(span) - min(span) + 1 for span in spans.values()), default=1)
+
+
+def copying(views: Iterable[tuple[str, torch.Tensor]], up_to: int) -> list[tuple[str, torch.Tensor]]:
+    """Return the same pairs, with copies in the place of tensors of at most so many bytes."""
+    return [(name, view.clone() if view.nbytes <= up_to else view) for name, view in views]
 
 
 def unpack(buffer: torch.Tensor, entries: Iterable[Sequence[Any]]) -> list[tuple[str, torch.Tensor]]:

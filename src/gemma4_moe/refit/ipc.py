@@ -20,7 +20,7 @@ import torch.multiprocessing  # registers the reductions that `Connection.send` 
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gemma4_moe.refit import endings
-from gemma4_moe.refit.buckets import unpack
+from gemma4_moe.refit.buckets import SMALL_BYTES, copying, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +59,7 @@ def send(stream: WeightStream, connection: Connection, *, timeout: float = endin
     buckets = stream.buckets()
     try:
         receiver.wait_until_open()
-        _send_all(buckets, receiver, stream._buffers)
+        _send_all(buckets, receiver, stream.buffers()[0])
     except BaseException as error:
         receiver.tell("failed", endings.text_of(error))
         raise
@@ -96,19 +96,18 @@ class _Receiver:
         self._last: str | None = None  # the first tensor of the last bucket
 
     def wait_until_open(self) -> None:
-        """Wait for a pass that the receiver has opened, and that it waits in."""
+        """Wait for a pass that the receiver opens; one that ended before this call is dropped."""
+        while self._connection.poll():
+            message = self._next("call `receive`")
+            if message.kind == "open":
+                self._token, self._asked = message.token, False
+            elif message.token == self._token:
+                self._token = "" if message.kind == "failed" else self._token
+                self._asked = message.kind == "next"
         while not self._token:
             message = self._next("call `receive`")
             if message.kind == "open":
                 self._token = message.token
-            while self._token and self._connection.poll():
-                message = self._next("call `receive`")
-                if message.kind == "open":
-                    self._token = message.token
-                elif message.kind == "failed" and message.token == self._token:
-                    self._token = ""
-                elif message.kind == "next" and message.token == self._token:
-                    self._asked = True
 
     def wait_until_asked(self) -> None:
         """Wait until the consumer asks for the next bucket."""
@@ -148,7 +147,7 @@ class _Receiver:
 
 @contextmanager
 def receive(
-    connection: Connection, *, timeout: float = endings.TIMEOUT_SECONDS
+    connection: Connection, *, copy_up_to: int = SMALL_BYTES, timeout: float = endings.TIMEOUT_SECONDS
 ) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
     """Open a pass, and give its (hf name, tensor) pairs to a `with` block.
 
@@ -160,12 +159,13 @@ def receive(
 
     Args:
         connection: One end; the sender has the other.
+        copy_up_to: Tensors of at most so many bytes are copies; see `Bucket.tensors`.
         timeout: The most seconds that the sender takes to come, or to fill a bucket.
 
     Raises:
         ParallelError: The sender failed, died, or took longer than `timeout`.
     """
-    sender = _Sender(connection, timeout)
+    sender = _Sender(connection, copy_up_to, timeout)
     try:
         sender.tell("open")
         yield sender.tensors()
@@ -178,8 +178,9 @@ def receive(
 class _Sender:
     """The receiver's view of the sender, and of the buckets that it has lent."""
 
-    def __init__(self, connection: Connection, timeout: float) -> None:
+    def __init__(self, connection: Connection, copy_up_to: int, timeout: float) -> None:
         self._connection = connection
+        self._copy_up_to = copy_up_to
         self._timeout = timeout
         self._token = uuid.uuid4().hex
         self._lent: dict[int, StorageWeakRef] = {}
@@ -198,7 +199,7 @@ class _Sender:
             number, buffer, entries = message.content
             self._device, self._last = buffer.device, entries[0].name
             self._lent[number] = StorageWeakRef(buffer.untyped_storage())  # type: ignore[no-untyped-call]
-            views = unpack(buffer, entries)[::-1]
+            views = copying(reversed(unpack(buffer, entries)), self._copy_up_to)
             del message, buffer
             while views:
                 yield views.pop()

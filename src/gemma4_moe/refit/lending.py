@@ -130,6 +130,5 @@ class Lender:
             f"a consumer still holds all {self._limit} buffers",
             expected="one that neither it nor a view of it holds",
             found=f"held: {held}",
-            hint=f"set buffers to more than {self._limit}, or drop tensors once they are read, or copy them; "
-            "bucket.tensors(copy_up_to=2**16) copies the small ones, which engines keep for longest",
+            hint=f"set buffers to more than {self._limit}, or drop tensors once they are read, or copy them",
         )
