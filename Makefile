@@ -21,6 +21,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile CMakeLists.txt $(wildcard cpp/
 	$(PIP) torch
 	$(PIP) --editable '.[demo,hub,torch]' --group test --group lint
 	$(PIP) --no-deps nemo-automodel==0.7.0
+	$(PIP) --no-deps --target $(VENV)/engines sglang==0.5.23 verl==0.9.1
 	$(BIN)/python -c "import gemma4_moe.kernels._cpu"  # a compiler is expected here; the package itself does without
 	touch $@
 

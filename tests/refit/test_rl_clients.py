@@ -20,7 +20,7 @@ from support.streams import ADAPTER, LARGEST, assert_same_stream, expected_strea
 def test_sglang_reconstructs_every_tensor_of_a_bucket(monkeypatch, experts):
     engines.sglang_buckets(monkeypatch)
     nemo, found, count = nemo_state(), [], 0
-    for bucket in WeightStream(ADAPTER, nemo, experts=experts, bucket_bytes=LARGEST).buckets():
+    for bucket in WeightStream(nemo, ADAPTER, experts=experts, bucket_bytes=LARGEST).buckets():
         flattened = sglang_bucket(bucket)
         assert flattened.get_flattened_tensor().data_ptr() == bucket.shareable().data_ptr(), "copied"
         found += [(name, tensor.clone()) for name, tensor in flattened.reconstruct_tensors()]
@@ -46,7 +46,7 @@ def test_sglang_reconstructs_in_another_process(monkeypatch):
     process.start()
     there.close()
     nemo, found = nemo_state(), []
-    for bucket in WeightStream(ADAPTER, nemo, bucket_bytes=LARGEST).buckets():
+    for bucket in WeightStream(nemo, ADAPTER, bucket_bytes=LARGEST).buckets():
         flattened = sglang_bucket(bucket)
         here.send({"flattened_tensor": flattened.get_flattened_tensor(), "metadata": flattened.get_metadata()})
         found += here.recv()
@@ -61,7 +61,7 @@ def test_verl_sends_the_stream_in_its_own_buckets(monkeypatch, tmp_path):
     nemo = nemo_state()
     for layer in range(3):
         nemo[f"model.language_model.layers.{layer}.mlp.up_proj.weight"] = torch.randn(700, 431 + layer)
-    params, lora = per_tensor_param(WeightStream(ADAPTER, nemo))
+    params, lora = per_tensor_param(WeightStream(nemo, ADAPTER))
     assert lora is None
     address, found, sizes = f"ipc://{tmp_path}/verl.sock", [], []
 
@@ -84,10 +84,10 @@ def test_verl_sends_the_stream_in_its_own_buckets(monkeypatch, tmp_path):
 def test_verl_may_keep_every_tensor():
     """Its SGLang rollout gathers tensors into a list, and sends them once the list is large."""
     nemo = nemo_state()
-    params, _ = per_tensor_param(WeightStream(ADAPTER, nemo, bucket_bytes=LARGEST, buffers=1))
+    params, _ = per_tensor_param(WeightStream(nemo, ADAPTER, bucket_bytes=LARGEST, buffers=2))
     assert_same_stream(list(params), expected_stream(nemo))
 
 
 def test_a_stream_for_one_rank_is_not_for_verl():
     with pytest.raises(UsageError, match=r"for one rank"):
-        per_tensor_param(WeightStream(ADAPTER, nemo_state(), dst=0))
+        per_tensor_param(WeightStream(nemo_state(), ADAPTER, dst=0))

@@ -30,7 +30,7 @@ def described(pairs):
 
 def read_twice(connection):
     for _ in range(2):
-        with ipc.receive(connection) as tensors:
+        with ipc.receive(connection, copy_up_to=0) as tensors:
             found = described(tensors)
         connection.send(found)
 
@@ -67,7 +67,7 @@ def check_broadcast():
             broadcasting.send(stream, group)
         return
     for _ in range(2):
-        with broadcasting.receive(1, group=group) as tensors:
+        with broadcasting.receive(1, copy_up_to=0, group=group) as tensors:
             found = [(name, tensor.clone()) for name, tensor in tensors]
         assert_same_stream(found, expected_stream(nemo))
 

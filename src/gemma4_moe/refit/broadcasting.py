@@ -56,6 +56,7 @@ def send(
             del bucket
         _tell(receivers, "end")
         _wait_for(receivers, "end its `with` block")
+        _tell(receivers, "over")
     except BaseException as error:
         _tell(receivers, "failed", endings.text_of(error))
         raise
@@ -128,7 +129,7 @@ def receive(
             raise
         if incoming.ended:
             sender.put("done")
-            sender.check("wait for the end of the `with` block")
+            sender.get_last("end the pass")
         else:
             sender.put("failed", endings.ABANDONED)
 

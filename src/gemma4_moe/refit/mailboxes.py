@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Message(NamedTuple):
     """A message; `json` can write its content."""
 
-    kind: str  # of the receiver: ready, done; of the sender: open, bucket, go, end; of both: failed
+    kind: str  # of the receiver: ready, done; of the sender: open, bucket, go, end, over; of both: failed
     content: Any
 
 
@@ -53,20 +53,23 @@ class Mailbox:
         Raises:
             ParallelError: The other side has ended the pass; or has sent nothing within the time limit.
         """
+        try:
+            return self._next(action, bucket)
+        except dist.DistError as error:
+            raise endings.lost("the process that holds the store", bucket) from error
+
+    def get_last(self, action: str) -> None:
+        """Wait until the other side has ended the pass, and raise its error."""
+        with suppress(dist.DistError):  # a process that holds the store may end with its last message
+            self._next(action, None)
+
+    def _next(self, action: str, bucket: str | None) -> Message:
         text = _taken(self._store, f"to {self._own}/{self._read}", self._timeout, self._other, action, bucket)
         self._read += 1
         message = Message(*json.loads(text))
         if message.kind == "failed":
             raise endings.told(self._other, message.content, bucket)
         return message
-
-    def check(self, action: str) -> None:
-        """Raise the other side's error, if it has ended the pass; don't wait."""
-        found = False
-        with suppress(dist.DistError):  # a sender that holds the store may end once it has been told of the end
-            found = self._store.check([f"to {self._own}/{self._read}"])
-        if found:
-            self.get(action)
 
 
 class Passes:
@@ -80,7 +83,10 @@ class Passes:
 
     def wait_for_receiver(self) -> str:
         """Return the token of the pass that the receiver has opened."""
-        return _taken(self._store, "opened", self._timeout, self._receiver, "call `receive`", None)
+        try:
+            return _taken(self._store, "opened", self._timeout, self._receiver, "call `receive`", None)
+        except dist.DistError as error:
+            raise endings.lost("the process that holds the store", None) from error
 
     def open(self, token: str) -> Mailbox:
         """Return the sender's mailbox of a pass, and tell the receiver that it begins."""
@@ -110,13 +116,11 @@ def passes_between(sender: int, receiver: int, timeout: float) -> Passes:
 
 
 def _taken(store: Store, key: str, timeout: float, other: str, action: str, bucket: str | None) -> str:
-    """Return the value of a key once it is there, and delete it."""
+    """Return the value of a key once it is there, and delete it. A DistError says that the store is gone."""
     try:
         store.wait([key], timedelta(seconds=timeout))
         value: str = store.get(key).decode()
         store.delete_key(key)
     except dist.DistStoreError as error:
         raise endings.waited(other, action, bucket, timeout) from error
-    except dist.DistError as error:
-        raise endings.lost("the process that holds the store", bucket) from error
     return value
