@@ -1,15 +1,14 @@
-"""Models of transformers, converted there and back on disk, and into NeMo AutoModel's model, compute the same."""
+"""Models of transformers, converted there and back on disk, compute the same."""
 
 import pytest
 import torch
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, convert
-from gemma4_moe.demo.small_models import build_model, logits, save_model
-from support import peer
+from gemma4_moe import convert
+from gemma4_moe.demo.small_models import build_model, save_model
 from support.formulas import assert_same_tensors, nemo_from_hf
+from support.logits import TOLERANCE, difference
 from support.models import read_directory, respell_as_legacy
 
-TOLERANCE = 5e-6
 KINDS = ["multimodal", "text"]
 PREFIXES = {"multimodal": "model.language_model.layers.0.", "text": "model.layers.0."}
 
@@ -19,10 +18,6 @@ def load(model, directory):
     loaded, names = type(model).from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
     assert not any(names.values()), names
     return loaded
-
-
-def difference(model, other):
-    return (logits(model) - logits(other)).abs().max().item()
 
 
 @pytest.mark.parametrize("spelling", ["current", "legacy"])
@@ -65,32 +60,3 @@ def test_nemo_to_hf_to_nemo_has_the_same_bits(kind, dtype, tmp_path):
     convert(tmp_path / "nemo", tmp_path / "back")
     convert(tmp_path / "back", tmp_path / "again")
     assert_same_tensors(read_directory(tmp_path / "again"), read_directory(tmp_path / "nemo"))
-
-
-def adapter_of(source):
-    return Gemma4MoEStateDictAdapter(source.config.text_config, None, None, dtype=torch.float32)
-
-
-def nemo_model(source, hf):
-    """NeMo's model of the source's config, with the weights of `hf`."""
-    model = peer.model(source.config)
-    model.load_state_dict(adapter_of(source).from_hf(hf), strict=True)
-    return model
-
-
-@pytest.mark.parametrize(("layers", "seed"), [(2, 0), (3, 1), (2, 2)])
-def test_the_model_of_nemo_has_the_logits_of_transformers_there_and_back(layers, seed):
-    source = build_model("multimodal", layers=layers, seed=seed)
-    model = nemo_model(source, source.state_dict())
-    assert difference(model, source) <= TOLERANCE
-    model.state_dict_adapter = adapter_of(source)
-    back = build_model("multimodal", layers=layers, seed=seed + 10)
-    back.load_state_dict(model.state_dict_adapter.to_hf(model.state_dict()), strict=True)
-    assert difference(back, source) <= TOLERANCE
-
-
-def test_the_logits_tell_a_fold_that_was_left_out():
-    source = build_model("multimodal", seed=0)
-    hf = source.state_dict()
-    unscaled = {k: torch.ones_like(v) if k.endswith("per_expert_scale") else v for k, v in hf.items()}
-    assert difference(nemo_model(source, unscaled), source) > 1000 * TOLERANCE
