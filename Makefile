@@ -11,7 +11,8 @@ FALLBACK := .venv-fallback
 # The two ends of the ranges in pyproject.toml. Tests of clients that pin versions of their own are left out.
 NEWEST        := .venv-newest
 OLDEST        := .venv-oldest
-WITHOUT_PEERS := $(addprefix --ignore=tests/,integrations distributed/test_nemo_checkpointer.py \
+WITHOUT_PEERS := $(addprefix --ignore=tests/,integrations benchmarks/test_multi_gpu.py \
+                   distributed/test_nemo_checkpointer.py \
                    distributed/test_nemo_peft.py interop/test_contract.py interop/test_nemo_model.py \
                    interop/test_peer_oracle.py refit/test_rl_clients.py)
 

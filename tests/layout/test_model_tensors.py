@@ -16,14 +16,16 @@ from gemma4_moe.layout.model_tensors import AUDIO, called_for
 REAL = Path(__file__).parents[1] / "data" / "gemma-4-26B-A4B"
 TEXT = small_models._TEXT | {"num_hidden_layers": 7, "moe_intermediate_size": 24}
 VISION = small_models._VISION | {"num_hidden_layers": 2}
+#: Both kinds of attention are among the layers that share no keys, which transformers 5.24 asks for.
+MIXED = [*["full_attention", "sliding_attention"] * 3, "full_attention"]
 
 TEXTS = [
     {},
     {"attention_k_eq_v": False},
     {"num_global_key_value_heads": None},
     {"hidden_size_per_layer_input": 16},
-    {"num_kv_shared_layers": 2},
-    {"num_kv_shared_layers": 3, "use_double_wide_mlp": True},
+    {"num_kv_shared_layers": 2, "layer_types": MIXED},
+    {"num_kv_shared_layers": 3, "use_double_wide_mlp": True, "layer_types": MIXED},
     {"attention_bias": True},
     {"tie_word_embeddings": False},
     {"num_hidden_layers": 2},
