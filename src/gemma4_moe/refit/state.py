@@ -118,7 +118,7 @@ def _is_as_planned(tensors: Tensors, planned: Contents) -> bool:
         tensor = tensors[facts.name]
         if not isinstance(tensor, torch.Tensor) or not facts.fit(tensor):
             return False
-        places[facts.name] = local_of(tensor).data_ptr()
+        places[facts.name] = (tensor if facts.mesh is None else local_of(tensor)).data_ptr()
     apart = len(set(places.values())) == len(places)  # no two became one tensor, and none is empty
     return apart and all(_identity(tensors[a]) == _identity(tensors[name]) for a, name in planned.aliases.items())
 

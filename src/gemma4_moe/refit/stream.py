@@ -119,7 +119,7 @@ class WeightStream:
         self._aliases = {sent(alias): sent(name) for alias, name in ties}
         self._meshes = {facts.mesh: None for facts in natives if facts.mesh is not None}
         self._placements = digests((each.mesh, [each.name, each.placements]) for each in natives)
-        self._buckets: list[PlannedBucket] | None = None
+        self._buckets: tuple[list[PlannedBucket], int] | None = None
         digest = hashlib.sha256(json.dumps(self.plan()).encode()).hexdigest()
         self._call = [digest, experts, bucket_bytes, oversize, exclude_key_regex, sorted(layers or ())]
 
@@ -129,8 +129,7 @@ class WeightStream:
 
     def buffers(self) -> tuple[int, int]:
         """Return the most buffers that a pass of buckets fills at a time, and the size in bytes of the largest."""
-        planned = self._planned_buckets()
-        count = buffers_for(planned) if self._buffers is None else self._buffers
+        planned, count = self._planned_buckets()
         return count, max((bucket.size for bucket in planned), default=0)
 
     def preflight(self, reference: str | Path | Iterable[Any], others: Iterable[Iterable[Planned]] = ()) -> None:
@@ -178,7 +177,7 @@ class WeightStream:
                 every buffer.
             InputError, ParallelError: As in an iteration.
         """
-        planned, (count, _) = self._planned_buckets(), self.buffers()
+        planned, count = self._planned_buckets()
         filler, state = self._begin()
         device = next((state.tensor(item.origin).device for item in self._items), torch.device("cpu"))
         ordinary = max((each.size for each in planned if each.size <= aligned(self._bucket_bytes)), default=0)
@@ -203,9 +202,11 @@ class WeightStream:
                 del bucket  # or its buffer would stay lent
         self._end(state, stopped=stopped, failure=failure)
 
-    def _planned_buckets(self) -> list[PlannedBucket]:
+    def _planned_buckets(self) -> tuple[list[PlannedBucket], int]:
+        """Return the buckets, and the most buffers that a pass fills at a time."""
         if self._buckets is None:
-            self._buckets = plan_buckets(self._items, self._bucket_bytes, self._oversize)
+            planned = plan_buckets(self._items, self._bucket_bytes, self._oversize)
+            self._buckets = planned, buffers_for(planned) if self._buffers is None else self._buffers
         return self._buckets
 
     @torch.no_grad()
