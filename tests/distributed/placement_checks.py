@@ -7,6 +7,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from gemma4_moe import Gemma4MoEStateDictAdapter
 from gemma4_moe.adapter import MoEConfig
+from gemma4_moe.distributed import gathering
 from support.formulas import NEMO_ENDINGS, hf_from_nemo, nemo_from_hf, renamed
 from support.models import Lazy, random_hf_state_dict
 
@@ -83,7 +84,17 @@ def same(found, expected):
             assert torch.equal(found[name], tensor), name
 
 
-def check_all(world):
+def on_the_road_of_a_gpu():
+    """Let a rank on the CPU gather as a GPU does, with such limits that small tensors take all its ways."""
+    gathering.IN_PLACE_DEVICES.add("cpu")
+    gathering.PACKED_BYTES = 100  # some are packed, others aren't
+    gathering._BLOCK_BYTES = 0  # several blocks
+
+
+def check_all(world, road):
+    """`road` is that of a CPU, staged, or that of a GPU, in place."""
+    if road == "in place":
+        on_the_road_of_a_gpu()
     for shape, placements, names in CASES[world]:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         for sizes in SIZES:

@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from distributed.placement_checks import same, shard
 from gemma4_moe import Gemma4MoEStateDictAdapter
-from gemma4_moe.adapter import MoEConfig, to_hf
+from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.distributed import collectives
+from gemma4_moe.distributed.gathering import Gatherer
 from gemma4_moe.errors import ParallelError
 from support import ranks
 from support.formulas import nemo_from_hf
@@ -73,16 +74,16 @@ def end_when_one_is_killed(world):
     """The last rank is gone in the middle of a gather."""
     state = model(world)
     if dist.get_rank() == world - 1:
-        original = collectives.gather
+        original = Gatherer.add
         calls = []
 
-        def gather(*arguments):
+        def add(*arguments):
             calls.append(arguments)
             if len(calls) == 2:
                 os._exit(0)
             return original(*arguments)
 
-        to_hf.gather = gather
+        Gatherer.add = add
     with pytest.raises(ParallelError, match="could not gather") as caught:
         adapter().to_hf(state, gather=True)
     assert "was killed" in str(caught.value)

@@ -16,9 +16,12 @@ from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
-def test_placements(world):
-    ranks.run(world, check_all, world)
+@pytest.mark.parametrize(
+    ("world", "road"),
+    [(1, "staged"), *((world, road) for world in (2, 3, 4, 8) for road in ("staged", "in place"))],
+)
+def test_placements(world, road):
+    ranks.run(world, check_all, world, road)
 
 
 @pytest.mark.parametrize("world", [1, 3, 4])

@@ -6,12 +6,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from distributed.placement_checks import CASES, shard
+from distributed.placement_checks import CASES, on_the_road_of_a_gpu, shard
 from gemma4_moe import Gemma4MoEStateDictAdapter
 from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.errors import ParallelError, UsageError
 from gemma4_moe.refit import WeightStream
 from support import ranks
+from support.collectives import Collectives
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
 from support.streams import ADAPTER, assert_same_stream, copied, expected_stream, nemo_state, per_expert
@@ -26,9 +27,15 @@ INNER = {
 }
 
 
+@pytest.mark.parametrize("road", ["staged", "in place"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_placement_gives_the_same_stream(world):
-    ranks.run(world, check_streams, world)
+def test_every_placement_gives_the_same_stream(world, road):
+    ranks.run(world, check_streams, world, road)
+
+
+@pytest.mark.parametrize("experts", ["fused", "per-expert"])
+def test_the_collectives_of_a_pass_follow_from_its_buckets(experts):
+    ranks.run(2, check_collectives, experts)
 
 
 def test_a_sharded_state_in_hf_layout_is_sent_as_it_is():
@@ -66,7 +73,27 @@ def test_pipeline_stages_stream_the_layers_that_they_have():
     ranks.run(2, check_stages)
 
 
-def check_streams(world):
+def check_collectives(experts):
+    """As many with four times the experts, and with many small tensors more."""
+    mesh = init_device_mesh("cpu", (2,))
+
+    def calls(count, more):
+        nemo = nemo_from_hf(random_hf_state_dict(layers=2, E=count, H=9, I=7, dtype=BF16))
+        nemo |= {f"model.language_model.layers.0.more.{number}": torch.ones(6) for number in range(more)}
+        state = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in nemo.items()}
+        stream = WeightStream(state, Gemma4MoEStateDictAdapter(None, MoEConfig(count, 9, 7), None), experts=experts)
+        with Collectives() as seen:
+            assert len(list(stream.buckets())) == 1
+        return seen.calls.total()
+
+    few = calls(4, 0)
+    assert few <= 4  # ranks agree, and tell each other of the end; small tensors together
+    assert calls(16, 0) == calls(16, 50) == few
+
+
+def check_streams(world, road):
+    if road == "in place":
+        on_the_road_of_a_gpu()
     for mesh_shape, placements, names in [*CASES[world], INNER[world]]:
         mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
         for sizes in SIZES[world]:

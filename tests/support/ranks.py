@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks, each a process of its own, and bring back what it raised."""
+"""Run a function on several ranks, each a process of its own, and bring back what it raised."""
 
 import multiprocessing
 import os
@@ -13,14 +13,14 @@ PRELOADED = ["torch", "torch.distributed.tensor", "gemma4_moe.adapter.state_dict
 _CONTEXT.set_forkserver_preload(PRELOADED)
 
 
-def run(world, function, *arguments, seconds=120, meet_at_end=True):
+def run(world, function, *arguments, seconds=120, meet_at_end=True, backend="gloo"):
     """Call the function on `world` ranks, of which none is lost if they `meet_at_end`; raise what they raise."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results = _CONTEXT.SimpleQueue()
     processes = [
-        _CONTEXT.Process(target=_rank, args=(rank, world, port, results, function, arguments, meet_at_end))
+        _CONTEXT.Process(target=_rank, args=(rank, world, port, backend, results, function, arguments, meet_at_end))
         for rank in range(world)
     ]
     for process in processes:
@@ -39,13 +39,17 @@ def run(world, function, *arguments, seconds=120, meet_at_end=True):
     assert [process.exitcode for process in processes] == [0] * world
 
 
-def _rank(rank, world, port, results, function, arguments, meet_at_end):
+def _rank(rank, world, port, backend, results, function, arguments, meet_at_end):
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    where = {}
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        where["device_id"] = torch.device("cuda", rank)
+    dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=60), **where)
     try:
         function(*arguments)
         if meet_at_end:

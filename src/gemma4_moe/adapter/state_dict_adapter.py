@@ -22,7 +22,8 @@ from gemma4_moe.adapter.configs import axis_sizes, conversion_of, decoder_layers
 from gemma4_moe.adapter.from_hf import FromHf
 from gemma4_moe.adapter.interface import StateDict, StateDictAdapter
 from gemma4_moe.adapter.to_hf import Form, ToHf, excluding
-from gemma4_moe.distributed.collectives import STAGING_BYTES, agree, gather
+from gemma4_moe.distributed.collectives import agree
+from gemma4_moe.distributed.gathering import STAGING_BYTES, gather
 from gemma4_moe.distributed.placements import expert_mesh, local_of, placed, placed_on, whole_shape
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES
@@ -146,7 +147,7 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
                 still NaN. A view that the reader skips keeps the model's values, and only the reader can report it.
             gather: Return whole tensors on every rank. All ranks of the tensors' meshes must call, and agree on the
                 work first.
-            staging_bytes: The most bytes of staging that a gather takes.
+            staging_bytes: The most bytes of staging that a gather takes on a CPU.
             **kwargs: Arguments that a framework passes to every adapter; ignored.
 
         Returns:

@@ -14,7 +14,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe.adapter import destinations
-from gemma4_moe.distributed.collectives import agree, gather
+from gemma4_moe.distributed.collectives import agree
+from gemma4_moe.distributed.gathering import Gatherer
+from gemma4_moe.distributed.packing import copy
 from gemma4_moe.distributed.placements import local_of, placed, placed_on, transposed_view
 from gemma4_moe.errors import UsageError
 from gemma4_moe.kernels import transpose_scale_cast
@@ -45,19 +47,35 @@ class ToHf:
     mesh: DeviceMesh | None  # over which plain values may be sharded
     excluded: Excluded
     form: Form
-    staging_bytes: int  # at most, in a gather
+    staging_bytes: int  # at most, in a gather on a CPU
 
     def convert(self, entries: Iterable[Entry]) -> Iterator[tuple[str, Any]]:
         """Yield (hf name, value) in the order of the entries; ranks that gather agree first."""
         if self.form == "gathered":
-            entries = list(entries)
-            agree("convert", self.staging_bytes, self._collectives(entries))
+            yield from self._gathered(list(entries))
+            return
         for entry in entries:
             wanted = self._wanted(entry)
             value = self._on_mesh(entry) if wanted else None  # a value that nobody wants is not read
             for hf, operation in wanted:
                 yield hf, self._converted(operation, value, entry)
             del entry, value  # or it would stay alive while the next one is made
+
+    @torch.no_grad()
+    def _gathered(self, entries: list[Entry]) -> list[tuple[str, Any]]:
+        """Return (hf name, value), with every shard made whole."""
+        agree("convert", self.staging_bytes, self._collectives(entries))
+        gatherer, results = Gatherer(self.staging_bytes), []
+        for entry in entries:
+            wanted = self._wanted(entry)
+            value = self._on_mesh(entry) if wanted else None
+            for hf, operation in wanted:
+                if isinstance(value, DTensor):
+                    results.append((hf, self._whole(operation, value, entry, gatherer)))
+                else:
+                    results.append((hf, self._converted(operation, value, entry)))
+        gatherer.finish()
+        return results
 
     def leaves_out(self, name: str) -> bool:
         """Return whether an entry becomes nothing."""
@@ -84,27 +102,37 @@ class ToHf:
         return placed_on(self.mesh, entry.name).wrap(value, entry.shape)
 
     def _converted(self, operation: Operation, value: Any, entry: Entry) -> Any:
-        gathered = self.form == "gathered" and isinstance(value, DTensor)
         if operation is Operation.KEEP:
-            return value.full_tensor() if gathered else value
+            return value
         local, loading = local_of(value), self.form == "destinations"
         if operation is Operation.FOLD:
-            shape = value.shape[:1] if gathered else local.shape[:1]
             if loading:
-                scale = destinations.unfilled_scale(shape[0], local.device)
+                scale = destinations.unfilled_scale(len(local), local.device)
             else:
-                scale = torch.ones(shape, dtype=local.dtype, device=local.device)
-            if isinstance(value, DTensor) and not gathered:
+                scale = torch.ones(len(local), dtype=local.dtype, device=local.device)
+            if isinstance(value, DTensor):
                 scale = placed(value, entry.name).of_experts().wrap(scale, value.shape[:1])
             return destinations.mark(scale, entry.value) if loading else scale
-        if gathered:  # from shards that are in hf layout already
-            where = placed(value, entry.name).converted(operation, value.ndim)
-            shard, whole = transpose_scale_cast(local, kernel=self.kernel), converted_shape(operation, entry.shape)
-            return shard.new_empty(whole) if shard.is_meta else gather(shard, where, whole, self.staging_bytes)
         if not loading and not isinstance(value, DTensor):
             return transpose_scale_cast(local, kernel=self.kernel)
         view = transposed_view(value, entry.name)
         return destinations.mark(view, entry.value) if loading else view
+
+    def _whole(self, operation: Operation, value: DTensor, entry: Entry, gatherer: Gatherer) -> torch.Tensor:
+        """Return memory for a DTensor's whole hf tensor, which is complete once `gatherer` has finished."""
+        local, where = local_of(value), placed(value, entry.name)
+        if operation is Operation.FOLD:
+            return torch.ones(value.shape[:1], dtype=local.dtype, device=local.device)
+        if operation is Operation.KEEP and not where.is_cut:
+            return local
+        shape = converted_shape(operation, tuple(value.shape))
+        whole = torch.empty(shape, dtype=local.dtype, device=local.device)
+        if not local.is_meta:
+            gatherer.add(local, where, whole, copy if operation is Operation.KEEP else self._transpose, operation)
+        return whole
+
+    def _transpose(self, native: torch.Tensor, out: torch.Tensor) -> None:
+        transpose_scale_cast(native, out=out, kernel=self.kernel)
 
 
 def excluding(regex: str | None) -> Excluded:

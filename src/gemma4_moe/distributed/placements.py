@@ -7,6 +7,7 @@ no placements: the names that NeMo AutoModel gives to dimensions, such as `ep` a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,9 +89,11 @@ def placed(tensor: DTensor, name: str) -> Placed:
     Raises:
         ParallelError: A placement is not known; or the local shard does not have the size that the placements give it.
     """
-    found = Placed(tensor.device_mesh, tuple(_placement(p, name) for p in tensor.placements))
+    for placement in tensor.placements:
+        _require_known(placement, name)
+    found = _placed(tensor.device_mesh, tuple(tensor.placements))
     local = tuple(local_of(tensor).shape)
-    if local != found.local_shape(tensor.shape):
+    if local != _local_shape(found, tuple(tensor.shape)):
         raise ParallelError(
             "a DTensor whose local shard does not have the shape that its placements give it",
             tensor=name,
@@ -130,7 +133,12 @@ def placed_on(mesh: DeviceMesh, name: str) -> Placed:
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's shard of a DTensor, or a plain tensor, as a detached view."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    if not torch.is_grad_enabled():
+        return tensor.to_local()
+    with torch.no_grad():  # with gradients to_local takes five times as long
+        return tensor.to_local().detach()
 
 
 def whole_shape(
@@ -186,18 +194,35 @@ def transposed_view(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return where.wrap(view, shape, stride)
 
 
-def _placement(placement: TorchPlacement, name: str) -> Placement:
-    if isinstance(placement, Shard | _StridedShard):  # no subclass of Shard
+#: Meshes, placements and shapes are those of a few tensors of each layer, and are asked for in every pass.
+_remembered = lru_cache(maxsize=1024)
+
+
+@_remembered
+def _placed(mesh: DeviceMesh, placements: tuple[TorchPlacement, ...]) -> Placed:
+    return Placed(mesh, tuple(map(_placement, placements)))
+
+
+@_remembered
+def _local_shape(where: Placed, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return where.local_shape(shape)
+
+
+def _placement(placement: TorchPlacement) -> Placement:
+    if isinstance(placement, Shard | _StridedShard):
         return Sharded(placement.dim, getattr(placement, "split_factor", 1))
-    if isinstance(placement, Replicate):
-        return None
-    raise ParallelError(
-        "a placement that can't be converted",
-        tensor=name,
-        expected="Shard, _StridedShard or Replicate on each dimension of the mesh",
-        found=repr(placement),
-        hint="redistribute the tensor to one of these first",
-    )
+    return None
+
+
+def _require_known(placement: TorchPlacement, name: str) -> None:
+    if not isinstance(placement, Shard | _StridedShard | Replicate):  # a strided one is no subclass of Shard
+        raise ParallelError(
+            "a placement that can't be converted",
+            tensor=name,
+            expected="Shard, _StridedShard or Replicate on each dimension of the mesh",
+            found=repr(placement),
+            hint="redistribute the tensor to one of these first",
+        )
 
 
 def _torch_placement(placement: Placement) -> TorchPlacement:

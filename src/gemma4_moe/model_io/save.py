@@ -18,7 +18,7 @@ from gemma4_moe.checkpoint.completeness import check_complete, folded
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.recognition import checkpoint_targets
 from gemma4_moe.converter.blocks import BLOCK_BYTES, row_bytes, rows_at_once
-from gemma4_moe.distributed.collectives import gather
+from gemma4_moe.distributed.gathering import gather
 from gemma4_moe.distributed.placements import Placed, as_bytes, local_of, placed
 from gemma4_moe.distributed.ranks import current
 from gemma4_moe.distributed.sharding import part_of

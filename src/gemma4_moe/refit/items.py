@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe.errors import DuplicateTensorError, InputError, UsageError
 from gemma4_moe.layout import spellings
-from gemma4_moe.layout.dtypes import cast_to, named
+from gemma4_moe.layout.dtypes import cast_to, named, target_dtype
 from gemma4_moe.layout.lora import LORA_REGEX, is_lora
 from gemma4_moe.layout.names import fold_names, layer_of, lookup
 from gemma4_moe.layout.spellings import CURRENT, Spelling
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from gemma4_moe.adapter.to_hf import Excluded
     from gemma4_moe.layout.dtypes import DType
     from gemma4_moe.layout.inventory import Inventory
+
+    #: A dtype, or torch's name of it; None keeps each tensor's own.
+    Dtype = torch.dtype | str | None
 
 Experts = Literal["fused", "per-expert"]
 
@@ -71,8 +75,25 @@ class TensorFacts(NamedTuple):
     @classmethod
     def of(cls, tensor: torch.Tensor, name: str, mapping: int) -> TensorFacts:
         """Return the facts of a tensor."""
-        mesh, placements = (tensor.device_mesh, str(tensor.placements)) if isinstance(tensor, DTensor) else (None, "")
-        return cls(name, tuple(tensor.shape), named(str(tensor.dtype)), mapping, mesh, placements)
+        mesh, placements = (tensor.device_mesh, _text(tensor.placements)) if isinstance(tensor, DTensor) else (None, "")
+        return cls(name, tuple(tensor.shape), _dtype(tensor.dtype), mapping, mesh, placements)
+
+    def fit(self, tensor: torch.Tensor) -> bool:
+        """Return whether they are those of a tensor."""
+        if tensor.shape != self.shape or _dtype(tensor.dtype) != self.dtype:
+            return False
+        if not isinstance(tensor, DTensor):
+            return self.mesh is None
+        return tensor.device_mesh is self.mesh and _text(tensor.placements) == self.placements
+
+
+#: Every pass asks for these of every tensor.
+_text = lru_cache(maxsize=256)(str)
+
+
+@lru_cache(maxsize=64)
+def _dtype(dtype: torch.dtype) -> DType:
+    return named(str(dtype))
 
 
 #: One tensor of a stream: an hf tensor, and the native tensor that it is made from. Ones are made on the device of
@@ -151,6 +172,18 @@ def items_of(
             )
         items[name] = replace(target, name=name, dtype=cast_to(target.dtype, dtype(target.name)))
     return list(items.values())
+
+
+def dtype_of(given: Dtype | Callable[[str], Dtype]) -> Callable[[str], DType | None]:
+    """Return a function that gives the dtype to cast a tensor to by its hf name."""
+
+    def known(dtype: Dtype) -> DType | None:
+        return None if dtype is None else target_dtype(str(dtype).removeprefix("torch."))
+
+    if callable(given):
+        return lambda name: known(given(name))
+    one = known(given)
+    return lambda _: one
 
 
 def only_layers(items: list[Item], layers: Collection[int], inventory: Inventory) -> list[Item]:

@@ -88,14 +88,22 @@ class Lender:
         Raises:
             UsageError: All buffers are still lent.
         """
-        buffer = self._free(nbytes)
-        if buffer is None and len(self._buffers) == self._limit:
+        loan = self.lend_if_free(nbytes, label, at_least)
+        if loan is None:
             gc.collect()  # views in a reference cycle
-            buffer = self._free(nbytes)
+            loan = self.lend_if_free(nbytes, label, at_least)
+        if loan is None:
+            raise self._all_lent()
+        return loan
+
+    def lend_if_free(self, nbytes: int, label: str, at_least: int = 0) -> Loan | None:
+        """Return what `lend` returns, or None if all buffers are still lent."""
+        buffer = self._free(nbytes)
         if buffer is None:
-            self._drop_one_that_is_free()
             if len(self._buffers) == self._limit:
-                raise self._all_lent()
+                self._drop_one_that_is_free()
+            if len(self._buffers) == self._limit:
+                return None
             buffer = _Buffer(max(nbytes, at_least), self._device)
             self._buffers.append(buffer)
         self._wait_for_readers(buffer)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import closing
+from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,15 +14,15 @@ import torch
 from gemma4_moe.adapter.configs import axis_sizes, conversion_of
 from gemma4_moe.adapter.state_dict_adapter import Gemma4MoEStateDictAdapter
 from gemma4_moe.adapter.to_hf import excluding, left_out
-from gemma4_moe.distributed.collectives import agree, ranks_where
+from gemma4_moe.distributed.collectives import agree, digests, ranks_where
 from gemma4_moe.distributed.placements import local_of
 from gemma4_moe.distributed.ranks import current
 from gemma4_moe.errors import InputError, ParallelError, UsageError
-from gemma4_moe.layout.dtypes import target_dtype
 from gemma4_moe.layout.inventory import Inventory
-from gemma4_moe.refit.buckets import Bucket, aligned, buffers_for, plan_buckets
+from gemma4_moe.refit.ahead import Ahead
+from gemma4_moe.refit.buckets import aligned, buffers_for, plan_buckets
 from gemma4_moe.refit.filling import Filler, holds_all
-from gemma4_moe.refit.items import Planned, form_of, items_of, layout_of, only_layers, refuse_unmerged
+from gemma4_moe.refit.items import Planned, dtype_of, form_of, items_of, layout_of, only_layers, refuse_unmerged
 from gemma4_moe.refit.lending import Lender
 from gemma4_moe.refit.preflight import check_against
 from gemma4_moe.refit.state import StatePass, contents_of, mappings_of
@@ -28,13 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
     from pathlib import Path
 
-    from gemma4_moe.layout.dtypes import DType
-    from gemma4_moe.refit.buckets import Oversize, PlannedBucket
-    from gemma4_moe.refit.items import Experts, Item
+    from gemma4_moe.refit.buckets import Bucket, Oversize, PlannedBucket
+    from gemma4_moe.refit.items import Dtype, Experts, Item
     from gemma4_moe.refit.state import Contents, State
-
-    #: A dtype, or torch's name of it; None keeps each tensor's own.
-    Dtype = torch.dtype | str | None
 
 
 class WeightStream:
@@ -104,7 +103,7 @@ class WeightStream:
         self._kernel = conversion_of(getattr(adapter, "backend", None))
         self._state = state
         excluded = excluding(exclude_key_regex)
-        self._left_out = lambda name: left_out(name, excluded)
+        self._left_out = lambda name: exclude_key_regex is not None and left_out(name, excluded)
         self._contents: list[Contents] = []
         for number, tensors in enumerate(mappings_of(state)):
             self._contents.append(contents_of(tensors, number, self._left_out))
@@ -113,14 +112,14 @@ class WeightStream:
         inventory = Inventory(layout_of(natives), _sizes(state, adapter))
         for name in (each for contents in self._contents for each in contents.left_out):
             inventory.leave_out(name)
-        self._items = items_of(natives, inventory, form, excluded, _dtype_of(dtype), names or (lambda name: name))
+        self._items = items_of(natives, inventory, form, excluded, dtype_of(dtype), names or (lambda name: name))
         if layers is not None:
             self._items = only_layers(self._items, layers, inventory)
         sent, ties = names or str, [tie for contents in self._contents for tie in contents.aliases.items()]
         self._aliases = {sent(alias): sent(name) for alias, name in ties}
         self._meshes = {facts.mesh: None for facts in natives if facts.mesh is not None}
-        self._placements = [(each.mesh, [each.name, each.placements]) for each in natives if each.mesh is not None]
-        self._buckets: list[PlannedBucket] | None = None
+        self._placements = digests((each.mesh, [each.name, each.placements]) for each in natives)
+        self._buckets: tuple[list[PlannedBucket], int] | None = None
         digest = hashlib.sha256(json.dumps(self.plan()).encode()).hexdigest()
         self._call = [digest, experts, bucket_bytes, oversize, exclude_key_regex, sorted(layers or ())]
 
@@ -130,8 +129,7 @@ class WeightStream:
 
     def buffers(self) -> tuple[int, int]:
         """Return the most buffers that a pass of buckets fills at a time, and the size in bytes of the largest."""
-        planned = self._planned_buckets()
-        count = buffers_for(planned) if self._buffers is None else self._buffers
+        planned, count = self._planned_buckets()
         return count, max((bucket.size for bucket in planned), default=0)
 
     def preflight(self, reference: str | Path | Iterable[Any], others: Iterable[Iterable[Planned]] = ()) -> None:
@@ -179,51 +177,60 @@ class WeightStream:
                 every buffer.
             InputError, ParallelError: As in an iteration.
         """
-        planned, (count, _) = self._planned_buckets(), self.buffers()
+        planned, count = self._planned_buckets()
         filler, state = self._begin()
         device = next((state.tensor(item.origin).device for item in self._items), torch.device("cpu"))
         ordinary = max((each.size for each in planned if each.size <= aligned(self._bucket_bytes)), default=0)
-        lender, failure, stopped = Lender(device, count), None, False
-        for each in planned:
-            if stopped and not self._meshes:
-                break
-            label = f"the bucket from {each.entries[0].name} on"
-            try:
-                bucket = Bucket(lender.lend(each.size, label, at_least=ordinary), each)
-            except UsageError as error:
-                failure, stopped = error, True
-                lender = Lender(device, 1)  # for the gathers that are left
-                bucket = Bucket(lender.lend(each.size, label), each)
-            self._fill(each, bucket, state, filler)
-            if self.keeps and not stopped:
+        failure, stopped = None, False
+        wired = device if self._meshes and device.type == "cuda" else None
+        ahead = Ahead(Lender(device, count), ordinary, partial(self._fill, state, filler), wired)
+        with closing(ahead):
+            for each, following in zip_longest(planned, planned[1:]):
+                if stopped and not self._meshes:
+                    break
                 try:
-                    yield bucket
-                except GeneratorExit:
-                    stopped, lender = True, Lender(device, 1)
-            del bucket  # or its buffer would stay lent
+                    bucket = ahead.take(each, following)
+                except UsageError as error:
+                    failure, stopped = error, True
+                    ahead.lender = Lender(device, 1)  # for the gathers that are left
+                    bucket = ahead.take(each, None)
+                if self.keeps and not stopped:
+                    try:
+                        yield bucket
+                    except GeneratorExit:
+                        stopped, ahead.lender = True, Lender(device, 1)
+                del bucket  # or its buffer would stay lent
         self._end(state, stopped=stopped, failure=failure)
 
-    def _planned_buckets(self) -> list[PlannedBucket]:
+    def _planned_buckets(self) -> tuple[list[PlannedBucket], int]:
+        """Return the buckets, and the most buffers that a pass fills at a time."""
         if self._buckets is None:
-            self._buckets = plan_buckets(self._items, self._bucket_bytes, self._oversize)
+            planned = plan_buckets(self._items, self._bucket_bytes, self._oversize)
+            self._buckets = planned, buffers_for(planned) if self._buffers is None else self._buffers
         return self._buckets
 
-    def _fill(self, planned: PlannedBucket, bucket: Bucket, state: StatePass, filler: Filler) -> None:
+    @torch.no_grad()
+    def _fill(self, state: StatePass, filler: Filler, planned: PlannedBucket, bucket: Bucket) -> None:
         """Write a bucket's tensors to their places."""
+        device = bucket.buffer.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         for batch in planned.batches:
             origin = batch.items[0].origin
             value = state.tensor(origin)
-            if value.device != bucket.buffer.device:
+            if value.device != device:
                 raise UsageError(
                     "tensors on several devices in one stream of buckets",
                     tensor=origin.name,
-                    expected=str(bucket.buffer.device),
+                    expected=str(device),
                     found=str(value.device),
                     hint="iterate over the stream itself, or move the model to one device",
                 )
+            if stream is not None:  # a mapping's own tensor may be freed before it is read
+                local_of(value).record_stream(stream)
             filler.fill_batch(batch, value, bucket)
         filler.flush()
 
+    @torch.no_grad()
     def _begin(self) -> tuple[Filler, StatePass]:
         """Start a pass once all ranks agree on the call, the plan, the placements, and an unchanged state."""
         state = StatePass(self._state, self._contents, self._left_out)
@@ -284,15 +291,3 @@ def _sizes(state: State, adapter: Any) -> dict[str, int]:
     if adapter is None:
         return axis_sizes(getattr(state, "config", None), None)
     return axis_sizes(adapter.config, adapter.moe_config)
-
-
-def _dtype_of(given: Dtype | Callable[[str], Dtype]) -> Callable[[str], DType | None]:
-    """Return a function that gives the dtype to cast a tensor to by its hf name."""
-
-    def known(dtype: Dtype) -> DType | None:
-        return None if dtype is None else target_dtype(str(dtype).removeprefix("torch."))
-
-    if callable(given):
-        return lambda name: known(given(name))
-    one = known(given)
-    return lambda _: one
