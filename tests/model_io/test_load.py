@@ -28,6 +28,7 @@ def most_at_once(load):
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("block", [64, 10**6])
 @pytest.mark.parametrize("beside", [None, (2, 30, 40)])
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # of torch 2.11's profiler
 def test_the_prediction_is_what_a_load_takes(
     dtype,
     stored,
