@@ -43,7 +43,7 @@ def test_the_prediction_is_what_a_load_takes(
         state["model.vision_tower.position_embedding_table"] = torch.rand(beside).to(stored)
     source = write_checkpoint(tmp_path / "hf", state)
     rows = [2 * I * H] + ([30 * 40] if beside else [])  # gate_up of one expert, and a row of what stands beside
-    expected = max(block, *(row * stored.itemsize for row in rows))
+    expected = blocks.LOAD_BLOCKS * max(block, *(row * stored.itemsize for row in rows))
     assert predict(plan(source, dtype=dtype).plan, {"ep": 3}).staging_bytes == expected
     model = {name: torch.zeros_like(t) for name, t in nemo_from_hf(state, torch.float32).items()}
     scale = E * stored.itemsize

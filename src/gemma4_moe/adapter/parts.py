@@ -55,6 +55,7 @@ def write_rows(
     rows: tuple[int, int],
     scale: torch.Tensor | None,
     kernel: str = "auto",
+    threads: int | None = None,
 ) -> None:
     """Write experts (start, end) and rows (start, end) of a role into `local`, the part at `runs` of the native tensor.
 
@@ -66,7 +67,7 @@ def write_rows(
             part = take(values, wanted[3 - ndim :]).to(local.device)
             factor = None if scale is None else scale[some.start : some.stop]
             out = local[held, :, columns]
-            transpose_scale_cast(part.view(-1, *part.shape[-2:]), scale=factor, out=out, kernel=kernel)
+            transpose_scale_cast(part.view(-1, *part.shape[-2:]), scale=factor, out=out, kernel=kernel, threads=threads)
 
 
 def _from(indices: range, start: int) -> range:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import refusals, resolved
-from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, load_staging_bytes, plan_memory, row_bytes
+from gemma4_moe.converter.blocks import DEFAULT_MEMORY, LOAD_BLOCKS, Memory, load_block_bytes, plan_memory, row_bytes
 from gemma4_moe.converter.notes import cast_notes
 from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.distributed.sharding import NAMED_DIMENSIONS, count, local_runs
@@ -193,7 +193,7 @@ class Prediction:
         mesh: Ranks along each dimension, by name.
         shares: One for each rank, in the order of ranks.
         other_bytes: Bytes of all tensors that are not experts; a rank that shards them too holds less.
-        staging_bytes: Bytes that a load needs besides the model: one block, or one row of the source if that is larger.
+        staging_bytes: Bytes that a load needs besides the model: `LOAD_BLOCKS` blocks, each of one row at least.
     """
 
     mesh: Mapping[str, int]
@@ -253,7 +253,7 @@ def predict(plan: Plan, mesh: Mapping[str, int]) -> Prediction:
         mesh=dict(mesh),
         shares=tuple(_share(coordinate, experts, mesh) for coordinate in product(*map(range, mesh.values()))),
         other_bytes=every - sum(tensor.nbytes for tensor in experts),
-        staging_bytes=load_staging_bytes(plan.tensors.values()),
+        staging_bytes=LOAD_BLOCKS * load_block_bytes(plan.tensors.values()),
     )
 
 

@@ -1,12 +1,13 @@
 """Fill a model's native tensors straight from an hf directory: each rank reads its own experts' bytes and no others.
 
-Blocks of experts go from the file through the kernel into the model's storage. What a rank needs beside the model is
-one block; the fold is rounded once, whatever the dtypes of the file and of the model.
+Blocks of experts go from the file through the kernel into the model's storage, several at a time (`pipeline`). A rank
+needs these blocks beside the model. The fold is rounded once, whatever the dtypes of the file and of the model.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,16 +15,17 @@ from torch.distributed.tensor import DTensor
 
 from gemma4_moe.adapter.parts import write_rows
 from gemma4_moe.checkpoint.directory import open_checkpoint
-from gemma4_moe.converter.blocks import load_staging_bytes, row_bytes, rows_at_once
+from gemma4_moe.converter.blocks import load_block_bytes, row_bytes, rows_at_once
 from gemma4_moe.converter.plan import make_plan
 from gemma4_moe.distributed.placements import local_of, placed, take
-from gemma4_moe.distributed.sharding import count, overlaps
+from gemma4_moe.distributed.sharding import overlaps
 from gemma4_moe.errors import TensorShapeError, UnknownTensorError, UsageError
 from gemma4_moe.hub.source import locate
 from gemma4_moe.kernels import scale_cast
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES
 from gemma4_moe.layout.table import Layout, transposes
 from gemma4_moe.layout.wrappers import plain_state
+from gemma4_moe.model_io.pipeline import Job, Pipeline
 from gemma4_moe.sizes import format_size
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.converter.plan import PlannedTensor
-    from gemma4_moe.layout.targets import Source
+    from gemma4_moe.layout.targets import Read, Source
 
 #: The dtypes of a model that any floating-point dtype of a file may be loaded into.
 _CASTABLE = tuple(getattr(torch, dtype.name) for dtype in EXPERT_DTYPES)
@@ -70,15 +72,12 @@ def load_hf(module_or_state: torch.nn.Module | Mapping[str, torch.Tensor], path:
         UsageError: A tensor of the model is on the meta device.
     """
     state = state_of(module_or_state)
-    filled, read_bytes = [], 0
     with open_checkpoint(locate(path)) as checkpoint:
         planned = make_plan(checkpoint, to=Layout.NEMO).tensors
         _check(state, planned, str(checkpoint.path))
-        staging = torch.empty(load_staging_bytes(planned.values()), dtype=torch.uint8)
-        for name, tensor in state.items():
-            if name in planned:
-                read_bytes += _fill(tensor, planned[name], staging)
-                filled.append(name)
+        filled = {name: tensor for name, tensor in state.items() if name in planned}
+        pipeline = Pipeline(load_block_bytes(planned.values()), {tensor.device for tensor in filled.values()})
+        read_bytes = pipeline.run(job for name, tensor in filled.items() for job in _jobs(tensor, planned[name]))
         checkpoint.check_unchanged()
     return Loaded(tuple(filled), read_bytes, tuple(name for name in planned if name not in state))
 
@@ -148,20 +147,21 @@ def _check_form(tensor: torch.Tensor, planned: PlannedTensor, path: str) -> None
         )
 
 
-def _fill(tensor: torch.Tensor, planned: PlannedTensor, staging: torch.Tensor) -> int:
-    """Fill this rank's part of one tensor through `staging`, and return how many bytes were read."""
+def _jobs(tensor: torch.Tensor, planned: PlannedTensor) -> Iterator[Job]:
+    """Yield the reads that fill this rank's part of one tensor."""
     assert planned.source is not None, "every nemo tensor comes from an hf tensor"
     whole = tuple((range(size),) for size in planned.shape)
     runs = placed(tensor, planned.name).runs(planned.shape) if isinstance(tensor, DTensor) else whole
     local = local_of(tensor)
     if local.numel() == 0:
-        return 0
+        return
     if not transposes(planned.operation):
-        return _fill_same(local, runs, planned.source.parts[0].stored, staging)
-    if planned.scale is None:
-        return _fill_experts(local, runs, planned.source, None, staging)
-    factors = _read(planned.scale, 0, planned.scale.nbytes, staging).to(local.device, copy=True)
-    return planned.scale.nbytes + _fill_experts(local, runs, planned.source, factors, staging)
+        yield from _same(local, runs, planned.source.parts[0].stored)
+        return
+    factors: list[torch.Tensor] = []
+    if planned.scale is not None:
+        factors.append(_read_scale(planned.scale, local.device))
+    yield from _experts(local, runs, planned.source, *factors)
 
 
 def _blocks(runs: Sequence[range], size: int) -> Iterator[tuple[slice, int, int]]:
@@ -174,46 +174,47 @@ def _blocks(runs: Sequence[range], size: int) -> Iterator[tuple[slice, int, int]
             yield slice(start, start + last - first), first, last
 
 
-def _fill_experts(
+def _experts(
     local: torch.Tensor,
     runs: Sequence[Sequence[range]],
     source: Source[StoredTensor],
-    factors: torch.Tensor | None,
-    staging: torch.Tensor,
-) -> int:
-    """Fill the experts [e, c, r] at `runs` of a native tensor [E, C, R], and return how many bytes were read.
+    factors: torch.Tensor | None = None,
+) -> Iterator[Job]:
+    """Yield the reads that fill the experts [e, c, r] at `runs` of a native tensor [E, C, R].
 
     Each stored tensor goes through the kernel straight to the experts and rows that it holds.
     """
-    read_bytes = 0
+
+    def install(read: Read[StoredTensor], values: torch.Tensor) -> None:
+        block = values.view(-1, len(range(*read.rows)), source.shape[2])
+        write_rows(local, runs, block, 3, read.experts, read.rows, factors, threads=1)
+
     for _, first, last in _blocks(runs[0], row_bytes(source.nbytes, source.shape)):
         for read in source.reads(first, last):
             if any(overlaps(runs[2], *read.rows)):
                 size = read.end - read.start
-                block = _read(read.stored, read.start, size, staging).view(-1, len(range(*read.rows)), source.shape[2])
-                write_rows(local, runs, block, 3, read.experts, read.rows, factors)
-                read_bytes += size
-    return read_bytes
+                yield Job(read.stored, read.start, size, local.device, partial(install, read))
 
 
-def _fill_same(
-    local: torch.Tensor, runs: Sequence[Sequence[range]], stored: StoredTensor, staging: torch.Tensor
-) -> int:
-    """Fill the part at `runs` of a tensor that is the same in both layouts; return how many bytes were read."""
+def _same(local: torch.Tensor, runs: Sequence[Sequence[range]], stored: StoredTensor) -> Iterator[Job]:
+    """Yield the reads that fill the part at `runs` of a tensor that is the same in both layouts."""
     rows, target = (runs[0], local) if stored.shape else ((range(1),), local.reshape(1))
     size = row_bytes(stored.nbytes, stored.shape)
-    for held, first, last in _blocks(rows, size):
-        block = _read(stored, first * size, (last - first) * size, staging).view(last - first, *stored.shape[1:])
-        part = take(block, ((range(last - first),), *runs[1:])).to(local.device)
+
+    def install(held: slice, values: torch.Tensor) -> None:
+        block = values.view(held.stop - held.start, *stored.shape[1:])
+        part = take(block, ((range(len(block)),), *runs[1:]))
         if stored.dtype.float_format is None or target.dtype not in _CASTABLE:
             target[held].copy_(part)
         else:
-            scale_cast(part, out=target[held])
-    return count(rows) * size
+            scale_cast(part, out=target[held], threads=1)
+
+    for held, first, last in _blocks(rows, size):
+        yield Job(stored, first * size, (last - first) * size, local.device, partial(install, held))
 
 
-def _read(stored: StoredTensor, offset: int, size: int, staging: torch.Tensor) -> torch.Tensor:
-    """Read a range of a stored tensor into the start of `staging`, as a flat tensor of its dtype."""
-    raw = staging[:size]
-    stored.read_into(raw.numpy().data, offset)
-    return raw.view(getattr(torch, stored.dtype.name))
+def _read_scale(stored: StoredTensor, device: torch.device) -> torch.Tensor:
+    """Return a scale [E] on a device, complete for every stream."""
+    raw = torch.empty(stored.nbytes, dtype=torch.uint8)
+    stored.read_into(raw.numpy().data, 0)
+    return raw.view(getattr(torch, stored.dtype.name)).to(device)
