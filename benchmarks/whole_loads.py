@@ -3,10 +3,10 @@
     python benchmarks/whole_loads.py DIRECTORY [--layers 4] [--device cuda] [--repeats 5] [--json FILE]
 
 DIRECTORY is on the disk to be measured; a checkpoint of 1.5 GB a layer is written into it and removed. The peer's way
-is safetensors' `load_file` to the device and nemo-automodel 0.7.0's `from_hf`; without that package it is left out. On a
-CPU safetensors maps files and reads nothing, so only a GPU compares like with like. Beside them are reads of all bytes
-into memory, by one thread and by sixteen. Contenders alternate, after a round to warm up; seconds are medians with the
-least and the most. Every result of ours is compared with torch's transposes.
+is safetensors' `load_file` to the device and nemo-automodel 0.7.0's `from_hf`; without that package it is left out. On
+a CPU safetensors maps files and reads nothing, so only a GPU compares like with like. Beside them are reads of all
+bytes into memory, by one thread and by sixteen. Contenders alternate, after a round to warm up; seconds are medians
+with the least and the most. Every result of ours is compared with torch's transposes.
 """
 
 from __future__ import annotations
