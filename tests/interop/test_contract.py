@@ -5,8 +5,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from gemma4_moe import Gemma4MoEStateDictAdapter
-from gemma4_moe.errors import UsageError
+from gemma4_moe import Gemma4MoEStateDictAdapter, WeightStream
+from gemma4_moe.errors import IncompleteExpertsError, UsageError
 from support import peer
 from support.formulas import assert_same_tensors, hf_from_nemo, nemo_from_hf
 from support.models import random_hf_state_dict
@@ -149,6 +149,17 @@ def test_what_is_excluded_is_not_checked(nemo):
     assert_same_tensors(adapter.to_hf(nemo | odd, exclude_key_regex=regex), expected)
     for each, value in odd.items():
         assert adapter.convert_single_tensor_to_hf(each, value, exclude_key_regex=regex) == []
+
+
+def test_an_excluded_tensor_may_be_absent(nemo):
+    absent = f"{PREFIX}1.moe.experts.down_projs"
+    there = {name: tensor for name, tensor in nemo.items() if name != absent}
+    regex = r".*layers\.1\.moe\.experts\.down_projs"
+    expected = ours().to_hf(nemo, exclude_key_regex=regex)
+    assert_same_tensors(ours().to_hf(there, exclude_key_regex=regex), expected)
+    assert [p.name for p in WeightStream(there, ours(), exclude_key_regex=regex).plan()] == sorted(expected)
+    with pytest.raises(IncompleteExpertsError, match="down missing"):
+        ours().to_hf(there)
 
 
 def test_quantised_output_is_refused_and_a_load_is_not(nemo):

@@ -6,7 +6,7 @@ entry whose name is the same in both layouts may hold any other object, such as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -49,30 +49,27 @@ def checked(
     state_dict: StateDict,
     inventory: Inventory,
     mesh: DeviceMesh | None = None,
-    excluded: Callable[[str], bool] = lambda _: False,
 ) -> Iterator[Entry]:
     """Yield the entries of `state_dict` in its order, each checked against `inventory`.
 
     A mapping can be read twice, so all of it is checked before its first entry is given. Any other iterable is
     consumed entry by entry, and no value is held once the next one is asked for. Plain values may be sharded over
-    `mesh`. An `excluded` entry is skipped before it is checked.
+    `mesh`. An entry that the inventory leaves out is skipped before it is checked.
     """
     rules = EXPERT_RULES[inventory.layout]
     if isinstance(state_dict, Mapping):
-        entries = list(_one_by_one(state_dict.items(), inventory, mesh, excluded))
+        entries = list(_one_by_one(state_dict.items(), inventory, mesh))
         inventory.require_complete(rules)
         yield from entries
     else:
-        yield from _one_by_one(state_dict, inventory, mesh, excluded)
+        yield from _one_by_one(state_dict, inventory, mesh)
         inventory.require_complete(rules)
 
 
-def _one_by_one(
-    pairs: Iterable[tuple[str, Any]], inventory: Inventory, mesh: DeviceMesh | None, excluded: Callable[[str], bool]
-) -> Iterator[Entry]:
+def _one_by_one(pairs: Iterable[tuple[str, Any]], inventory: Inventory, mesh: DeviceMesh | None) -> Iterator[Entry]:
     has_destinations: dict[LayerKey, bool] = {}
     for name, value in pairs:
-        if excluded(name):
+        if inventory.leaves_out(name):
             inventory.leave_out(name)
             continue
         entry = check(name, value, inventory, mesh)

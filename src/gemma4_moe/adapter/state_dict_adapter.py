@@ -11,7 +11,7 @@ through `from_hf` or `to_hf`, which convert; `destinations` are for a reader tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -167,8 +167,8 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
             raise UsageError("a destination can't be gathered", expected=asked, found="both", hint="leave one out")
         form: Form = "gathered" if gather else "destinations" if for_checkpoint_load else "sharded"
         how = self._conversion(form, quantization, device_mesh, exclude_key_regex, staging_bytes)
-        inventory = self._inventory(Layout.NEMO)
-        return dict(how.convert(entries.checked(state_dict, inventory, how.mesh, how.leaves_out)))
+        inventory = self._inventory(Layout.NEMO, how.leaves_out)
+        return dict(how.convert(entries.checked(state_dict, inventory, how.mesh)))
 
     def convert_single_tensor_to_hf(
         self,
@@ -225,8 +225,9 @@ class Gemma4MoEStateDictAdapter(StateDictAdapter):
         agree("gather", None, [(where.mesh, [list(tensor.shape), str(where.placements), str(tensor.dtype)])])
         return gather(local_of(tensor), where, tensor.shape)
 
-    def _inventory(self, layout: Layout) -> Inventory:
-        return Inventory(layout, axis_sizes(self.config, self.moe_config), any_router=True)
+    def _inventory(self, layout: Layout, leaves_out: Callable[[str], bool] = lambda _: False) -> Inventory:
+        sizes = axis_sizes(self.config, self.moe_config)
+        return Inventory(layout, sizes, any_router=True, leaves_out=leaves_out)
 
     def _conversion(
         self, form: Form, quantization: bool, mesh: DeviceMesh | None, exclude: str | None, staging_bytes: int

@@ -84,7 +84,7 @@ def _groups_of(mesh: DeviceMesh) -> list[Any]:
 
 
 def ranks_where(found: bool, meshes: Iterable[DeviceMesh]) -> list[int]:
-    """Return the ranks of these meshes on which `found` is true. All their ranks must call."""
+    """Return the ranks of these meshes on which `found` is true. All their ranks must call, in `AGREEMENT_SECONDS`."""
     flags = None
     for mesh in {_ranks_of(mesh): mesh for mesh in meshes}.values():
         if flags is None:
@@ -92,5 +92,6 @@ def ranks_where(found: bool, meshes: Iterable[DeviceMesh]) -> list[int]:
             flags[dist.get_rank()] = found
         for group in _groups_of(mesh):
             with failing_in_words("end together"):
-                dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+                work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=group, async_op=True)
+                work.wait(timedelta(seconds=AGREEMENT_SECONDS))
     return [] if flags is None else flags.nonzero().flatten().tolist()

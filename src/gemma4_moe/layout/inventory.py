@@ -15,7 +15,7 @@ from gemma4_moe.layout.spellings import WHOLE, Part
 from gemma4_moe.layout.table import Layout, Operation, Rule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 #: The tensors of one role of a layer, by the share of it that each holds: full name and dtype.
 Parts = dict[Part, tuple[str, str | None]]
@@ -31,12 +31,21 @@ class Inventory:
     tensors are not checked, which both layouts share.
 
     Attributes:
+        leaves_out: Returns whether a tensor is not converted, by name: a layer may lack it.
         names: The meaning of each name, in the order in which they were added; None if both layouts have the name.
         layers: For each layer, the row of every tensor seen and the tensors that make it up.
     """
 
-    def __init__(self, layout: Layout, sizes: Mapping[str, int] | None = None, *, any_router: bool = False) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        sizes: Mapping[str, int] | None = None,
+        *,
+        any_router: bool = False,
+        leaves_out: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self.layout = layout
+        self.leaves_out = leaves_out
         self.names: dict[str, MoEName | None] = {}
         self.layers: dict[LayerKey, dict[Rule, Parts]] = {}
         self._given = dict(sizes or {})
@@ -76,7 +85,7 @@ class Inventory:
         return parsed
 
     def leave_out(self, name: str) -> None:
-        """Take note of a tensor that is not converted, so that its layer does not lack it."""
+        """Take note of a tensor that is left out under this name: its layer does not lack it."""
         parsed = lookup(name, self.layout)
         if parsed is not None:
             self._left_out.add((parsed.layer_key, parsed.rule))
@@ -87,7 +96,7 @@ class Inventory:
         return learned | self._given
 
     def require_complete(self, rules: Iterable[Rule]) -> None:
-        """Check that every layer that has any of the experts' tensors has all of `rules`.
+        """Check that every layer that has any of the experts' tensors has all of `rules`, but for what is left out.
 
         Raises:
             IncompleteExpertsError: A role is missing, or the tensor of an expert.
@@ -95,8 +104,9 @@ class Inventory:
         wanted = tuple(rules)
         for key, seen in self.layers.items():
             missing = [rule for rule in wanted if rule not in seen and (key, rule) not in self._left_out]
+            path = MoEName(*key, wanted[0]).layer_path
+            missing = [rule for rule in missing if not self.leaves_out(path + rule.name(self.layout))]
             if missing and any(rule in seen for rule in wanted):
-                path = MoEName(*key, missing[0]).layer_path
                 names = [name for rule, parts in seen.items() if rule in wanted for name, _ in parts.values()]
                 raise IncompleteExpertsError(
                     f"Incomplete expert weights for layer {key[1]}: {', '.join(rule.role for rule in missing)} missing",

@@ -127,8 +127,6 @@ class _Receiver:
         """Wait for a message of the pass, and take back the buckets that are released meanwhile."""
         while True:
             message = self._next(action)
-            if message.token != self._token:
-                continue
             if message.kind == "failed":
                 raise endings.told("the receiver", message.content, self._last)
             for number in message.content or ():

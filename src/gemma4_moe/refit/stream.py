@@ -109,7 +109,7 @@ class WeightStream:
             self._contents.append(contents_of(tensors, number, self._left_out))
         natives = [facts for contents in self._contents for facts in contents.natives]
         refuse_unmerged(natives)
-        inventory = Inventory(layout_of(natives), _sizes(state, adapter))
+        inventory = Inventory(layout_of(natives), _sizes(state, adapter), leaves_out=self._left_out)
         for name in (each for contents in self._contents for each in contents.left_out):
             inventory.leave_out(name)
         self._items = items_of(natives, inventory, form, excluded, dtype_of(dtype), names or (lambda name: name))
