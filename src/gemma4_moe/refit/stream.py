@@ -213,7 +213,7 @@ class WeightStream:
     def _fill(self, state: StatePass, filler: Filler, planned: PlannedBucket, bucket: Bucket) -> None:
         """Write a bucket's tensors to their places."""
         device = bucket.buffer.device
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        stream = torch.cuda.current_stream(device) if self._meshes and device.type == "cuda" else None
         for batch in planned.batches:
             origin = batch.items[0].origin
             value = state.tensor(origin)
@@ -225,7 +225,7 @@ class WeightStream:
                     found=str(value.device),
                     hint="iterate over the stream itself, or move the model to one device",
                 )
-            if stream is not None:  # a mapping's own tensor may be freed before it is read
+            if stream is not None:  # a stream of its own: a mapping's tensor may be freed before it is read
                 local_of(value).record_stream(stream)
             filler.fill_batch(batch, value, bucket)
         filler.flush()
