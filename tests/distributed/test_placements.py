@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from distributed.placement_checks import CASES, check_all, same, shard
@@ -12,7 +14,7 @@ from gemma4_moe import Gemma4MoEStateDictAdapter, convert
 from gemma4_moe.adapter import MoEConfig
 from support import ranks
 from support.checkpoints import write_checkpoint
-from support.formulas import nemo_from_hf
+from support.formulas import hf_from_nemo, nemo_from_hf
 from support.models import random_hf_state_dict
 
 
@@ -50,3 +52,23 @@ def check_dcp(world, hf_directory, nemo_directory):
             dcp.load(destinations, storage_reader=HuggingFaceStorageReader(str(hf_directory)))
             same(adapter.from_hf(destinations), expected)
             same(model, expected)
+
+
+def test_nothing_of_an_earlier_process_group_is_remembered(tmp_path):
+    """Meshes of two groups are equal, and ranks may have changed places."""
+    ranks.run(2, check_two_groups, tmp_path / "store", meet_at_end=False)
+
+
+def check_two_groups(store):
+    nemo = nemo_from_hf(random_hf_state_dict(E=5))
+    adapter = Gemma4MoEStateDictAdapter(None, MoEConfig(5), None, dtype=torch.bfloat16)
+    other = 1 - dist.get_rank()
+    for again in (True, False):
+        mesh = init_device_mesh("cpu", (2,))
+        for placement in (Shard(0), Shard(1)):
+            state = shard(nemo, mesh, (placement,))
+            same(adapter.to_hf(state, gather=True), hf_from_nemo(nemo))
+        dist.barrier()
+        if again:
+            dist.destroy_process_group()
+            dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=other, world_size=2)

@@ -14,7 +14,7 @@ roads:
 from __future__ import annotations
 
 from collections import deque
-from functools import lru_cache, partial
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,10 @@ class Gatherer:
             window: The tensor's row that is the first of `out`, and the number of all its rows. By default `out` has
                 them all.
         """
-        moved, plan = _plan(where, operation, tuple(out.shape), window)
+        first, size = (0, len(out)) if window is None else window
+        moved, mesh_shape = where.converted(operation, local.ndim), tuple(where.mesh.shape)
+        shape, some = (size, *out.shape[1:]), (first, first + len(out))
+        plan = gather_plan(shape, mesh_shape, tuple(where.coordinate), moved.placements, some)
         rows = local[plan.positions.start : plan.positions.stop]
         in_place = out.device.type in IN_PLACE_DEVICES
         most = PACKED_BYTES if in_place else self._staging_bytes
@@ -206,17 +209,6 @@ def gather(
     gatherer.add(local, where, whole, copy)
     gatherer.finish()
     return whole
-
-
-@lru_cache(maxsize=4096)
-def _plan(
-    where: Placed, operation: Operation, out_shape: tuple[int, ...], window: tuple[int, int] | None
-) -> tuple[Placed, GatherPlan]:
-    """Return the target's placements and how this rank gathers; arguments are those of `Gatherer.add`."""
-    first, size = (0, out_shape[0]) if window is None else window
-    moved, mesh = where.converted(operation, len(out_shape)), where.mesh
-    shape, rows = (size, *out_shape[1:]), (first, first + out_shape[0])
-    return moved, gather_plan(shape, tuple(mesh.shape), tuple(where.coordinate), moved.placements, rows)
 
 
 def _evenly_cut_axis(where: Placed, moved: Placed, local: torch.Tensor, out: torch.Tensor) -> int | None:

@@ -74,7 +74,7 @@ class Placed:
 
     def local_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of this rank's shard of a tensor of `shape`."""
-        return tuple(map(count, self.runs(shape)))
+        return _local_shape(tuple(shape), tuple(self.mesh.shape), tuple(self.coordinate), self.placements)
 
     def wrap(self, local: torch.Tensor, shape: Sequence[int], stride: Sequence[int] | None = None) -> DTensor:
         """Return this rank's shard as a DTensor of this whole shape, by default contiguous."""
@@ -91,9 +91,9 @@ def placed(tensor: DTensor, name: str) -> Placed:
     """
     for placement in tensor.placements:
         _require_known(placement, name)
-    found = _placed(tensor.device_mesh, tuple(tensor.placements))
+    found = Placed(tensor.device_mesh, _placements_of(tuple(tensor.placements)))
     local = tuple(local_of(tensor).shape)
-    if local != _local_shape(found, tuple(tensor.shape)):
+    if local != found.local_shape(tensor.shape):
         raise ParallelError(
             "a DTensor whose local shard does not have the shape that its placements give it",
             tensor=name,
@@ -194,18 +194,21 @@ def transposed_view(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return where.wrap(view, shape, stride)
 
 
-#: Meshes, placements and shapes are those of a few tensors of each layer, and are asked for in every pass.
+#: Placements and shapes are those of a few tensors of each layer, and are asked for in every pass. No mesh is
+#: remembered: one of another process group may be equal to it.
 _remembered = lru_cache(maxsize=1024)
 
 
 @_remembered
-def _placed(mesh: DeviceMesh, placements: tuple[TorchPlacement, ...]) -> Placed:
-    return Placed(mesh, tuple(map(_placement, placements)))
+def _placements_of(placements: tuple[TorchPlacement, ...]) -> tuple[Placement, ...]:
+    return tuple(map(_placement, placements))
 
 
 @_remembered
-def _local_shape(where: Placed, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return where.local_shape(shape)
+def _local_shape(
+    shape: tuple[int, ...], mesh_shape: tuple[int, ...], coordinate: tuple[int, ...], placements: tuple[Placement, ...]
+) -> tuple[int, ...]:
+    return tuple(count(local_runs(size, axis, mesh_shape, coordinate, placements)) for axis, size in enumerate(shape))
 
 
 def _placement(placement: TorchPlacement) -> Placement:
