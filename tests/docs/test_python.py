@@ -44,7 +44,7 @@ def real(tmp_path_factory):
     [
         (inspect, ["gemma-4-26B-A4B", "hf (current)", "1,013 tensors", "51.61 GB", "0 problems"]),
         (lambda real: plan(real), ["gemma-4-26B-A4B", "hf (current), 1,013 tensors", "nemo, 983 tensors, 11 files"]),
-        (lambda real: plan(real, mesh="ep_shard=2,ep=8").mesh, ["ep_shard 2, ep 8", "16 ranks", "8.82 GB"]),
+        (lambda real: plan(real, mesh="ep_shard=2,ep=8").mesh, ["ep_shard 2, ep 8", "16 ranks", "9.06 GB"]),
     ],
 )
 def test_a_result_of_the_real_model_fits_on_a_screen(call, words, real):

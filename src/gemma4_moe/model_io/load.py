@@ -78,6 +78,8 @@ def load_hf(module_or_state: torch.nn.Module | Mapping[str, torch.Tensor], path:
         filled = {name: tensor for name, tensor in state.items() if name in planned}
         pipeline = Pipeline(load_block_bytes(planned.values()), {tensor.device for tensor in filled.values()})
         read_bytes = pipeline.run(job for name, tensor in filled.items() for job in _jobs(tensor, planned[name]))
+        held = [planned[name].scale for name, tensor in filled.items() if local_of(tensor).numel()]
+        read_bytes += sum(scale.nbytes for scale in held if scale is not None)
         checkpoint.check_unchanged()
     return Loaded(tuple(filled), read_bytes, tuple(name for name in planned if name not in state))
 
