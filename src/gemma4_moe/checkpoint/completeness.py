@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gemma4_moe.errors import ConfigError, InputError, TensorShapeError, UnknownTensorError
-from gemma4_moe.layout.model_tensors import AUDIO, TEXT_PREFIX, called_for
-from gemma4_moe.layout.names import fold_names
+from gemma4_moe.layout.model_tensors import AUDIO, called_for
+from gemma4_moe.layout.names import fold_names, lookup
+from gemma4_moe.layout.prefixes import TEXT_PREFIX
+from gemma4_moe.layout.table import Layout, shape_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from gemma4_moe.checkpoint.config import ConfigFile
+    from gemma4_moe.layout.inventory import Inventory
+    from gemma4_moe.layout.targets import Described
 
     Shapes = Mapping[str, tuple[int, ...]]
 
@@ -65,25 +69,89 @@ def check_complete(
             found=f"{len(unknown)} others: {_folded(unknown)}",
             hint=_cause(unknown, expected, config),
         )
+    for error in _other_shapes(found, expected, origin):
+        raise error
+    if missing and not allow_missing:
+        hint = "give the state of the whole model, buffers included; or, for a part such as a pipeline stage, "
+        raise _lacks(missing, expected, origin, hint + "allow_partial=True")
+    return missing
+
+
+def incomplete(tensors: Iterable[Described], inventory: Inventory, config: ConfigFile) -> Iterator[InputError]:
+    """Yield the errors for tensors that the config calls for and that are missing, or have another shape.
+
+    The inventory holds the tensors, and has found no fault in them. Nothing is yielded where `unsaid` names a field.
+    """
+    expected, found = _called(config), _hf_shapes(tensors, inventory)
+    if not isinstance(expected, dict):
+        return
+    yield from _other_shapes(found, expected, config.path)
+    if missing := [name for name in expected if name not in found]:
+        hint = "save the model again with all its tensors, buffers included, or get the checkpoint again"
+        yield _lacks(missing, expected, config.path, hint)
+
+
+def uncalled(names: Iterable[str], layout: Layout, config: ConfigFile) -> list[str]:
+    """Return the names of a layout that the config does not call for; none where `unsaid` names a field.
+
+    An output head that is the embedding, and the audio tower, are not among them.
+    """
+    expected = _called(config)
+    if not isinstance(expected, dict):
+        return []
+    expected |= {"lm_head.weight": ()}
+    same = (name for name in names if lookup(name, layout) is None)  # all others are in layers that the config counts
+    return [name for name in same if name not in expected and not name.startswith(AUDIO)]
+
+
+def unsaid(config: ConfigFile) -> str | None:
+    """Return the field that a config lacks to say which tensors its model has, as "a sensible <field>", or None."""
+    called = _called(config)
+    return called if isinstance(called, str) else None
+
+
+def _called(config: ConfigFile) -> dict[str, tuple[int, ...]] | str:
+    """Return the shapes that a config calls for, or the field that it lacks to say so."""
+    try:
+        return called_for(config.document)
+    except ConfigError as error:
+        return error.facts["expected"]
+
+
+def _hf_shapes(tensors: Iterable[Described], inventory: Inventory) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's tensors by hf name, current spelling."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor in tensors:
+        name = inventory.names[tensor.name]
+        if name is None or not name.rule.hf_axes:
+            shapes[tensor.name if name is None else name.hf] = tensor.shape
+            continue
+        rules = name.rule.yields(Layout.HF) if inventory.layout is Layout.NEMO else (name.rule,)
+        sizes = inventory.sizes(name.prefix)
+        shapes |= {name.sibling(rule).hf: shape_of(rule, Layout.HF, sizes) for rule in rules}
+    return shapes
+
+
+def _other_shapes(found: Shapes, expected: Shapes, origin: Path) -> Iterator[InputError]:
     for name, shape in expected.items():
         if name in found and tuple(found[name]) != tuple(shape):
-            raise TensorShapeError(
+            yield TensorShapeError(
                 f"a tensor of another shape than in the model of {origin}",
                 tensor=name,
                 expected=list(shape),
                 found=list(found[name]),
                 hint="give the config of the same model",
             )
-    if missing and not allow_missing:
-        raise InputError(
-            f"tensors of the model of {origin} are missing",
-            tensor=missing[0],
-            expected=f"all {len(expected)} tensors of the model",
-            found=f"without {len(missing)}: {_folded(missing)}",
-            hint="give the state of the whole model, buffers included; or, for a part such as a pipeline stage, "
-            "allow_partial=True",
-        )
-    return missing
+
+
+def _lacks(missing: list[str], expected: Shapes, origin: Path, hint: str) -> InputError:
+    return InputError(
+        f"tensors of the model of {origin} are missing",
+        tensor=missing[0],
+        expected=f"all {len(expected)} tensors of the model",
+        found=f"without {len(missing)}: {_folded(missing)}",
+        hint=hint,
+    )
 
 
 def folded(names: Iterable[str]) -> list[str]:

@@ -19,6 +19,7 @@ from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, parse_index
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, side_files_of
 from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, command_line
+from gemma4_moe.layout.prefixes import fitted
 from gemma4_moe.layout.wrappers import unwrapped
 
 if TYPE_CHECKING:
@@ -82,13 +83,15 @@ class Checkpoint:
         return read_config(self.path)
 
     def without_wrappers(self) -> Self:
-        """Return the same open checkpoint, its tensors' names without the components of torch's wrappers.
+        """Return the same open checkpoint, its tensors' names without wrappers and under the model's own prefixes.
 
         Raises:
+            ConfigError: The config, whose `model_type` decides the prefixes, can't be read.
             DuplicateTensorError: Two names become one.
         """
-        named = {plain: replace(self.tensors[name], name=plain) for plain, name in unwrapped(self.tensors).items()}
-        return replace(self, tensors=named)
+        kind = self.read_config().model_type
+        plain = unwrapped(self.tensors, lambda name: fitted(name, kind))
+        return replace(self, tensors={own: replace(self.tensors[name], name=own) for own, name in plain.items()})
 
     def check_unchanged(self) -> None:
         """Check every file as `SafetensorsFile.check_unchanged` does, and raise what it raises."""

@@ -7,21 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from gemma4_moe.errors import (
-    ConfigError,
-    IncompleteExpertsError,
-    InputError,
-    UnknownTensorError,
-    UnsupportedCheckpointError,
-    command_line,
-)
+from gemma4_moe.checkpoint.completeness import incomplete
+from gemma4_moe.checkpoint.misfits import misfit, wrapped
+from gemma4_moe.errors import ConfigError, IncompleteExpertsError, InputError, UnsupportedCheckpointError
 from gemma4_moe.layout.foreign import FOREIGN_SPELLINGS
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.spellings import CURRENT
 from gemma4_moe.layout.table import CHECKPOINT_RULES, GATE_UP, Layout
 from gemma4_moe.layout.targets import problems, targets_of
-from gemma4_moe.layout.wrappers import WRAPPERS, without_wrappers, wrappers_in
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -72,7 +66,7 @@ class Recognition(NamedTuple):
 
 def recognise(names: Collection[str], config: ConfigFile) -> Recognition:
     """Recognise a checkpoint by all its tensor names and its config.json."""
-    if (refusal := _wrapped(names, config)) is not None:
+    if (refusal := wrapped(names, config)) is not None:
         return Recognition(None, "wrapped", refusal)
     for form in FOREIGN_SPELLINGS:
         if (name := next(filter(form.pattern.fullmatch, names), None)) is not None:
@@ -85,23 +79,8 @@ def recognise(names: Collection[str], config: ConfigFile) -> Recognition:
         return Recognition(None, "none", _relative(config) or error)
     known = [found for name in names if (found := lookup(name, layout)) is not None]
     spellings = {found.spelling.name for found in known if found.rule in found.spelling.names}
-    return Recognition(layout, " and ".join(sorted(spellings)) or CURRENT.name, _wrong_model(config))
-
-
-def _wrapped(names: Collection[str], config: ConfigFile) -> InputError | None:
-    """Return the refusal of names that have components of torch's wrappers in them; None if there are none."""
-    wrapped = [name for name in names if wrappers_in(name)]
-    if not wrapped:
-        return None
-    components = sorted({component for name in wrapped for component in wrappers_in(name)})
-    sources = " and ".join(f"{component} ({WRAPPERS[component]})" for component in components)
-    strip = command_line("gemma4-moe", "convert", config.path.parent, "DST", "--strip-wrappers")
-    return UnknownTensorError(
-        "names of a wrapped module",
-        tensor=wrapped[0],
-        expected=without_wrappers(wrapped[0]),
-        found=f"{sources} in {len(wrapped)} of {len(names)} names",
-        hint=f"remove the wrappers on the way: {strip}",
+    return Recognition(
+        layout, " and ".join(sorted(spellings)) or CURRENT.name, _wrong_model(config) or misfit(names, config)
     )
 
 
@@ -156,24 +135,43 @@ def refuse_other_models(config: ConfigFile) -> None:
 
 
 def wrong_tensors(tensors: Iterable[Described], inventory: Inventory, config: ConfigFile) -> Iterator[InputError]:
-    """Yield every wrong tensor, then the first incomplete layer, then layers that the config does not count."""
-    yield from problems(tensors, inventory, CHECKPOINT_RULES[inventory.layout])
+    """Yield every wrong tensor, the first incomplete layer, layers that the config does not count, and missing tensors.
+
+    Layers and missing tensors are looked for where all names fit the config, missing ones where nothing else is wrong.
+    """
+    tensors = list(tensors)
+    found = list(problems(tensors, inventory, CHECKPOINT_RULES[inventory.layout]))
+    yield from found
+    if misfit([tensor.name for tensor in tensors], config) is not None:
+        return
     try:
         _check_layer_count(inventory, config)
     except InputError as error:
         yield error
+        return
+    if not found:
+        yield from incomplete(tensors, inventory, config)
 
 
 def checkpoint_targets(
-    tensors: Iterable[T], layout: Layout, config: ConfigFile, cast: DType | None = None, *, all_layers: bool = True
+    tensors: Iterable[T],
+    layout: Layout,
+    config: ConfigFile,
+    cast: DType | None = None,
+    *,
+    all_layers: bool = True,
+    complete: bool = False,
 ) -> dict[str, Target[T]]:
     """Return every tensor that a checkpoint becomes in the other layout, after the checks of `wrong_tensors`.
 
-    Without `all_layers` it may have some of the layers that the config counts.
+    Without `all_layers` it may have some of the layers that the config counts. The errors of `incomplete` are raised if
+    it must be `complete`.
     """
-    inventory = Inventory(layout, config.sizes)
+    tensors, inventory = list(tensors), Inventory(layout, config.sizes)
     targets = targets_of(tensors, inventory, CHECKPOINT_RULES[layout], cast)
     _check_layer_count(inventory, config, all_layers=all_layers)
+    for error in incomplete(tensors, inventory, config) if complete else ():
+        raise error
     return targets
 
 

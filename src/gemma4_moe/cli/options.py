@@ -92,7 +92,7 @@ base = click.option(
 strip_wrappers = click.option(
     "--strip-wrappers",
     is_flag=True,
-    help="Remove what torch.compile, DDP or FSDP added to the names of tensors in SRC.",
+    help="Remove what torch.compile, DDP, FSDP or PEFT added to the names of tensors in SRC, and doubled prefixes.",
 )
 break_lock = click.option(
     "--break-lock", is_flag=True, help="Take DST from a process on another host, which must no longer run."

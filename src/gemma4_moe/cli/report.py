@@ -54,6 +54,7 @@ def inspection(found: Inspection) -> Report:
             {"kind": type(error).__name__, "problem": error.problem, **error.facts, "next": error.hint}
             for error in found.problems
         ],
+        "notes": list(found.notes),
         "skipped": list(found.skipped),
     }
     table = Table("tensor", "shape", "dtype", "count", "bytes", box=None, pad_edge=False)
@@ -75,6 +76,7 @@ def inspection(found: Inspection) -> Report:
         table,
         *(_text(f"  {format_size(size):>12}  {size / max(1, found.bytes):6.1%}  {group}") for group, size in groups),
         *(Text("problem: ", "bold red") + _text(str(problem)) for problem in found.problems),
+        *(_text(f"note: {note}") for note in found.notes),
     ]
     if not found.problems and found.layout is not None:
         lines.append(Text(f"no problems: can be converted to the {found.layout.other} layout"))

@@ -13,7 +13,7 @@ from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import resolved
 from gemma4_moe.converter.base import read_scale
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
-from gemma4_moe.converter.notes import base_notes, cast_notes, overflow_notes, unusual_scales
+from gemma4_moe.converter.notes import base_notes, overflow_notes, plan_notes, unusual_scales
 from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.converter.preview import measure_space
 from gemma4_moe.converter.resume import is_made_already
@@ -111,7 +111,8 @@ def convert(
         base: On the way to hf, the hf checkpoint that the model was made from, a directory or a Hub id: an expert that
             is still the base's, folded, gets the base's own weights and scale. A complete target is then not known
             again by `resume`.
-        strip_wrappers: Remove the components of torch's wrappers (`layout.wrappers`) from the source's names.
+        strip_wrappers: Remove the components of wrappers from the source's names, and give each the prefix of the
+            config's kind of model (`layout.prefixes`).
         progress: Told how far the writing is.
 
     Raises:
@@ -205,4 +206,4 @@ def _check_room(opened: list[Checkpoint], plan: Plan, target: Path) -> None:
 def _notes(target: Path, plan: Plan, scales: Scales) -> tuple[str, ...]:
     said = read_manifest(target)
     overflows = overflow_notes(plan, said["overflowed"])
-    return (*unusual_scales(scales), *base_notes(plan, said["given_back"]), *cast_notes(plan), *overflows)
+    return (*unusual_scales(scales), *base_notes(plan, said["given_back"]), *plan_notes(plan), *overflows)

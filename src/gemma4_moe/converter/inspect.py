@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from gemma4_moe.checkpoint.completeness import uncalled, unsaid
 from gemma4_moe.checkpoint.config import ConfigFile
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.recognition import recognise, wrong_tensors
+from gemma4_moe.converter.notes import uncalled_notes
 from gemma4_moe.errors import ConfigError, InputError, UnsupportedCheckpointError
 from gemma4_moe.hub.source import is_hub_id, open_source
 from gemma4_moe.layout.inventory import Inventory
@@ -41,6 +43,8 @@ class Inspection:
         groups: Bytes of the experts, of the router, and of each other module.
         problems: The reasons why it can't be converted; empty if it can.
         skipped: Names in the directory that a conversion does not copy.
+        notes: Sentences on what is worth knowing and no obstacle: tensors that the config does not call for, or a
+            config that does not say which tensors there are.
     """
 
     source: Path
@@ -55,6 +59,7 @@ class Inspection:
     groups: dict[str, int]
     problems: tuple[InputError, ...]
     skipped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         what = "no known layout" if self.layout is None else f"{self.layout} ({self.spelling})"
@@ -87,6 +92,7 @@ def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
 
 def _inspect(source: Path, checkpoint: Checkpoint) -> Inspection:
     problems: list[InputError] = []
+    notes: list[str] = []
     try:
         config = checkpoint.read_config()
     except ConfigError as error:
@@ -98,6 +104,7 @@ def _inspect(source: Path, checkpoint: Checkpoint) -> Inspection:
     if recognition.layout is not None:
         inventory = Inventory(recognition.layout, config.sizes)
         problems += wrong_tensors(checkpoint.tensors.values(), inventory, config)
+        notes += _notes(checkpoint, recognition.layout, config) if not problems else []
     tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: natural_key(tensor.name))
     groups: dict[str, int] = {}
     for tensor in tensors:
@@ -117,7 +124,15 @@ def _inspect(source: Path, checkpoint: Checkpoint) -> Inspection:
         groups=groups,
         problems=tuple(problems),
         skipped=checkpoint.skipped,
+        notes=tuple(notes),
     )
+
+
+def _notes(checkpoint: Checkpoint, layout: Layout, config: ConfigFile) -> list[str]:
+    field = unsaid(config)
+    if field is None:
+        return [*uncalled_notes(uncalled(checkpoint.tensors, layout, config))]
+    return [f"config.json does not say which tensors the model has: it lacks {field}; missing ones can't be named"]
 
 
 def _group(name: str, layout: Layout | None) -> str:

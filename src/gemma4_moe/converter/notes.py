@@ -1,4 +1,4 @@
-"""The notes of a conversion: scales and casts that a user should know of, folded over layers."""
+"""The notes of a conversion: names, scales and casts that a user should know of, folded over layers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,24 @@ from gemma4_moe.layout.names import fold_names
 from gemma4_moe.layout.table import Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from gemma4_moe.converter.base import Scales
     from gemma4_moe.converter.plan import Plan
+
+
+def plan_notes(plan: Plan) -> tuple[str, ...]:
+    """Return what headers and config alone tell: tensors that the config does not call for, then `cast_notes`."""
+    return (*uncalled_notes(plan.uncalled), *cast_notes(plan))
+
+
+def uncalled_notes(names: Iterable[str]) -> tuple[str, ...]:
+    """Return which tensors config.json does not call for."""
+    return tuple(
+        f"{len(members)} {'tensor' if len(members) == 1 else 'tensors'} {group}: config.json does not call for "
+        f"{'it' if len(members) == 1 else 'them'}, and a model may not load {'it' if len(members) == 1 else 'them'}"
+        for group, members in fold_names(names).items()
+    )
 
 
 def cast_notes(plan: Plan) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from gemma4_moe.checkpoint.completeness import uncalled
 from gemma4_moe.checkpoint.recognition import checkpoint_targets, recognise
 from gemma4_moe.converter.base import find_base
 from gemma4_moe.errors import UsageError
@@ -40,6 +41,7 @@ class Plan:
         files: The target's weight files.
         cast: The dtype that all tensors are cast to that can be, or None.
         inexact: The number of tensors of each cast (source dtype, target dtype) that can change values.
+        uncalled: Names of tensors, the same in both layouts, that config.json does not call for.
     """
 
     source_layout: Layout
@@ -50,6 +52,7 @@ class Plan:
     files: tuple[PlannedFile, ...]
     cast: DType | None
     inexact: Mapping[tuple[DType, DType], int]
+    uncalled: tuple[str, ...]
 
     @property
     def target_bytes(self) -> int:
@@ -72,7 +75,8 @@ def make_plan(
     """Plan the conversion of an open checkpoint. Arguments are those of `convert`; the base is open too.
 
     Raises:
-        InputError: See `recognise` and `targets_of`; or the config's sizes are not the tensors'.
+        InputError: See `recognise` and `targets_of`; the config's sizes are not the tensors'; or a tensor is missing
+            that it calls for.
         UsageError: The source is in the layout `to` already; an argument has no meaning; or see `find_base`.
     """
     config = checkpoint.read_config()
@@ -80,7 +84,7 @@ def make_plan(
     recognition = recognise(checkpoint.tensors, config)
     layout = recognition.accepted()
     _check_direction(layout, to, base)
-    targets = checkpoint_targets(checkpoint.tensors.values(), layout, config, cast)
+    targets = checkpoint_targets(checkpoint.tensors.values(), layout, config, cast, complete=True)
     downs = {name: target for name, target in targets.items() if target.operation is Operation.TRANSPOSE_SCALE}
     casts = [(target.source.dtype, target.dtype) for target in targets.values() if target.source is not None]
     return Plan(
@@ -92,6 +96,7 @@ def make_plan(
         files=layout_files([(t.name, t.dtype, t.shape) for t in targets.values()], parse_size(max_shard_size)),
         cast=cast,
         inexact=Counter(cast for cast in casts if not dtypes.is_exact(*cast)),
+        uncalled=tuple(uncalled(checkpoint.tensors, layout, config)),
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import refusals, resolved
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, LOAD_BLOCKS, Memory, load_block_bytes, plan_memory, row_bytes
-from gemma4_moe.converter.notes import cast_notes
+from gemma4_moe.converter.notes import plan_notes
 from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.distributed.sharding import NAMED_DIMENSIONS, count, local_runs
 from gemma4_moe.errors import UsageError
@@ -121,7 +121,7 @@ def plan(
             space=measure_space([checkpoint, *bases], planned.target_bytes, disk, stream=stream),
             side_files=tuple(file.name for file in checkpoint.side_files),
             skipped=checkpoint.skipped,
-            notes=cast_notes(planned),
+            notes=plan_notes(planned),
             mesh=None if ranks is None else predict(planned, ranks),
         )
 

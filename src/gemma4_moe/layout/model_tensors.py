@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.errors import ConfigError
+from gemma4_moe.layout.prefixes import TEXT_PREFIX
 from gemma4_moe.layout.table import RULES, Layout, shape_of
 
 if TYPE_CHECKING:
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
 #: Beginnings of the names of the audio tower and its projection.
 AUDIO = ("model.audio_tower.", "model.embed_audio.")
-
-#: Before `layers.` in a model of each kind.
-TEXT_PREFIX = {"gemma4": "model.language_model.", "gemma4_text": "model."}
 
 _NORMS = (
     "input_layernorm",
@@ -45,11 +43,14 @@ def called_for(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     Raises:
         ConfigError: The config lacks a field that decides a name or a shape.
     """
-    prefix = TEXT_PREFIX[config["model_type"]]
+    prefix = TEXT_PREFIX.get(str(config.get("model_type")))
+    if prefix is None:
+        raise _lacks("model_type")
     text = config.get("text_config", config)
     shapes = dict(_text(text, prefix))
-    if config is not text and config.get("vision_config") is not None:
-        shapes |= _vision(config["vision_config"], text)
+    vision = None if config is text else _object(config, "vision_config")
+    if vision is not None:
+        shapes |= _vision(vision, text)
     if not ties_embeddings(config):
         shapes["lm_head.weight"] = shapes[f"{prefix}embed_tokens.weight"]
     return shapes
@@ -65,7 +66,7 @@ def _text(text: Mapping[str, Any], prefix: str) -> Shapes:
     H, V = _size(text, "hidden_size"), _size(text, "vocab_size")  # axis letters
     yield f"{prefix}embed_tokens.weight", (V, H)
     yield f"{prefix}norm.weight", (H,)
-    layers, P = _size(text, "num_hidden_layers"), text.get("hidden_size_per_layer_input") or 0
+    layers, P = _size(text, "num_hidden_layers"), _count(text, "hidden_size_per_layer_input")
     if P:
         yield f"{prefix}embed_tokens_per_layer.weight", (_size(text, "vocab_size_per_layer_input"), layers * P)
         yield f"{prefix}per_layer_model_projection.weight", (layers * P, H)
@@ -102,18 +103,19 @@ def _heads(text: Mapping[str, Any], layer: int) -> tuple[int, int, bool]:
     if types[layer] == "sliding_attention":
         return D, heads, False
     is_key_value = bool(text.get("attention_k_eq_v"))
-    own = {int(number): fields for number, fields in (text.get("per_layer_config") or {}).items()}.get(layer, {})
-    D = own.get("head_dim") or text.get("global_head_dim") or D
+    by_number = _object(text, "per_layer_config") or {}
+    own = next((_object(by_number, key) for key in by_number if key.isdecimal() and int(key) == layer), None) or {}
+    D = _count(own, "head_dim") or _count(text, "global_head_dim") or D
     if "num_key_value_heads" in own:
-        heads = own["num_key_value_heads"]
+        heads = _size(own, "num_key_value_heads")
     elif is_key_value:
-        heads = text.get("num_global_key_value_heads") or heads
+        heads = _count(text, "num_global_key_value_heads") or heads
     return D, heads, is_key_value
 
 
 def _shares_keys(text: Mapping[str, Any], layer: int) -> bool:
     """Return whether a layer takes the keys and values of an earlier one."""
-    return layer >= _size(text, "num_hidden_layers") - (text.get("num_kv_shared_layers") or 0)
+    return layer >= _size(text, "num_hidden_layers") - _count(text, "num_kv_shared_layers")
 
 
 def _feed_forward(text: Mapping[str, Any], layer: int) -> Shapes:
@@ -168,6 +170,18 @@ def _vision(vision: Mapping[str, Any], text: Mapping[str, Any]) -> Shapes:
 def _size(config: Mapping[str, Any], field: str) -> int:
     value = config.get(field)
     if type(value) is not int or value < 1:
+        raise _lacks(field)
+    return value
+
+
+def _count(config: Mapping[str, Any], field: str) -> int:
+    """Return an optional size; 0 if the config has none."""
+    return _size(config, field) if config.get(field) else 0
+
+
+def _object(config: Mapping[str, Any], field: str) -> Mapping[str, Any] | None:
+    value = config.get(field)
+    if not isinstance(value, dict | None):
         raise _lacks(field)
     return value
 

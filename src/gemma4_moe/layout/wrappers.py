@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from gemma4_moe.errors import DuplicateTensorError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 T = TypeVar("T")
 
@@ -21,6 +21,8 @@ WRAPPERS = {
     "_orig_mod": "torch.compile",
     "module": "DistributedDataParallel",
     "_fsdp_wrapped_module": "FullyShardedDataParallel",
+    "_fpw_module": "FullyShardedDataParallel of FairScale",
+    "_forward_module": "Lightning Fabric",
     "_checkpoint_wrapped_module": "activation checkpointing",
 }
 
@@ -35,15 +37,15 @@ def wrappers_in(name: str) -> list[str]:
     return list(dict.fromkeys(component for component in name.split(".") if component in WRAPPERS))
 
 
-def unwrapped(names: Iterable[str]) -> dict[str, str]:
-    """Return the given name of each name without wrappers, in the order given.
+def unwrapped(names: Iterable[str], plain_of: Callable[[str], str] = without_wrappers) -> dict[str, str]:
+    """Return the given name of each name that `plain_of` makes plain, in the order given.
 
     Raises:
         DuplicateTensorError: Two names become one.
     """
     found: dict[str, str] = {}
     for name in names:
-        plain = without_wrappers(name)
+        plain = plain_of(name)
         if plain in found:
             raise DuplicateTensorError(
                 "two names that become one without their wrappers",

@@ -78,7 +78,7 @@ def verify(
         first: The source, or the target if there is no second argument: a directory, or a Hub id.
         second: The target, likewise.
         revision: Branch, tag or commit of the first argument, if it is a Hub id.
-        strip_wrappers: Compare under the source's names without torch's wrappers, as `convert` removes them.
+        strip_wrappers: Compare under the source's names without wrappers and doubled prefixes, as `convert` does.
         max_memory: The most bytes of buffers, or text such as "512MiB".
         progress: Called with the bytes that were compared so far and with their total.
 
