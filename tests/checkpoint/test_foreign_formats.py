@@ -20,6 +20,10 @@ ARRAYS = {"a": np.arange(3, dtype=np.float32)}
         ([".metadata", "__0_0.distcp", "__1_0.distcp"], "torch.distributed.checkpoint"),
         ([".metadata", "model.safetensors"], "torch.distributed.checkpoint"),
         (["shard-00001-model-00001-of-00001.safetensors"], "NeMo's unconsolidated step directory"),
+        (["model_world_size_8_rank_0.pt", "model_world_size_8_rank_1.pt", "config.json"], "rank files of verl"),
+        (["pytorch_model_fsdp_0/", "optimizer_0/", "config.json"], "a sharded state of Accelerate"),
+        (["global_step200/", "latest", "zero_to_fp32.py", "config.json"], "DeepSpeed ZeRO"),
+        (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"], "DeepSpeed ZeRO"),
         (["adapter_config.json", "adapter_model.safetensors"], "PEFT adapter"),
         (["adapter_config.json", "adapter_model.bin"], "PEFT adapter"),
     ],
@@ -38,6 +42,7 @@ def test_other_formats_are_refused_by_name_with_a_next_step(tmp_path, names, for
     assert caught.value.facts["file"] == str(tmp_path)
     assert caught.value.facts["found"] in names
     assert caught.value.hint is not None
+    assert "{" not in caught.value.hint
 
 
 def test_files_that_hold_parts_of_tensors_say_so_in_their_metadata(tmp_path):

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gemma4_moe.checkpoint.impostors import ENOUGH, check_genuine
 from gemma4_moe.checkpoint.storage import read_whole
 from gemma4_moe.errors import CheckpointFormatError, ConfigError
 from gemma4_moe.layout.model_tensors import ties_embeddings
@@ -37,6 +38,17 @@ class ConfigFile:
     layers: int | None
 
     @property
+    def text(self) -> dict[str, Any]:
+        """The config of the text model: the document's `text_config`, or else the document."""
+        text = self.document.get("text_config", self.document)
+        return text if isinstance(text, dict) else {}
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the document says that there are no experts."""
+        return _says_dense(self.text)
+
+    @property
     def ties_embeddings(self) -> bool:
         """Whether the output head is the embedding, as it is where the config does not say."""
         return ties_embeddings(self.document)
@@ -58,7 +70,8 @@ def read_config(directory: Path) -> ConfigFile:
     text = document.get("text_config", document)
     if not isinstance(text, dict):
         raise _senseless(path, "text_config", "an object", text)
-    sizes = {axis: _size(path, text, field) for axis, (field, _) in SIZE_FIELDS.items()}
+    of_experts = {"E", "I"} if _says_dense(text) else set()
+    sizes = {axis: _size(path, text, field) for axis, (field, _) in SIZE_FIELDS.items() if axis not in of_experts}
     known = {axis: size for axis, size in sizes.items() if size is not None}
     return ConfigFile(path, document, model_type, known, _size(path, text, "num_hidden_layers"))
 
@@ -66,9 +79,10 @@ def read_config(directory: Path) -> ConfigFile:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         raw = read_whole(path, LONGEST_CONFIG)
+        check_genuine(raw[:ENOUGH], path)
     except CheckpointFormatError as error:
         expected, found = error.facts.get("expected"), error.facts.get("found")
-        raise _unusable(path, f"{CONFIG_NAME} can't be used: {error.problem}", expected, found) from error
+        raise _unusable(path, f"{CONFIG_NAME} can't be used: {error.problem}", expected, found, error.hint) from error
     try:
         document = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
@@ -76,6 +90,11 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise _unusable(path, f"{CONFIG_NAME} is not an object", "{...}", type(document).__name__)
     return document
+
+
+def _says_dense(text: dict[str, Any]) -> bool:
+    """Return whether a text model's config has no experts: null for their number, or their block switched off."""
+    return text.get("num_experts", 1) is None or text.get("enable_moe_block", True) is False
 
 
 def _size(path: Path, text: dict[str, Any], field: str) -> int | None:
@@ -92,6 +111,8 @@ def _senseless(path: Path, field: str, expected: str, value: object) -> ConfigEr
     return _unusable(path, f"{field} in {CONFIG_NAME} has no sensible value", expected, found)
 
 
-def _unusable(path: Path, problem: str, expected: str | None, found: str | None) -> ConfigError:
-    hint = "get the checkpoint's own config.json; it tells which sizes its tensors should have"
+def _unusable(
+    path: Path, problem: str, expected: str | None, found: str | None, hint: str | None = None
+) -> ConfigError:
+    hint = hint or "get the checkpoint's own config.json; it tells which sizes its tensors should have"
     return ConfigError(problem, file=path, expected=expected, found=found, hint=hint)

@@ -15,7 +15,9 @@ from gemma4_moe.checkpoint.config import ConfigFile, read_config
 from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.checkpoint.foreign_formats import refuse_foreign_files, refuse_partial_tensors
 from gemma4_moe.checkpoint.header import TensorEntry
+from gemma4_moe.checkpoint.impostors import ENOUGH, check_genuine
 from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, parse_index
+from gemma4_moe.checkpoint.parents import refuse_parent
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, side_files_of
 from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, command_line
@@ -29,7 +31,7 @@ _SUFFIX = ".safetensors"
 
 _DIRECTORY = "a directory of safetensors files"
 
-_AGAIN = "get the whole checkpoint again"
+_AGAIN = "get the index again, and the file that is not as it says"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +119,16 @@ def open_checkpoint(
     path, elsewhere = Path(path), elsewhere or {}
     files, directories = _entries(path)
     files = sorted({*files, *elsewhere})
-    refuse_foreign_files(path, files)
     weights = [name for name in files if name.endswith(_SUFFIX)]
+    if not weights and INDEX_NAME not in files:
+        refuse_parent(path)
+    refuse_foreign_files(path, [*files, *directories])
     weight_map: dict[str, str] | None = None
     if INDEX_NAME in files:
-        weight_map = parse_index(read_whole(path / INDEX_NAME, LONGEST_INDEX), file=path / INDEX_NAME)
-        _compare_names(path / INDEX_NAME, set(weight_map.values()), set(weights))
+        raw = read_whole(path / INDEX_NAME, LONGEST_INDEX)
+        check_genuine(raw[:ENOUGH], path / INDEX_NAME)
+        weight_map = parse_index(raw, file=path / INDEX_NAME)
+        _compare_names(path / INDEX_NAME, set(weight_map.values()), set(weights), files)
     else:
         _require_single_file(path, weights)
     side_files = side_files_of(path, files)
@@ -166,20 +172,36 @@ def _require_single_file(path: Path, weights: list[str]) -> None:
         raise CheckpointFormatError("no safetensors file in the directory", file=path, expected=expected, hint=hint)
     if len(weights) > 1:
         problem = "several safetensors files, and no index that says which belong together"
-        hint = "get the index, or leave only the file that is meant"
+        others = [name for name in weights if name != f"model{_SUFFIX}"]
+        hint = "get the index, or keep elsewhere what is not the checkpoint: " + _move(path, others or weights[1:])
         raise CheckpointFormatError(problem, file=path, expected=INDEX_NAME, found=_some(weights), hint=hint)
 
 
-def _compare_names(index: Path, named: set[str], present: set[str]) -> None:
-    if named - present:
-        problem = "the index names a file that is not there"
-        found = _some(present) if present else "no safetensors file"
-        raise CheckpointFormatError(problem, file=index, expected=_some(named - present), found=found, hint=_AGAIN)
-    if present - named:
-        problem = "a safetensors file that the index does not name"
-        expected = "every safetensors file of the directory in the index"
-        hint = "remove what is left over from another checkpoint: some readers ignore the index and would take it"
-        raise CheckpointFormatError(problem, file=index, expected=expected, found=_some(present - named), hint=hint)
+def _compare_names(index: Path, named: set[str], present: set[str], files: Collection[str]) -> None:
+    if absent := sorted(named - present):
+        begun = [name for name in files if name.endswith(".incomplete") and name.startswith(tuple(absent))]
+        raise CheckpointFormatError(
+            "the index names a file that is not there",
+            file=index,
+            expected=_some(absent),
+            found=f"{_some(begun)}, whose download has not ended" if begun else _some(present) or "no safetensors file",
+            hint=f"fetch {_some(absent)} from where the checkpoint came from, into {index.parent}",
+        )
+    if extra := sorted(present - named):
+        raise CheckpointFormatError(
+            "a safetensors file that the index does not name",
+            file=index,
+            expected="every safetensors file of the directory in the index",
+            found=_some(extra),
+            hint=f"some readers would take it for the model; keep it elsewhere: {_move(index.parent, extra)}",
+        )
+
+
+def _move(directory: Path, names: Collection[str]) -> str:
+    """Return the command that moves files of a user out of a checkpoint, into a new directory beside it."""
+    aside = directory.with_name(f"{directory.name}-other-files")
+    move = command_line("mv", "--", *(directory / name for name in names), aside)
+    return f"{command_line('mkdir', '--', aside)} && {move}"
 
 
 def _collect(files: dict[str, SafetensorsFile]) -> dict[str, StoredTensor]:
@@ -195,7 +217,8 @@ def _collect(files: dict[str, SafetensorsFile]) -> dict[str, StoredTensor]:
                     file=file.path,
                     expected="each tensor in one file",
                     found=f"{other.file.path.name} and {name}",
-                    hint="remove the file that does not belong to the checkpoint",
+                    hint="one file is of another checkpoint, such as an older save: save this one again, into an empty "
+                    "directory",
                 )
     return tensors
 

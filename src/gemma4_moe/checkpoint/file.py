@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from gemma4_moe.checkpoint.header import LENGTH, Header, header_size, parse_header
+from gemma4_moe.checkpoint.impostors import check_genuine
 from gemma4_moe.checkpoint.readers import PageReader, QuickerReader
 from gemma4_moe.checkpoint.storage import open_regular, read_at, refusals
 from gemma4_moe.errors import SourceChangedError
@@ -142,6 +143,7 @@ class SafetensorsFile(OpenFile):
 
     def _read_header(self, size: int, mtime_ns: int, inode: int) -> None:
         prefix = self._read(min(LENGTH.size, size))
+        check_genuine(prefix, self.path)
         raw = self._read(header_size(prefix, size, file=self.path))
         self.header = parse_header(raw, size, file=self.path)
         self.identity = FileIdentity(size, mtime_ns, inode, self.header.digest)

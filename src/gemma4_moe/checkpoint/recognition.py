@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from gemma4_moe.checkpoint.completeness import incomplete
+from gemma4_moe.checkpoint.damage import shared_damage
 from gemma4_moe.checkpoint.misfits import misfit, wrapped
 from gemma4_moe.errors import ConfigError, IncompleteExpertsError, InputError, UnsupportedCheckpointError
-from gemma4_moe.layout.foreign import FOREIGN_SPELLINGS
+from gemma4_moe.layout.foreign import FOREIGN
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.spellings import CURRENT
@@ -28,19 +29,8 @@ if TYPE_CHECKING:
 #: `model_type` of the models that have these layers, and what each is called.
 SUPPORTED_MODELS = {"gemma4": "multimodal Gemma 4", "gemma4_text": "text-only Gemma 4"}
 
-_UNIFIED = "Gemma 4 unified is a dense model: it has no experts to convert"
-_DRAFTER = "an MTP drafter never holds experts: use it as it is beside its converted target model"
-_DIFFUSION = "DiffusionGemma shares these layers, but NeMo's Gemma 4 MoE model does not load it"
-
-#: `model_type` of relatives that are refused by name, and the reason.
-_RELATIVES = {
-    "gemma4_unified": _UNIFIED,
-    "gemma4_unified_text": _UNIFIED,
-    "gemma4_assistant": _DRAFTER,
-    "gemma4_unified_assistant": _DRAFTER,
-    "diffusion_gemma": _DIFFUSION,
-    "diffusion_gemma_text": _DIFFUSION,
-}
+#: What `inspect` calls a model without experts.
+DENSE = "dense"
 
 
 class Recognition(NamedTuple):
@@ -68,20 +58,20 @@ def recognise(names: Collection[str], config: ConfigFile) -> Recognition:
     """Recognise a checkpoint by all its tensor names and its config.json."""
     if (refusal := wrapped(names, config)) is not None:
         return Recognition(None, "wrapped", refusal)
-    for form in FOREIGN_SPELLINGS:
-        if (name := next(filter(form.pattern.fullmatch, names), None)) is not None:
-            problem = f"a {form.name} checkpoint, which is not converted"
-            refusal = UnsupportedCheckpointError(problem, form=form.name, tensor=name, hint=form.reason)
+    for form in FOREIGN:
+        if form.tensor is not None and (name := next(filter(form.tensor.fullmatch, names), None)) is not None:
+            problem = form.reason or f"a {form.name} checkpoint, which is not converted"
+            refusal = UnsupportedCheckpointError(problem, form=form.name, tensor=name, hint=form.hint)
             return Recognition(None, form.name, refusal)
     try:
         layout = layout_of(names, config.path.parent, config.model_type)
     except UnsupportedCheckpointError as error:
-        return Recognition(None, "none", _relative(config) or error)
+        refused = _relative(config) or (_dense(config) if config.is_dense else None) or error
+        return Recognition(None, refused.form or "none", refused)
     known = [found for name in names if (found := lookup(name, layout)) is not None]
     spellings = {found.spelling.name for found in known if found.rule in found.spelling.names}
-    return Recognition(
-        layout, " and ".join(sorted(spellings)) or CURRENT.name, _wrong_model(config) or misfit(names, config)
-    )
+    refusal = _wrong_model(config) or _no_experts(config) or misfit(names, config)
+    return Recognition(layout, " and ".join(sorted(spellings)) or CURRENT.name, refusal)
 
 
 def layout_of(names: Collection[str], directory: Path, model_type: str | None = None) -> Layout:
@@ -104,17 +94,51 @@ def layout_of(names: Collection[str], directory: Path, model_type: str | None = 
     raise UnsupportedCheckpointError(problem, file=directory, expected=expected, found=found, hint=hint)
 
 
-def _relative(config: ConfigFile) -> InputError | None:
-    reason = _RELATIVES.get(str(config.model_type))
-    if reason is None:
+def _relative(config: ConfigFile) -> UnsupportedCheckpointError | None:
+    """Return the refusal of a relative, by its `model_type`, or of weights that the config calls quantised."""
+    quantisation = config.document.get("quantization_config")
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    for form in FOREIGN:
+        if config.model_type in form.model_types:
+            found = f"model_type {config.model_type}"
+            return UnsupportedCheckpointError(
+                str(form.reason), form=form.name, file=config.path, found=found, hint=form.hint
+            )
+        if method in form.quant_methods:
+            problem = f"config.json says that the weights are quantised: {form.name}"
+            found = f"quant_method {method}"
+            return UnsupportedCheckpointError(problem, form=form.name, file=config.path, found=found, hint=form.hint)
+    return None
+
+
+def _no_experts(config: ConfigFile) -> ConfigError | None:
+    """Return the refusal of a dense model's config beside weights with experts."""
+    if not config.is_dense:
         return None
-    found = f"model_type {config.model_type}"
-    return UnsupportedCheckpointError(reason, file=config.path, found=found, hint="convert a Gemma 4 MoE checkpoint")
+    return ConfigError(
+        "config.json says that the model has no experts, and its weights have some",
+        file=config.path,
+        expected="num_experts, a number",
+        found=f"num_experts {config.text.get('num_experts')}",
+        hint="put the config.json of the model that it was trained from in its place",
+    )
+
+
+def _dense(config: ConfigFile) -> UnsupportedCheckpointError:
+    return UnsupportedCheckpointError(
+        "a dense model needs no conversion: it is the same in both layouts",
+        form=DENSE,
+        file=config.path,
+        expected="num_experts, a number",
+        found="no experts",
+        hint="use it as it is",
+    )
 
 
 def _wrong_model(config: ConfigFile) -> InputError | None:
-    relative = _relative(config)
-    if relative is None and config.model_type not in SUPPORTED_MODELS:
+    if (relative := _relative(config)) is not None:
+        return relative
+    if config.model_type not in SUPPORTED_MODELS:
         return ConfigError(
             "config.json does not name a Gemma 4 model",
             file=config.path,
@@ -122,24 +146,29 @@ def _wrong_model(config: ConfigFile) -> InputError | None:
             found=repr(config.model_type),
             hint="put the model's own config.json beside its weights",
         )
-    if relative is None and config.document.get("quantization_config"):
+    if config.document.get("quantization_config"):
         problem, hint = "config.json says that the weights are quantised", "start from the unquantised checkpoint"
         return UnsupportedCheckpointError(problem, file=config.path, found="quantization_config", hint=hint)
-    return relative
+    return None
 
 
 def refuse_other_models(config: ConfigFile) -> None:
     """Check that a config names a Gemma 4 model with experts, whose weights are not quantised."""
-    if (refusal := _wrong_model(config)) is not None:
+    refusal = _wrong_model(config) or (_dense(config) if config.is_dense else None)
+    if refusal is not None:
         raise refusal
 
 
 def wrong_tensors(tensors: Iterable[Described], inventory: Inventory, config: ConfigFile) -> Iterator[InputError]:
     """Yield every wrong tensor, the first incomplete layer, layers that the config does not count, and missing tensors.
 
-    Layers and missing tensors are looked for where all names fit the config, missing ones where nothing else is wrong.
+    Damage that many tensors share is one error. Layers are counted where all names fit the config, and missing tensors
+    looked for where nothing else is wrong.
     """
     tensors = list(tensors)
+    if (damage := shared_damage(tensors, inventory.layout, config)) is not None:
+        yield damage
+        return
     found = list(problems(tensors, inventory, CHECKPOINT_RULES[inventory.layout]))
     yield from found
     if misfit([tensor.name for tensor in tensors], config) is not None:
@@ -168,6 +197,8 @@ def checkpoint_targets(
     it must be `complete`.
     """
     tensors, inventory = list(tensors), Inventory(layout, config.sizes)
+    if (damage := shared_damage(tensors, layout, config)) is not None:
+        raise damage
     targets = targets_of(tensors, inventory, CHECKPOINT_RULES[layout], cast)
     _check_layer_count(inventory, config, all_layers=all_layers)
     for error in incomplete(tensors, inventory, config) if complete else ():

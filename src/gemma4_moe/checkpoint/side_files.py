@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.config import CONFIG_NAME
+from gemma4_moe.checkpoint.file import OpenFile
+from gemma4_moe.checkpoint.impostors import ENOUGH, check_genuine
 from gemma4_moe.checkpoint.storage import regular_status, too_large
 
 if TYPE_CHECKING:
@@ -70,10 +72,14 @@ def side_files_of(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
 
 
 def check_side_file(path: Path) -> None:
-    """Check that `path` names a regular file of at most `LARGEST_SIDE_FILE` bytes."""
+    """Check that `path` names a regular file of at most `LARGEST_SIDE_FILE` bytes, and the file itself."""
     status = regular_status(path)
     if status.st_size > LARGEST_SIDE_FILE:
         raise too_large(path, LARGEST_SIDE_FILE, f"{status.st_size} bytes")
+    with OpenFile(path) as file:
+        begin = bytearray(min(ENOUGH, status.st_size))
+        file.read_into(0, memoryview(begin))
+    check_genuine(bytes(begin), path)
 
 
 MANIFEST_NAME = "gemma4_moe.json"

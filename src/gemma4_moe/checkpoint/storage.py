@@ -175,7 +175,7 @@ def _missing_is_input(path: Path) -> Iterator[None]:
             file=path,
             expected="a file",
             found="a link that leads nowhere" if path.is_symlink() else "nothing",
-            hint="get the whole checkpoint again",
+            hint=f"fetch {path.name} again",
         ) from error
 
 

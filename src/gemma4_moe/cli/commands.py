@@ -75,6 +75,8 @@ def inspect(output: Output, *, source: str, revision: str | None) -> None:
 @options.stream
 @options.base
 @options.strip_wrappers
+@options.scale
+@options.scale_from
 @options.common
 def plan(output: Output, *, source: str, **arguments: Any) -> None:
     """Show what convert would do: files, bytes, space and memory.
@@ -117,6 +119,8 @@ def plan(output: Output, *, source: str, **arguments: Any) -> None:
 @options.stream
 @options.base
 @options.strip_wrappers
+@options.scale
+@options.scale_from
 @options.common
 def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read_back: bool, **arguments: Any) -> None:
     """Convert SRC into the new directory DST.
@@ -146,7 +150,9 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
     output.give(report.conversion(done))
     revision = [] if arguments["revision"] is None else ["--revision", arguments["revision"]]
     strip = ["--strip-wrappers"] if arguments["strip_wrappers"] else []
-    compared = [str(target)] if arguments["stream"] else [*revision, *strip, source, str(target)]
+    given = (("--scale", arguments["scale"]), ("--scale-from", arguments["scale_from"]))
+    scale = [word for option, value in given if value is not None for word in (option, value)]
+    compared = [str(target)] if arguments["stream"] else [*revision, *strip, *scale, source, str(target)]
     output.say(f"next: {command_line('gemma4-moe', 'verify', *compared)}")
 
 
@@ -155,8 +161,10 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
 @options.argument("second", "DST", "The checkpoint to judge, likewise.", required=False)
 @options.revision
 @options.strip_wrappers
+@options.scale
+@options.scale_from
 @options.common
-def verify(output: Output, *, first: str, second: str | None, revision: str | None, strip_wrappers: bool) -> None:
+def verify(output: Output, *, first: str, second: str | None, revision: str | None, **arguments: Any) -> None:
     """Compute every tensor of DST again from SRC, and compare bits.
 
     The kernels that made DST are not used. Without SRC, compare the hashes of DST's files with those in its
@@ -171,7 +179,7 @@ def verify(output: Output, *, first: str, second: str | None, revision: str | No
             alone = verify.verify(first, revision=revision, progress=progress)
             shown, wrong = report.recheck(alone), len(alone.wrong)
         else:
-            found = verify.verify(first, second, revision=revision, strip_wrappers=strip_wrappers, progress=progress)
+            found = verify.verify(first, second, revision=revision, progress=progress, **arguments)
             shown, wrong = report.verification(found), len(found.different)
     _judge(output, shown, wrong)
 

@@ -94,6 +94,16 @@ strip_wrappers = click.option(
     is_flag=True,
     help="Remove what torch.compile, DDP, FSDP or PEFT added to the names of tensors in SRC, and doubled prefixes.",
 )
+scale = click.option(
+    "--scale",
+    type=click.Choice(["ones"]),
+    help="For an hf SRC without per_expert_scale, whose weights have it folded in: each scale is one.",
+)
+scale_from = click.option(
+    "--scale-from",
+    metavar="CHECKPOINT",
+    help="For an hf SRC that has lost per_expert_scale: the hf checkpoint that has it, a directory or a Hub id.",
+)
 break_lock = click.option(
     "--break-lock", is_flag=True, help="Take DST from a process on another host, which must no longer run."
 )

@@ -17,17 +17,18 @@ from gemma4_moe.converter.notes import base_notes, overflow_notes, plan_notes, u
 from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.converter.preview import measure_space
 from gemma4_moe.converter.resume import is_made_already
+from gemma4_moe.converter.sources import open_sources
 from gemma4_moe.converter.write import Job, finish, write_weights
 from gemma4_moe.distributed.ranks import current, ranks_on_this_host
 from gemma4_moe.errors import StorageError
-from gemma4_moe.hub.remote import commit_of, download
-from gemma4_moe.hub.source import check_streamed, open_source
+from gemma4_moe.hub.remote import commit_of
+from gemma4_moe.hub.source import check_streamed
 from gemma4_moe.kernels.choice import allowed_cores
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.directory import TargetFiles
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
 from gemma4_moe.target.manifest import read_manifest
-from gemma4_moe.target.preconditions import check_existing, check_place
+from gemma4_moe.target.preconditions import check_existing
 from gemma4_moe.target.recovery import clean, heal
 from gemma4_moe.target.transaction import Transaction
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoint.directory import Checkpoint
     from gemma4_moe.converter.base import Scales
+    from gemma4_moe.converter.sources import Sources
     from gemma4_moe.layout.table import Layout
     from gemma4_moe.sizes import Progress
 
@@ -83,6 +85,8 @@ def convert(
     stream: bool = False,
     base: str | Path | None = None,
     strip_wrappers: bool = False,
+    scale: str | None = None,
+    scale_from: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert the checkpoint `source` into the new directory `target`.
@@ -113,6 +117,8 @@ def convert(
             again by `resume`.
         strip_wrappers: Remove the components of wrappers from the source's names, and give each the prefix of the
             config's kind of model (`layout.prefixes`).
+        scale: "ones" for an hf source that has lost each `per_expert_scale` because it was folded into the weights.
+        scale_from: The hf checkpoint, a directory or a Hub id, that has the scales which a source has lost.
         progress: Told how far the writing is.
 
     Raises:
@@ -129,22 +135,20 @@ def convert(
         with ranks.together("plan the conversion"):
             if stream:
                 check_streamed(source, base)
-            checkpoint = stack.enter_context(open_source(source, revision, stream=stream))
-            checkpoint = checkpoint.without_wrappers() if strip_wrappers else checkpoint
-            origin = None if base is None else stack.enter_context(open_source(base, stream=stream))
-            opened = _away_from(target, checkpoint, origin)
+            forms: dict[str, Any] = {"strip_wrappers": strip_wrappers, "scale": scale, "scale_from": scale_from}
+            sources = open_sources(stack, source, revision, base, in_place=stream, **forms)
+            checkpoint, origin = sources.checkpoint, sources.base
+            sources.check_place(target)
             plan = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=origin)
             memory = plan_memory(plan, parse_size(max_memory))
             if ranks.is_first and not stream and not resume:  # an earlier run may hold the space already
-                _check_room(opened, plan, target)
+                _check_room(sources.opened, plan, target)
         with ranks.together("read the source"):
             if not stream:
-                download(checkpoint, revision)
-                if origin is not None:
-                    download(origin)
-            scales = {name: read_scale(t.scale) for name, t in plan.tensors.items() if t.scale is not None}
+                sources.download(revision)
+            folded = {name: read_scale(t.scale) for name, t in plan.tensors.items() if t.scale is not None}
             options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
-            options |= _identities(checkpoint, origin, stream=stream, strip_wrappers=strip_wrappers)
+            options |= _identities(sources, stream=stream, strip_wrappers=strip_wrappers, scale=scale)
         transaction = None
         with ranks.together("take the target"):
             if ranks.is_first:
@@ -159,18 +163,10 @@ def convert(
         if out is not None:
             files = TargetFiles(out, plan.files, ranks, memory.peak_bytes, buffered)
             workers = workers or max(1, allowed_cores() // ranks_on_this_host())
-            job = Job(checkpoint, origin, plan, scales, options, target, files, memory, workers, read_back, sha256)
+            job = Job(checkpoint, origin, plan, folded, options, target, files, memory, workers, read_back, sha256)
             finish(job, write_weights(job, None if transaction is None else transaction.confirm, progress))
             _publish(job, transaction, overwrite=overwrite)
-        return Conversion(target, plan, memory, _notes(target, plan, scales), checkpoint.skipped)
-
-
-def _away_from(target: Path, checkpoint: Checkpoint, base: Checkpoint | None) -> list[Checkpoint]:
-    """Return the open checkpoints, none of which is the target, above or below it."""
-    opened = [checkpoint] if base is None else [checkpoint, base]
-    for one in opened:
-        check_place(target, one.path)
-    return opened
+        return Conversion(target, plan, memory, _notes(target, plan, folded), checkpoint.skipped)
 
 
 def _publish(job: Job, transaction: Transaction | None, *, overwrite: bool) -> None:
@@ -180,12 +176,17 @@ def _publish(job: Job, transaction: Transaction | None, *, overwrite: bool) -> N
             transaction.publish(overwrite=overwrite)
 
 
-def _identities(source: Checkpoint, base: Checkpoint | None, *, stream: bool, strip_wrappers: bool) -> dict[str, Any]:
-    """Return the options that say which source and base it was: commits of a stream, headers of the base."""
-    headers = None if base is None else {name: file.header.digest for name, file in base.files.items()}
+def _identities(sources: Sources, *, stream: bool, strip_wrappers: bool, scale: str | None) -> dict[str, Any]:
+    """Return the options that say which checkpoints were read, and how: commits of a stream, headers of all others."""
+    source, base, scales = sources
     commits = {"commit": commit_of(source), "base_commit": base and commit_of(base)} if stream else {}
-    said = {**commits, "base": headers, "strip_wrappers": strip_wrappers or None}
+    headers = {"base": base and _headers(base), "scale_from": scales and _headers(scales)}
+    said = {**commits, **headers, "strip_wrappers": strip_wrappers or None, "scale": scale}
     return {name: value for name, value in said.items() if value is not None}
+
+
+def _headers(checkpoint: Checkpoint) -> dict[str, str]:
+    return {name: file.header.digest for name, file in checkpoint.files.items()}
 
 
 def _check_room(opened: list[Checkpoint], plan: Plan, target: Path) -> None:

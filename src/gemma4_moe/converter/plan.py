@@ -105,7 +105,12 @@ def _check_direction(layout: Layout, to: Layout | str | None, base: Checkpoint |
     if to is not None and to not in list(Layout):
         raise UsageError("no such layout", expected=" or ".join(Layout), found=repr(to))
     if to == layout:
-        raise UsageError(f"the source is in the {layout} layout already", hint=f"convert it with --to {layout.other}")
+        raise UsageError(
+            f"the source is in the {layout} layout already",
+            expected=f"a source in the {layout.other} layout",
+            found=f"a source in the {layout} layout",
+            hint=f"it is {layout} already: use it as it is; or give --to {layout.other}",
+        )
     if base is not None and layout is not Layout.NEMO:
         raise UsageError(
             "a base is for the conversion to hf, where scales are taken out of the weights again",

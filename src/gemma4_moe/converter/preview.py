@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import refusals, resolved
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, LOAD_BLOCKS, Memory, load_block_bytes, plan_memory, row_bytes
 from gemma4_moe.converter.notes import plan_notes
 from gemma4_moe.converter.plan import Plan, make_plan
+from gemma4_moe.converter.sources import open_sources
 from gemma4_moe.distributed.sharding import NAMED_DIMENSIONS, count, local_runs
 from gemma4_moe.errors import UsageError
 from gemma4_moe.hub.remote import bytes_to_fetch, cache_directory
-from gemma4_moe.hub.source import check_streamed, is_hub_id, open_source
+from gemma4_moe.hub.source import check_streamed, is_hub_id
 from gemma4_moe.layout.table import Layout, transposes
 from gemma4_moe.sizes import format_size, parse_size
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
@@ -80,6 +81,8 @@ def plan(
     stream: bool = False,
     base: str | Path | None = None,
     strip_wrappers: bool = False,
+    scale: str | None = None,
+    scale_from: str | Path | None = None,
     mesh: Mapping[str, int] | str | None = None,
 ) -> Preview:
     """Return what `convert` would do, from headers alone: of a model on the Hub, no weights are fetched.
@@ -96,6 +99,8 @@ def plan(
         stream: See `convert`; no space is then needed for a model in the Hub's cache.
         base: See `convert`.
         strip_wrappers: See `convert`.
+        scale: See `convert`.
+        scale_from: See `convert`.
         mesh: Ranks by dimension, or text such as "ep_shard=2,ep=8": also preview the share of each of these ranks, if
             they load the source into the nemo layout.
 
@@ -108,17 +113,17 @@ def plan(
     if stream:
         check_streamed(source, base)
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_source(source, revision))
-        checkpoint = checkpoint.without_wrappers() if strip_wrappers else checkpoint
-        bases = [] if base is None else [stack.enter_context(open_source(base))]
-        planned = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=next(iter(bases), None))
+        forms: dict[str, Any] = {"strip_wrappers": strip_wrappers, "scale": scale, "scale_from": scale_from}
+        sources = open_sources(stack, source, revision, base, in_place=False, **forms)
+        checkpoint = sources.checkpoint
+        planned = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=sources.base)
         return Preview(
             source=Path(source),
             plan=planned,
             memory=plan_memory(planned, parse_size(max_memory)),
             source_tensors=len(checkpoint.tensors),
             source_bytes=checkpoint.total_bytes,
-            space=measure_space([checkpoint, *bases], planned.target_bytes, disk, stream=stream),
+            space=measure_space(sources.opened, planned.target_bytes, disk, stream=stream),
             side_files=tuple(file.name for file in checkpoint.side_files),
             skipped=checkpoint.skipped,
             notes=plan_notes(planned),

@@ -25,6 +25,15 @@ _T = TypeVar("_T")
 _ATTEMPTS = 6
 _LONGEST_PAUSE = 8
 
+
+class HubUnreachableError(StorageError):
+    """The Hub could not be asked, or gave no answer with sense."""
+
+
+class HubNotAskedError(HubUnreachableError):
+    """Nothing of a model is known: it is not in the cache, and the Hub may not or can't be asked."""
+
+
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
@@ -128,10 +137,10 @@ def refusals(file: object) -> Iterator[None]:
         raise InputError(problem, file=file, hint=hint) from error
     except errors.OfflineModeIsEnabled as error:
         hint = "unset HF_HUB_OFFLINE; without --stream, a model in the Hub's cache needs no connection"
-        raise StorageError("the Hub may not be asked: HF_HUB_OFFLINE is set", file=file, hint=hint) from error
+        raise HubNotAskedError("the Hub may not be asked: HF_HUB_OFFLINE is set", file=file, hint=hint) from error
     except errors.LocalEntryNotFoundError as error:
         hint = "check the path or the connection; with HF_HUB_OFFLINE, the model must be in the cache"
-        raise StorageError("no such directory, and the Hub can't be reached", file=file, hint=hint) from error
+        raise HubNotAskedError("no such directory, and the Hub can't be reached", file=file, hint=hint) from error
     except (client.httpx.HTTPError, OSError) as error:
         response = getattr(error, "response", None)
         if response is not None and response.status_code in (401, 403):
@@ -147,4 +156,4 @@ def unreadable(file: object, error: BaseException) -> StorageError:
     """
     line = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
     problem = "the Hub can't be read: " + re.sub(r"\?[^\s'\"]+", "?…", line)
-    return StorageError(problem, file=file, hint="check the connection, and try again")
+    return HubUnreachableError(problem, file=file, hint="check the connection, and try again")

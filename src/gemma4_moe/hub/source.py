@@ -12,6 +12,7 @@ from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import refusals
 from gemma4_moe.errors import InputError, StorageError, UsageError
 from gemma4_moe.hub.remote import fetch, open_on_hub
+from gemma4_moe.hub.requests import HubNotAskedError, HubUnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,11 +39,13 @@ def open_source(source: str | Path, revision: str | None = None, *, stream: bool
         if is_hub_id(source):
             try:
                 checkpoint = stack.enter_context(open_on_hub(source, revision, headers_only=not stream))
-            except (InputError, StorageError):
+            except (InputError, StorageError) as error:
                 cached = None
                 with suppress(StorageError):
                     cached = None if stream else fetch(source, revision, cached_only=True)
                 if cached is None:
+                    if isinstance(error, HubUnreachableError) and not stream:
+                        raise _no_directory(source, error) from error
                     raise
                 checkpoint = stack.enter_context(open_checkpoint(cached))
         else:
@@ -56,6 +59,12 @@ def is_hub_id(source: object) -> TypeGuard[str]:
         return False
     with refusals("look at the path", source):
         return not Path(source).exists()
+
+
+def _no_directory(source: str, error: HubUnreachableError) -> StorageError:
+    """Return the error for a name that is no directory, and may be a model on a Hub that gave no answer."""
+    hint = f"check the path; or, if it is a model on the Hub: {error.problem}: {error.hint}"
+    return StorageError("no such directory", file=source, hint=hint)
 
 
 def check_streamed(source: str | Path, base: str | Path | None) -> None:
@@ -76,7 +85,10 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         UsageError: A revision of a directory.
     """
     if is_hub_id(source):
-        return fetch(source, revision)
+        try:
+            return fetch(source, revision)
+        except HubNotAskedError as error:
+            raise _no_directory(source, error) from error
     path = expanded(source)
     if revision is not None:
         raise UsageError("a directory has no revision", file=path, found=revision, hint="leave --revision out")

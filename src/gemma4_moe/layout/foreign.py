@@ -1,6 +1,7 @@
-"""Published forms of Gemma 4 MoE that are not converted: they are recognised by the names of tensors, and refused.
+"""Forms of Gemma 4 MoE, and of relatives, that are not converted: how each is recognised, and the next step.
 
-`checkpoint.foreign_formats` does the same by the names of files.
+`FOREIGN` is the one registry. `foreign_spelling` recognises a form by a tensor's name, `checkpoint.foreign_formats` by
+the names of files and directories, and `checkpoint.recognition` by config.json. docs/forms.md explains each row.
 """
 
 from __future__ import annotations
@@ -11,49 +12,150 @@ from typing import NamedTuple
 from gemma4_moe.layout.lora import LORA_NAME
 
 
-class ForeignSpelling(NamedTuple):
-    """A published form of Gemma 4 MoE, or a relative of it, that this package names and does not convert.
+class Foreign(NamedTuple):
+    """A form that this package names and does not convert.
 
     Attributes:
-        reason: Why it is refused, and the next step.
-        pattern: Matches a tensor name that only this form has.
+        name: Its name in messages, in `inspect` and in docs/forms.md.
+        hint: The next step. "{}" stands for the directory, quoted for a shell.
+        tensor: Matches the name of a tensor that only this form has.
+        file: Matches the name of a file, or of a directory with a slash at its end, that only this form has.
+        always: Whether such a file tells the form even in a directory with other safetensors files or an index.
+        model_types: Values of config.json's `model_type` that only this form has.
+        quant_methods: Values of `quant_method` in config.json's `quantization_config` that only this form has.
+        reason: Why it is refused, if not for its form alone.
     """
 
     name: str
-    reason: str
-    pattern: re.Pattern[str]
+    hint: str
+    tensor: re.Pattern[str] | None = None
+    file: re.Pattern[str] | None = None
+    always: bool = False
+    model_types: tuple[str, ...] = ()
+    quant_methods: tuple[str, ...] = ()
+    reason: str | None = None
 
 
-_DEQUANTISE = "quantised experts are not dequantised here: start from the unquantised checkpoint"
+def _pattern(text: str) -> re.Pattern[str]:
+    return re.compile(text, re.DOTALL)
 
-#: In order of precedence: the first form that any tensor shows names the checkpoint. Quantised forms have one tensor an
-#: expert, too.
-FOREIGN_SPELLINGS = tuple(
-    ForeignSpelling(name, reason, re.compile(pattern, re.DOTALL))
-    for name, reason, pattern in (
-        ("compressed-tensors NVFP4", _DEQUANTISE, r".*\.(weight_packed|weight_global_scale|input_global_scale)"),
-        ("ModelOpt NVFP4", _DEQUANTISE, r".*\.(weight_scale_2|input_scale)"),
-        ("compressed-tensors FP8", _DEQUANTISE, r".*\.weight_scale"),
-        ("MLX", "MLX has its own layout: start from the Hugging Face checkpoint", r".*\.switch_(glu|mlp)\..*"),
-        (
-            "DiffusionGemma",
-            "a diffusion model shares these layers, but NeMo's Gemma 4 MoE model does not load it",
-            r"model\.(decoder\.layers\.\d+\.(router|experts|moe)\..*|encoder\.language_model\..*)",
-        ),
-        (
-            "per-expert",
-            "one two-dimensional tensor an expert is not converted: start from the checkpoint with fused experts",
-            r".*layers\.\d+\.(moe\.)?experts\.\d+\.(gate_proj|up_proj|down_proj)(\.weight)?",
-        ),
-        (
-            "LoRA adapter",
-            "merge the adapter into its base with PEFT first, then convert the merged model",
-            LORA_NAME,
-        ),
-    )
+
+_DEQUANTISE = "quantised weights are not dequantised here: start from the unquantised checkpoint"
+_EXPORT = "export it to Hugging Face safetensors first, or start from the published checkpoint"
+_MERGE = "merge the adapter into its base with PEFT first (merge_and_unload), then convert the merged model"
+
+#: In order of precedence: the first form that any name shows is the checkpoint's. Quantised forms may have one tensor
+#: an expert, too. A file of torch's own formats counts after those of programs that write such files.
+FOREIGN = (
+    Foreign(
+        "bitsandbytes",
+        _DEQUANTISE,
+        tensor=_pattern(r".*\.(absmax|nested_absmax|quant_map|nested_quant_map|SCB|quant_state\.bitsandbytes__\w+)"),
+        quant_methods=("bitsandbytes",),
+    ),
+    Foreign("GPTQ", _DEQUANTISE, tensor=_pattern(r".*\.g_idx"), quant_methods=("gptq",)),
+    Foreign("AWQ", _DEQUANTISE, tensor=_pattern(r".*\.(qweight|qzeros)"), quant_methods=("awq",)),
+    Foreign(
+        "compressed-tensors INT4 (AWQ or GPTQ)",
+        _DEQUANTISE,
+        tensor=_pattern(r".*\.(weight_shape|weight_zero_point|weight_g_idx)"),
+    ),
+    Foreign(
+        "compressed-tensors NVFP4",
+        _DEQUANTISE,
+        tensor=_pattern(r".*\.(weight_packed|weight_global_scale|input_global_scale)"),
+    ),
+    Foreign("ModelOpt NVFP4", _DEQUANTISE, tensor=_pattern(r".*\.(weight_scale_2|input_scale)")),
+    Foreign(
+        "FP8 in blocks",
+        _DEQUANTISE,
+        tensor=_pattern(r".*(\.weight|_proj)_scale_inv"),
+        quant_methods=("fp8", "fbgemm_fp8"),
+    ),
+    Foreign("compressed-tensors FP8", _DEQUANTISE, tensor=_pattern(r".*\.weight_scale")),
+    Foreign("MXFP4", _DEQUANTISE, tensor=_pattern(r".*_proj_(blocks|scales)"), quant_methods=("mxfp4",)),
+    Foreign(
+        "MLX",
+        "MLX has its own layout: start from the Hugging Face checkpoint",
+        tensor=_pattern(r".*\.switch_(glu|mlp)\..*"),
+    ),
+    Foreign(
+        "vLLM's fused names",
+        "these are parameters of a running engine: start from the checkpoint that it has loaded",
+        tensor=_pattern(r".*\.experts\.(routed_experts\.)?w(13|2)_weight"),
+    ),
+    Foreign(
+        "DiffusionGemma",
+        "use it as it is: NeMo AutoModel loads the published directory by its own model of DiffusionGemma",
+        tensor=_pattern(r"model\.(decoder\.layers\.\d+\.(router|experts|moe)\..*|encoder\.language_model\..*)"),
+        model_types=("diffusion_gemma", "diffusion_gemma_text"),
+        reason="DiffusionGemma shares these layers, but it is another model, which is not converted",
+    ),
+    Foreign(
+        "per-expert",
+        "one two-dimensional tensor an expert is not converted: start from the checkpoint with fused experts",
+        tensor=_pattern(r".*layers\.\d+\.(moe\.)?experts\.\d+\.(gate_proj|up_proj|down_proj)(\.weight)?"),
+    ),
+    Foreign("LoRA adapter", _MERGE, tensor=_pattern(LORA_NAME)),
+    Foreign(
+        "Gemma 4 unified",
+        "use it as it is: it is the same in both layouts",
+        model_types=("gemma4_unified", "gemma4_unified_text"),
+        reason="Gemma 4 unified is a dense model: it has no experts to convert",
+    ),
+    Foreign(
+        "MTP drafter",
+        "use it as it is beside its converted target model",
+        model_types=("gemma4_assistant", "gemma4_unified_assistant"),
+        reason="an MTP drafter never holds experts",
+    ),
+    Foreign(
+        "NeMo's unconsolidated step directory",
+        "name its subdirectory model/consolidated, which NeMo writes at the end of training; for another step, train "
+        "with save_consolidated",
+        file=_pattern(r"shard-\d+-model-.*\.safetensors"),
+        always=True,
+    ),
+    Foreign(
+        "rank files of verl",
+        "merge them: python3 -m verl.model_merger merge --backend fsdp --local_dir {} --target_dir MERGED",
+        file=_pattern(r"model_world_size_\d+_rank_\d+\.pt"),
+    ),
+    Foreign(
+        "a sharded state of Accelerate",
+        "merge it: accelerate merge-weights {}/pytorch_model_fsdp_0 MERGED; then put the model's config.json there",
+        file=_pattern(r"pytorch_model_fsdp_0/"),
+    ),
+    Foreign(
+        "DeepSpeed ZeRO",
+        "merge it: python3 {0}/zero_to_fp32.py {0} MERGED --safe_serialization; then put the model's config.json there",
+        file=_pattern(r"global_step\d+/|(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_\w+\.pt|zero_to_fp32\.py"),
+    ),
+    Foreign(
+        "torch.distributed.checkpoint",
+        "merge it: python3 -m torch.distributed.checkpoint.format_utils dcp_to_torch {} model.pt; then load that into "
+        "the model, and save it with save_pretrained",
+        file=_pattern(r"\.metadata|.*\.distcp"),
+        always=True,
+    ),
+    Foreign("Orbax", _EXPORT, file=_pattern(r"_CHECKPOINT_METADATA|_METADATA|manifest\.ocdbt"), always=True),
+    Foreign("PEFT adapter", _MERGE, file=_pattern(r"adapter_model\.(safetensors|bin)")),
+    Foreign(
+        "GGUF",
+        "GGUF is quantised and renamed: start from the Hugging Face checkpoint",
+        file=_pattern(r".*\.gguf"),
+    ),
+    Foreign(
+        "pickled weights",
+        "unpickling runs code: get the safetensors files, or save the model again with save_pretrained",
+        file=_pattern(r".*\.(bin|pt|pth|ckpt|pkl)"),
+    ),
 )
 
+#: The form of files whose headers say that they hold parts of tensors.
+PARTS = next(form for form in FOREIGN if form.name == "NeMo's unconsolidated step directory")
 
-def foreign_spelling(name: str) -> ForeignSpelling | None:
-    """Return the foreign form that has a tensor of this name, or None if there is none."""
-    return next((form for form in FOREIGN_SPELLINGS if form.pattern.fullmatch(name)), None)
+
+def foreign_spelling(name: str) -> Foreign | None:
+    """Return the form that has a tensor of this name, or None if there is none."""
+    return next((form for form in FOREIGN if form.tensor is not None and form.tensor.fullmatch(name)), None)

@@ -143,7 +143,7 @@ def _unknown(name: str, rest: str, layout: Layout) -> UnknownTensorError:
         problem = f"a name of the {layout.other} layout where the {layout} layout is read"
         hint = f"convert in the other direction, or give a state dict in the {layout} layout"
     elif (foreign := foreign_spelling(name)) is not None:
-        rest, hint = f"{rest} ({foreign.name})", foreign.reason
+        rest, hint = f"{rest} ({foreign.name})", foreign.hint
         if layout is Layout.NEMO and is_lora(name):
             problem = "LoRA on experts, which is not converted"
             hint = "leave the experts out of the adapter: name linear modules alone in its target_modules"

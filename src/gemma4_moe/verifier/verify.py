@@ -7,12 +7,14 @@ from `reference`, so that no mistake of the converter can hide behind itself. Wi
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, overload
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.checkpoint.recognition import layout_of, recognise, wrong_tensors
+from gemma4_moe.checkpoint.scales import with_scales
 from gemma4_moe.checkpoint.storage import open_regular, refusals, regular_status
 from gemma4_moe.hub.source import locate
 from gemma4_moe.layout.inventory import Inventory
@@ -50,6 +52,8 @@ def verify(
     *,
     revision: str | None = None,
     strip_wrappers: bool = ...,
+    scale: str | None = ...,
+    scale_from: str | Path | None = ...,
     max_memory: int | str = ...,
     progress: Progress | None = ...,
 ) -> Verification: ...
@@ -62,6 +66,8 @@ def verify(
     *,
     revision: str | None = None,
     strip_wrappers: bool = False,
+    scale: str | None = None,
+    scale_from: str | Path | None = None,
     max_memory: int | str = DEFAULT_MEMORY,
     progress: Progress | None = None,
 ) -> Verification | Recheck:
@@ -79,6 +85,8 @@ def verify(
         second: The target, likewise.
         revision: Branch, tag or commit of the first argument, if it is a Hub id.
         strip_wrappers: Compare under the source's names without wrappers and doubled prefixes, as `convert` does.
+        scale: "ones", if the source was converted so: see `convert`.
+        scale_from: The checkpoint with the scales that the source has lost: see `convert`.
         max_memory: The most bytes of buffers, or text such as "512MiB".
         progress: Called with the bytes that were compared so far and with their total.
 
@@ -99,8 +107,10 @@ def verify(
         return check_manifest(source, max_memory=memory, progress=progress)
     target = locate(second)
     check_published(target)
-    with open_checkpoint(source) as opened, open_checkpoint(target) as judged:
+    with open_checkpoint(source) as opened, open_checkpoint(target) as judged, ExitStack() as stack:
         given = opened.without_wrappers() if strip_wrappers else opened
+        origin = None if scale_from is None else stack.enter_context(open_checkpoint(locate(scale_from)))
+        given = with_scales(given, scale, origin)
         layout, names = _understand(given)
         to = layout_of(judged.tensors, target)
         expected = expectations(given, names, layout, to)
