@@ -64,8 +64,8 @@ def test_what_was_not_trained_comes_back_with_the_base_own_bits(pieces, base, st
     assert not verify(tmp_path / "nemo", tmp_path / "back").different
     convert(tmp_path / "back", tmp_path / "again")
     assert_same_tensors(read_directory(tmp_path / "again"), native)
-    assert len(done.notes) == 1
-    assert done.notes[0].startswith("10 of 12 experts are the base's, folded")
+    assert len([note for note in done.notes if "all zero" not in note]) == 1  # one scale is zero
+    assert done.notes[-1].startswith("10 of 12 experts are the base's, folded")
 
 
 def test_a_model_in_fp32_comes_back_to_the_base_file_by_file(base, state, tmp_path):

@@ -49,17 +49,18 @@ def cli() -> None:
 @cli.command(examples=["gemma4-moe inspect gemma-4-26B-A4B", "gemma4-moe inspect google/gemma-4-26B-A4B --format json"])
 @options.source
 @options.revision
+@click.option("--values", is_flag=True, help="Also read all tensors: NaN, infinities, experts that are zero or equal.")
 @options.common
-def inspect(output: Output, *, source: str, revision: str | None) -> None:
+def inspect(output: Output, *, source: str, revision: str | None, values: bool) -> None:
     """Show a checkpoint's layout, tensors, bytes and problems.
 
-    Only headers, index and config.json are read, on the Hub too. A checkpoint with problems is data and not a failure:
-    the exit status is 0.
+    Only headers, index and config.json are read, on the Hub too, unless --values is given. A checkpoint with problems
+    is data and not a failure: the exit status is 0.
     """
     from gemma4_moe.cli import report
     from gemma4_moe.converter import inspect
 
-    output.give(report.inspection(inspect.inspect(source, revision=revision)))
+    output.give(report.inspection(inspect.inspect(source, revision=revision, values=values)))
 
 
 @cli.command(examples=["gemma4-moe plan gemma-4-26B-A4B", "gemma4-moe plan gemma-4-26B-A4B --mesh ep_shard=2,ep=8"])
@@ -177,10 +178,11 @@ def verify(output: Output, *, first: str, second: str | None, revision: str | No
     with shown_progress(output.talk, "verifying") as progress:
         if second is None:
             alone = verify.verify(first, revision=revision, progress=progress)
-            shown, wrong = report.recheck(alone), len(alone.wrong)
+            shown, wrong, notes = report.recheck(alone), len(alone.wrong), alone.notes
         else:
             found = verify.verify(first, second, revision=revision, progress=progress, **arguments)
-            shown, wrong = report.verification(found), len(found.different)
+            shown, wrong, notes = report.verification(found), len(found.different), found.notes
+    output.say(*(f"note: {note}" for note in notes))
     _judge(output, shown, wrong)
 
 

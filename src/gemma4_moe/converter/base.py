@@ -18,6 +18,7 @@ import numpy as np
 from gemma4_moe import kernels
 from gemma4_moe.checkpoint.readers import allocate
 from gemma4_moe.checkpoint.recognition import checkpoint_targets, recognise
+from gemma4_moe.checkpoint.values import read_scale
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.names import lookup
@@ -43,13 +44,6 @@ _FIRST = 2**12
 
 #: How many elements are computed at once; a thread has up to 17 bytes for each.
 _PIECE = 2**17
-
-
-def read_scale(stored: StoredTensor) -> Array:
-    """Return a `per_expert_scale` [E] with its own bits. Raises what reading the file raises."""
-    raw = np.empty(stored.nbytes, np.uint8)
-    stored.read_into(raw.data)
-    return raw.view(stored.dtype.numpy())
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import resolved
-from gemma4_moe.converter.base import read_scale
+from gemma4_moe.checkpoint.values import read_scale, unusual_scales, value_notes
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
-from gemma4_moe.converter.notes import base_notes, overflow_notes, plan_notes, unusual_scales
+from gemma4_moe.converter.notes import base_notes, overflow_notes, plan_notes
 from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.converter.preview import measure_space
 from gemma4_moe.converter.resume import is_made_already
@@ -50,9 +50,10 @@ class Conversion:
         target: The directory that it made.
         plan: The plan that was carried out.
         memory: The buffers that were used.
-        notes: Sentences on the values: scales that are zero, negative or not finite; experts that got the base's
-            scale, or that without a base every scale is one; casts that round, tensors that are not cast, and finite
-            values that became infinite.
+        notes: Sentences on the values: scales that are zero, negative or not finite; values of the source that are NaN
+            or infinite, experts that are all zero or equal to another; experts that got the base's scale, or that
+            without a base every scale is one; tensors that the config does not call for; casts that round, tensors that
+            are not cast, and finite values that became infinite.
         skipped: Names of files in the source directory that were not copied.
     """
 
@@ -206,5 +207,7 @@ def _check_room(opened: list[Checkpoint], plan: Plan, target: Path) -> None:
 
 def _notes(target: Path, plan: Plan, scales: Scales) -> tuple[str, ...]:
     said = read_manifest(target)
+    named = {t.scale.name: scales[name] for name, t in plan.tensors.items() if t.scale is not None}
+    values = (*unusual_scales(named), *value_notes(said["values"]))
     overflows = overflow_notes(plan, said["overflowed"])
-    return (*unusual_scales(scales), *base_notes(plan, said["given_back"]), *plan_notes(plan), *overflows)
+    return (*values, *base_notes(plan, said["given_back"]), *plan_notes(plan), *overflows)

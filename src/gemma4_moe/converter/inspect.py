@@ -11,6 +11,7 @@ from gemma4_moe.checkpoint.completeness import uncalled, unsaid
 from gemma4_moe.checkpoint.config import ConfigFile
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.recognition import recognise, wrong_tensors
+from gemma4_moe.checkpoint.values import scales_of, scan_checkpoint, unusual_scales, value_notes
 from gemma4_moe.converter.notes import uncalled_notes
 from gemma4_moe.errors import ConfigError, InputError, UnsupportedCheckpointError
 from gemma4_moe.hub.source import is_hub_id, open_source
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+
+#: Bytes of the buffer through which values are read.
+_MEMORY = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -44,7 +48,7 @@ class Inspection:
         problems: The reasons why it can't be converted; empty if it can.
         skipped: Names in the directory that a conversion does not copy.
         notes: Sentences on what is worth knowing and no obstacle: tensors that the config does not call for, or a
-            config that does not say which tensors there are.
+            config that does not say which tensors there are; and odd values, if these were asked for.
     """
 
     source: Path
@@ -67,14 +71,15 @@ class Inspection:
         return f"<Inspection of {self.source}: {what}, {size}>"
 
 
-def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
-    """Return what the checkpoint `source` holds and what is wrong with it, without reading a tensor.
+def inspect(source: str | Path, *, revision: str | None = None, values: bool = False) -> Inspection:
+    """Return what the checkpoint `source` holds and what is wrong with it, by default without reading a tensor.
 
     Headers, index and config.json are read, on the Hub too. Nothing on the disk is changed.
 
     Args:
         source: A directory, or a Hub id.
         revision: Branch, tag or commit of a Hub id.
+        values: Read all tensors, and note what is odd in their values; a model on the Hub is read in place.
 
     Raises:
         InputError: The directory is no checkpoint, a file in it breaks the rules of its format, or its publish was
@@ -84,13 +89,13 @@ def inspect(source: str | Path, *, revision: str | None = None) -> Inspection:
         check_published(expanded(source))
     with ExitStack() as stack:
         try:
-            checkpoint = stack.enter_context(open_source(source, revision))
+            checkpoint = stack.enter_context(open_source(source, revision, stream=values))
         except UnsupportedCheckpointError as error:
             return Inspection(Path(source), None, error.form or "none", None, {}, 0, 0, 0, (), {}, (error,), ())
-        return _inspect(Path(source), checkpoint)
+        return _inspect(Path(source), checkpoint, values=values)
 
 
-def _inspect(source: Path, checkpoint: Checkpoint) -> Inspection:
+def _inspect(source: Path, checkpoint: Checkpoint, *, values: bool) -> Inspection:
     problems: list[InputError] = []
     notes: list[str] = []
     try:
@@ -105,6 +110,10 @@ def _inspect(source: Path, checkpoint: Checkpoint) -> Inspection:
         inventory = Inventory(recognition.layout, config.sizes)
         problems += wrong_tensors(checkpoint.tensors.values(), inventory, config)
         notes += _notes(checkpoint, recognition.layout, config) if not problems else []
+    if values:
+        odd = scan_checkpoint(checkpoint, recognition.layout, _MEMORY)
+        scales = scales_of(checkpoint, recognition.layout)
+        notes += [*unusual_scales(scales), *value_notes(odd.document())]
     tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: natural_key(tensor.name))
     groups: dict[str, int] = {}
     for tensor in tensors:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from gemma4_moe.layout.names import fold_names
 from gemma4_moe.layout.table import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from gemma4_moe.converter.base import Scales
     from gemma4_moe.converter.plan import Plan
 
 
@@ -69,19 +66,3 @@ def base_notes(plan: Plan, given_back: Mapping[str, int]) -> tuple[str, ...]:
     own, count = sum(given_back.values()), sum(base.weights.shape[0] for base in plan.bases.values())
     said = f"{own} of {count} experts are the base's, folded, and got its weights and scale"
     return (said if own == count else f"{said}; the others have their own bits, and the scale one",)
-
-
-def unusual_scales(scales: Scales) -> tuple[str, ...]:
-    """Return which scales are zero, negative or not finite, one sentence for each tensor."""
-    notes = []
-    for name, stored in scales.items():
-        scale = stored.astype(np.float32)
-        kinds = {
-            "NaN": np.isnan(scale),
-            "infinite": np.isinf(scale),
-            "zero": scale == 0,
-            "negative": (scale < 0) & np.isfinite(scale),
-        }
-        if said := " and ".join(f"{int(mask.sum())} {kind}" for kind, mask in kinds.items() if mask.any()):
-            notes.append(f"{name}: per_expert_scale has {said} of {scale.size} values, folded as they are")
-    return tuple(notes)

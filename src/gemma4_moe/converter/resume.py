@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from gemma4_moe.checkpoint.hashing import hash_extents
 from gemma4_moe.checkpoint.storage import refusals
+from gemma4_moe.checkpoint.values import is_document
 from gemma4_moe.converter import blocks
 from gemma4_moe.errors import InputError, ParallelError, UsageError, command_line
 from gemma4_moe.target.manifest import read_manifest
@@ -115,6 +116,7 @@ def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: M
         and manifest.get("plan") == plan_digest(plan)
         and {key: value for key, value in manifest["options"].items() if key in options} == options
         and all(_is_count(manifest.get(counts), plan) for counts in ("overflowed", "given_back"))
+        and is_document(manifest.get("values"))
         and said | {"blocks": {}} == described_source(plan, checkpoint, {})
     )
     if not same or "commit" in options:

@@ -15,10 +15,11 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from blake3 import blake3
 
 from gemma4_moe import kernels
-from gemma4_moe.checkpoint.hashing import blake3_of
 from gemma4_moe.checkpoint.readers import PAGE, allocate
+from gemma4_moe.checkpoint.values import Oddities
 from gemma4_moe.converter.blocks import extent_of, room_for
 from gemma4_moe.layout.table import transposes
 from gemma4_moe.target.pieces import piece_of
@@ -81,8 +82,7 @@ class ConversionSteps:
             return {}
         scale, rows = self.scales.get(tensor.name), block.last - block.first
         factors = None if scale is None else scale[block.first : block.last]
-        given = [*contents, *([] if factors is None else [factors.view(np.uint8).data])]
-        facts: dict[str, Any] = {"tensor": tensor.name, "source": blake3_of(given)}
+        facts = self._hash_and_scan(block, contents, factors)
         for read, content in zip(block.reads(), contents, strict=True):
             own = slice(read.experts[0] - block.first, read.experts[1] - block.first)
             count = own.stop - own.start
@@ -105,6 +105,18 @@ class ConversionSteps:
             if can_overflow(read.stored.dtype, tensor.dtype) and (number := count_overflows(values, result)):
                 facts["overflowed"] = facts.get("overflowed", 0) + number
         return facts
+
+    def _hash_and_scan(self, block: Block, contents: list[memoryview], factors: Array | None) -> dict[str, Any]:
+        """Return the hash of a block's source, and what is odd in its values."""
+        hasher, oddities = blake3(), Oddities()
+        for read, content in zip(block.reads(), contents, strict=True):
+            experts = read.experts if transposes(block.tensor.operation) else None
+            oddities.scan(read.stored.name, content, read.stored.dtype, experts, hasher.update)
+        if factors is not None:
+            hasher.update(factors.view(np.uint8).data)
+        facts = {"tensor": block.tensor.name, "source": hasher.hexdigest()}
+        odd = oddities.document()
+        return facts | {"values": odd} if odd else facts
 
     def _unfold(self, name: str, first: int, experts: Array, result: Array) -> list[int]:
         """Write experts as the base's, or as they are, and return the numbers of those that are the base's."""

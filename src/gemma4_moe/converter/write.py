@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gemma4_moe.checkpoint.file import OpenFile
 from gemma4_moe.checkpoint.hashing import Extent, hash_extents
 from gemma4_moe.checkpoint.storage import sync_directory
+from gemma4_moe.checkpoint.values import Oddities
 from gemma4_moe.converter import resume
 from gemma4_moe.converter.base import Unfolding, given_back_scales, scales_with_base
 from gemma4_moe.converter.blocks import blocks, share
@@ -178,12 +179,17 @@ def _manifest(job: Job, files: dict[str, Any], pieces: Sequence[Piece]) -> dict[
             found = hash_extents(whole, job.memory.peak_bytes, buffered=job.files.buffered, algorithm=hashlib.sha256)
         for said, digest in zip([*files.values(), *source["files"].values()], found, strict=True):
             said["sha256"] = digest
+    odd = Oddities()
+    for piece in pieces:
+        odd.add(piece.facts.get("values", {}))
+    odd.compare(job.checkpoint.tensors, job.memory.peak_bytes, buffered=job.files.buffered)
     return {
         "plan": resume.plan_digest(plan),
         "options": job.options | {"to": plan.target_layout, "read_back": job.read_back},
         "layout": plan.target_layout,
         "source": source,
         "source_dtypes": {name: t.source.dtype.name for name, t in plan.tensors.items() if t.source is not None},
+        "values": odd.document(),
         "overflowed": _counts(plan, ((piece, piece.facts.get("overflowed", 0)) for piece in pieces)),
         "given_back": _counts(plan, ((piece, len(piece.facts.get("given_back", ()))) for piece in pieces)),
         "folded_scales": {name: [_number(value) for value in scale.tolist()] for name, scale in job.scales.items()},

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gemma4_moe.checkpoint.index import is_bare_name
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME
 from gemma4_moe.checkpoint.storage import read_whole, refusals
+from gemma4_moe.checkpoint.values import is_document, value_notes
 from gemma4_moe.errors import CheckpointFormatError
 from gemma4_moe.sizes import format_size
 from gemma4_moe.target.pieces import Count, Piece, gaps, wrong_pieces
@@ -103,12 +104,14 @@ class Recheck:
         files: Number of files that the manifest names.
         nbytes: Their size in bytes.
         wrong: One sentence for each difference between directory and manifest.
+        notes: Sentences on odd values of the source, as the manifest has them.
     """
 
     directory: Path
     files: int
     nbytes: int
     wrong: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         size = f"{self.files} files, {format_size(self.nbytes)}"
@@ -117,11 +120,18 @@ class Recheck:
 
 def check_manifest(directory: Path, *, max_memory: int = 64 * 2**20, progress: Progress | None = None) -> Recheck:
     """Compare every file of a directory that we wrote with its manifest, through `max_memory` bytes of buffers."""
-    files = read_manifest(directory)["files"]
+    manifest = read_manifest(directory)
+    files, values = manifest["files"], manifest.get("values", {})
     sizes = {name: file["bytes"] for name, file in files.items()}
     total = sum(sizes.values())
     wrong = wrong_pieces(directory, sizes, pieces_of(files), max_memory, hashed=Count(total, progress))
     with refusals("list the directory", directory):
         unknown = {path.name for path in directory.iterdir()} - files.keys() - {MANIFEST_NAME}
     sentences = [*wrong.values(), *(f"{name}: the manifest does not name it" for name in sorted(unknown))]
-    return Recheck(directory, len(files), total, tuple(dict.fromkeys(sentences)))
+    return Recheck(
+        directory,
+        len(files),
+        total,
+        tuple(dict.fromkeys(sentences)),
+        value_notes(values) if is_document(values) else (),
+    )

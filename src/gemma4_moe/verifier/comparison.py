@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gemma4_moe.checkpoint.values import Oddities, scales_of, unusual_scales, value_notes
 from gemma4_moe.errors import DuplicateTensorError, UsageError
 from gemma4_moe.layout.names import lookup
+from gemma4_moe.layout.table import Layout
 from gemma4_moe.verifier.expected import common_dtype, compare_headers
 from gemma4_moe.verifier.values import comparisons
 
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
-    from gemma4_moe.layout.table import Layout
     from gemma4_moe.sizes import Progress
     from gemma4_moe.verifier.differences import Difference
     from gemma4_moe.verifier.expected import Expectation
@@ -43,6 +44,8 @@ class Verification:
         tensors: How many tensors the target has or should have.
         equal: How many of them are as they should be.
         different: Every difference. A tensor can have more than one, and a side file is not a tensor.
+        notes: Sentences on odd values of the source: NaN, infinities, experts that are all zero or equal to another,
+            scales that are zero, negative or not finite.
     """
 
     source: Path
@@ -50,6 +53,7 @@ class Verification:
     tensors: int
     equal: int
     different: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         counts = f"{self.tensors:,} tensors, {self.equal:,} equal, {len(self.different):,} different"
@@ -72,12 +76,15 @@ def compare(
     """
     cast = common_dtype(expected, found) if may_cast else None
     differences, comparable = compare_headers(expected, found, cast)
-    differences += compare_all(list(comparisons(expected, comparable)), max_memory, progress)
+    odd = Oddities()
+    differences += compare_all(list(comparisons(expected, comparable, odd)), max_memory, progress)
+    odd.compare(source.tensors, max_memory)
     source.check_unchanged()
     target.check_unchanged()
     tensors = len(expected.keys() | found.keys())
     wrong = {difference.name for difference in differences}
-    return Verification(source.path, target.path, tensors, tensors - len(wrong), tuple(differences))
+    notes = (*unusual_scales(scales_of(source, Layout.HF)), *value_notes(odd.document()))
+    return Verification(source.path, target.path, tensors, tensors - len(wrong), tuple(differences), notes)
 
 
 def compare_all(pending: Sequence[Comparison], max_memory: int, progress: Progress | None) -> list[Difference]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from gemma4_moe.checkpoint.directory import StoredTensor
+    from gemma4_moe.checkpoint.values import Oddities
     from gemma4_moe.verifier.arithmetic import Bits
     from gemma4_moe.verifier.differences import Difference
     from gemma4_moe.verifier.expected import Expectation
@@ -43,8 +44,10 @@ class Comparison(NamedTuple):
     least: int = 0
 
 
-def comparisons(expected: Mapping[str, Expectation], found: Mapping[str, StoredTensor]) -> Iterator[Comparison]:
-    """Yield the comparisons of the values of `found`."""
+def comparisons(
+    expected: Mapping[str, Expectation], found: Mapping[str, StoredTensor], odd: Oddities
+) -> Iterator[Comparison]:
+    """Yield the comparisons of the values of `found`; what they read of the source is scanned into `odd`."""
     with_experts = {expected[name].scale_name for name in found}
     for name, target in found.items():
         tensor = expected[name]
@@ -53,18 +56,20 @@ def comparisons(expected: Mapping[str, Expectation], found: Mapping[str, StoredT
             if name not in with_experts:
                 yield Comparison(partial(_compare_ones, target), target.nbytes)
         elif not tensor.transposed:
-            yield Comparison(partial(_compare_elements, source, target), target.nbytes)
+            yield Comparison(partial(_compare_elements, odd, source, target), target.nbytes)
         else:
             scale = None if tensor.scale_name is None else found.get(tensor.scale_name)
             one_expert = (source.nbytes + target.nbytes) // target.shape[0]
             if scale is None:
-                yield Comparison(partial(_compare_experts, source, target, tensor.scale), target.nbytes, one_expert)
+                yield Comparison(
+                    partial(_compare_experts, odd, source, target, tensor.scale), target.nbytes, one_expert
+                )
             else:
                 nbytes = target.nbytes + scale.nbytes
-                yield Comparison(partial(_compare_pair, source, target, scale), nbytes, one_expert)
+                yield Comparison(partial(_compare_pair, odd, source, target, scale), nbytes, one_expert)
 
 
-def _compare_elements(source: StoredTensor, target: StoredTensor, _memory: int) -> list[Difference]:
+def _compare_elements(odd: Oddities, source: StoredTensor, target: StoredTensor, _memory: int) -> list[Difference]:
     """Compare two tensors of one shape, the first cast to the dtype of the second."""
     values = Mismatches(target.shape, target.dtype)
     sizes = [element_bits(tensor.dtype).itemsize for tensor in (source, target)]
@@ -72,23 +77,27 @@ def _compare_elements(source: StoredTensor, target: StoredTensor, _memory: int) 
     for first in range(0, count, _PIECE):
         last = min(first + _PIECE, count)
         one, two = (_read(t, first * size, last * size) for t, size in zip((source, target), sizes, strict=True))
+        odd.scan(source.name, one.view(np.uint8), source.dtype)
         values.compare(reference(one, source.dtype, target.dtype)[None], two[None], first)
     return values.difference(target.name)
 
 
 def _compare_experts(
-    source: StoredTensor, target: StoredTensor, scale: StoredTensor | None, memory: int
+    odd: Oddities, source: StoredTensor, target: StoredTensor, scale: StoredTensor | None, memory: int
 ) -> list[Difference]:
     """Compare target [E, C, R] with source [E, R, C], each expert times its scale."""
     factors = [1.0] * target.shape[0] if scale is None else _factors(scale)
     values = Mismatches(target.shape, target.dtype)
     for expert, old, new in _experts(source, target, memory):
+        odd.scan(source.name, old.reshape(-1).view(np.uint8), source.dtype, (expert, expert + 1))
         for place, one, two in _tiles(expert, old, new):
             values.compare(reference(one, source.dtype, target.dtype, factors[expert]), two, *place)
     return values.difference(target.name)
 
 
-def _compare_pair(source: StoredTensor, target: StoredTensor, scale: StoredTensor, memory: int) -> list[Difference]:
+def _compare_pair(
+    odd: Oddities, source: StoredTensor, target: StoredTensor, scale: StoredTensor, memory: int
+) -> list[Difference]:
     """Compare target [E, H, I] and the target's scale [E], which should be ones, with source [E, I, H].
 
     If a scale is not one, both must fold to the source's bits. If they don't, but `down_proj` has these bits itself,
@@ -98,6 +107,7 @@ def _compare_pair(source: StoredTensor, target: StoredTensor, scale: StoredTenso
     scales, scale_bits = Mismatches(scale.shape, scale.dtype), _read(scale, 0, scale.nbytes)
     factors = _factors(scale)
     for expert, old, new in _experts(source, target, memory):
+        odd.scan(source.name, old.reshape(-1).view(np.uint8), source.dtype, (expert, expert + 1))
         fold, own = Mismatches(target.shape, source.dtype), Mismatches(target.shape, target.dtype)
         if factors[expert] != 1:
             for place, one, two in _tiles(expert, old, new):
