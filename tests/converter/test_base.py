@@ -187,3 +187,37 @@ def test_a_base_that_changes_meanwhile_stops_the_run(base, tmp_path):
     with pytest.raises(SourceChangedError, match="changed while it was read"):
         convert(tmp_path / "nemo", tmp_path / "back", base=base, progress=change)
     assert not (tmp_path / "back").exists()
+
+
+def with_scales_in_fp32(state, change=None):
+    """The state with each `per_expert_scale` in fp32, and one value that `change` makes of another."""
+    found = {name: t.float() if name.endswith("per_expert_scale") else t for name, t in state.items()}
+    if change is not None:
+        found[SCALE][1] = change(found[SCALE][1])
+    return found
+
+
+def test_an_fp32_scale_whose_values_are_exact_is_taken_and_another_refused(state, tmp_path):
+    base = write_checkpoint(tmp_path / "base", with_scales_in_fp32(state))
+    convert(base, tmp_path / "nemo")
+    convert(tmp_path / "nemo", tmp_path / "back", base=base)
+    assert_same_tensors(read_directory(tmp_path / "back"), state)
+    assert not verify(tmp_path / "nemo", tmp_path / "back").different
+    inexact = write_checkpoint(tmp_path / "inexact", with_scales_in_fp32(state, lambda value: value * (1 + 2**-20)))
+    with pytest.raises(UsageError, match="does not hold the base's values"):
+        convert(tmp_path / "nemo", tmp_path / "again", base=inexact)
+
+
+def test_tokenizer_and_template_that_the_source_lacks_are_the_bases(base, tmp_path):
+    convert(base, tmp_path / "nemo")
+    for name, text in (("chat_template.jinja", "{{ x }}"), ("README.md", "the base's"), ("tokenizer.json", "{}")):
+        (base / name).write_text(text)
+    (base / "special_tokens_map.json").write_text('{"eos": 1}')
+    done = convert(tmp_path / "nemo", tmp_path / "back", base=base)
+    assert "from the base, which the source lacks: chat_template.jinja, special_tokens_map.json" in done.notes
+    for name in ("chat_template.jinja", "special_tokens_map.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (base / name).read_bytes()
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (tmp_path / "nemo" / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "back" / "README.md").exists()
+    assert not verify(tmp_path / "back").wrong
+    assert not any("from the base" in note for note in convert(tmp_path / "nemo", tmp_path / "alone").notes)

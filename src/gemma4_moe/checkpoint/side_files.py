@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-PATTERNS = (
-    CONFIG_NAME,
-    "generation_config.json",
+#: Files without which text, images and chats can't be turned into tokens.
+TOKENIZER_PATTERNS = (
     "tokenizer*.json",
     "tokenizer.model",
     "special_tokens_map.json",
@@ -32,10 +31,9 @@ PATTERNS = (
     "*.jinja",
     "*preprocessor_config.json",
     "processor_config.json",
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
 )
+
+PATTERNS = (CONFIG_NAME, "generation_config.json", *TOKENIZER_PATTERNS, "README.md", "LICENSE*", "NOTICE*")
 
 #: Endings of files that are always skipped, whatever the name before them.
 NEVER = (
@@ -60,7 +58,16 @@ LARGEST_SIDE_FILE = 2**30
 
 def is_side_file(name: str) -> bool:
     """Return whether a file of this name is copied."""
-    return any(fnmatchcase(name, pattern) for pattern in PATTERNS) and not name.lower().endswith(NEVER)
+    return _matches(name, PATTERNS)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Return whether a side file of this name belongs to the tokenizer, a template or a processor."""
+    return _matches(name, TOKENIZER_PATTERNS)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns) and not name.lower().endswith(NEVER)
 
 
 def side_files_of(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:

@@ -18,6 +18,7 @@ import numpy as np
 from gemma4_moe import kernels
 from gemma4_moe.checkpoint.readers import allocate
 from gemma4_moe.checkpoint.recognition import checkpoint_targets, recognise
+from gemma4_moe.checkpoint.side_files import is_tokenizer_file
 from gemma4_moe.checkpoint.values import read_scale
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout import dtypes
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.checkpoint.readers import Reader
+    from gemma4_moe.layout.dtypes import DType
     from gemma4_moe.layout.targets import Source, Target
     from gemma4_moe.target.pieces import Piece
 
@@ -88,6 +90,13 @@ def find_base(base: Checkpoint, wanted: Mapping[str, Target[StoredTensor]]) -> d
     return found
 
 
+def filled_in(source: Checkpoint, base: Checkpoint | None) -> tuple[Path, ...]:
+    """Return the base's files of tokenizer, template and processor that a source lacks."""
+    there = {path.name for path in source.side_files}
+    files = () if base is None else base.side_files
+    return tuple(path for path in files if path.name not in there and is_tokenizer_file(path.name))
+
+
 def _check(experts: BaseExperts, target: Target[StoredTensor]) -> None:
     if experts.weights.shape != target.shape:
         raise TensorShapeError(
@@ -99,7 +108,9 @@ def _check(experts: BaseExperts, target: Target[StoredTensor]) -> None:
             hint=_NAME_IT,
         )
     for tensor in (experts.weights.parts[0].stored, experts.scale):
-        if not dtypes.is_exact(tensor.dtype, target.dtype):
+        if not dtypes.is_exact(tensor.dtype, target.dtype) and not (
+            tensor is experts.scale and _holds_values(target.dtype, tensor)
+        ):
             raise UsageError(
                 "the target's dtype does not hold the base's values",
                 tensor=tensor.name,
@@ -108,6 +119,14 @@ def _check(experts: BaseExperts, target: Target[StoredTensor]) -> None:
                 found=target.dtype.name,
                 hint=f"give --dtype {tensor.dtype.name}, or leave --base out",
             )
+
+
+def _holds_values(dtype: DType, scale: StoredTensor) -> bool:
+    """Return whether each value of a stored scale is exact in `dtype`, whatever the scale's own dtype."""
+    values = read_scale(scale)
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = values.astype(dtype.numpy()).astype(values.dtype)
+    return cast.tobytes() == values.tobytes()
 
 
 def scales_with_base(bases: Iterable[str]) -> dict[str, str]:

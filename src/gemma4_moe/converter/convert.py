@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import resolved
 from gemma4_moe.checkpoint.values import read_scale, unusual_scales, value_notes
+from gemma4_moe.converter.base import filled_in
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.converter.notes import base_notes, overflow_notes, plan_notes
 from gemma4_moe.converter.plan import Plan, make_plan
@@ -99,7 +100,7 @@ def convert(
         source: A directory of safetensors files with its config.json, or a Hub id.
         target: A directory that does not exist yet, or is empty.
         to: The layout to convert to; the other one by default.
-        dtype: "keep", or the dtype that every floating-point tensor gets.
+        dtype: "keep", or the dtype that every floating-point tensor gets, and config.json names.
         max_shard_size: The most bytes of tensors in one file, or text such as "5GB"; a larger tensor gets a file of
             its own.
         max_memory: The most bytes of buffers of each rank, likewise.
@@ -114,8 +115,8 @@ def convert(
         revision: Branch, tag or commit of a Hub id.
         stream: Read a source or a base on the Hub in place, and keep nothing of it but the target.
         base: On the way to hf, the hf checkpoint that the model was made from, a directory or a Hub id: an expert that
-            is still the base's, folded, gets the base's own weights and scale. A complete target is then not known
-            again by `resume`.
+            is still the base's, folded, gets the base's own weights and scale. Files of tokenizer, template and
+            processor that the source lacks are the base's. A complete target is then not known again by `resume`.
         strip_wrappers: Remove the components of wrappers from the source's names, and give each the prefix of the
             config's kind of model (`layout.prefixes`).
         scale: "ones" for an hf source that has lost each `per_expert_scale` because it was folded into the weights.
@@ -167,7 +168,7 @@ def convert(
             job = Job(checkpoint, origin, plan, folded, options, target, files, memory, workers, read_back, sha256)
             finish(job, write_weights(job, None if transaction is None else transaction.confirm, progress))
             _publish(job, transaction, overwrite=overwrite)
-        return Conversion(target, plan, memory, _notes(target, plan, folded), checkpoint.skipped)
+        return Conversion(target, plan, memory, _notes(target, plan, folded, sources), checkpoint.skipped)
 
 
 def _publish(job: Job, transaction: Transaction | None, *, overwrite: bool) -> None:
@@ -205,9 +206,11 @@ def _check_room(opened: list[Checkpoint], plan: Plan, target: Path) -> None:
         )
 
 
-def _notes(target: Path, plan: Plan, scales: Scales) -> tuple[str, ...]:
+def _notes(target: Path, plan: Plan, scales: Scales, sources: Sources) -> tuple[str, ...]:
     said = read_manifest(target)
     named = {t.scale.name: scales[name] for name, t in plan.tensors.items() if t.scale is not None}
     values = (*unusual_scales(named), *value_notes(said["values"]))
     overflows = overflow_notes(plan, said["overflowed"])
-    return (*values, *base_notes(plan, said["given_back"]), *plan_notes(plan), *overflows)
+    names = [path.name for path in filled_in(sources.checkpoint, sources.base)]
+    filled = [f"from the base, which the source lacks: {', '.join(names)}"] if names else []
+    return (*values, *base_notes(plan, said["given_back"]), *filled, *plan_notes(plan), *overflows)

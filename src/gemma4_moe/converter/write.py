@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from gemma4_moe.checkpoint.blobs import check_blob
 from gemma4_moe.checkpoint.file import OpenFile
 from gemma4_moe.checkpoint.hashing import Extent, hash_extents
 from gemma4_moe.checkpoint.storage import sync_directory
 from gemma4_moe.checkpoint.values import Oddities
 from gemma4_moe.converter import resume
-from gemma4_moe.converter.base import Unfolding, given_back_scales, scales_with_base
+from gemma4_moe.converter.base import Unfolding, filled_in, given_back_scales, scales_with_base
 from gemma4_moe.converter.blocks import blocks, share
 from gemma4_moe.converter.steps import ConversionSteps, run
 from gemma4_moe.errors import Gemma4MoEError
@@ -161,7 +162,9 @@ def _write(job: Job, work: list[Block], given_back: Scales, ledger: Ledger) -> l
 def finish(job: Job, pieces: Sequence[Piece]) -> None:
     """Write all files but the weights, whose pieces are given, and read every file back. All ranks must call."""
     own = pieces if job.files.ranks.is_first else ()
-    written = job.files.complete(own, job.checkpoint.side_files, lambda files: _manifest(job, files, pieces))
+    side_files = (*job.checkpoint.side_files, *filled_in(job.checkpoint, job.base))
+    dtype = None if job.plan.cast is None else job.plan.cast.name
+    written = job.files.complete(own, side_files, lambda files: _manifest(job, files, pieces), dtype)
     if job.read_back:
         job.files.read_back(written)
 
@@ -177,7 +180,8 @@ def _manifest(job: Job, files: dict[str, Any], pieces: Sequence[Piece]) -> dict[
             opened: list[OpenFile] = [*written, *job.checkpoint.files.values()]
             whole = [(Extent(file, 0, file.size),) for file in opened]
             found = hash_extents(whole, job.memory.peak_bytes, buffered=job.files.buffered, algorithm=hashlib.sha256)
-        for said, digest in zip([*files.values(), *source["files"].values()], found, strict=True):
+        for file, said, digest in zip(opened, [*files.values(), *source["files"].values()], found, strict=True):
+            check_blob(file.path, digest)
             said["sha256"] = digest
     odd = Oddities()
     for piece in pieces:

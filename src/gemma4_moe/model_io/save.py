@@ -93,7 +93,8 @@ def save_hf(
         config_from: A directory with the model's config.json, or a Hub id; that and tokenizer, templates, license are
             copied.
         max_shard_size: The most bytes of tensors in one file, or text such as "5GB"; see `convert`.
-        dtype: The dtype of every floating-point tensor, such as "bfloat16"; each one's own by default.
+        dtype: The dtype of every floating-point tensor, such as "bfloat16", also named in config.json; each one's own
+            by default.
         allow_partial: Write a part of the model, such as one pipeline stage. The manifest has the names of the tensors
             that are missing.
         overwrite: Replace `path` if it is a checkpoint and nothing else.
@@ -133,7 +134,8 @@ def save_hf(
         with ranks.together("write its tensors"):
             own = _write(state, targets, work, confirm)
         partial = {"missing": folded(missing)} if allow_partial else {}
-        pieces = work.complete(own, template.side_files, lambda _: {"options": options, "layout": Layout.HF, **partial})
+        said = {"options": options, "layout": Layout.HF, **partial}
+        pieces = work.complete(own, template.side_files, lambda _: said, dtype)
         if read_back:
             work.read_back(pieces, confirm)
         with ranks.together("publish the checkpoint"):

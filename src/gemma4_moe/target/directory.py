@@ -6,9 +6,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gemma4_moe.checkpoint.config import CONFIG_NAME, LONGEST_CONFIG
+from gemma4_moe.checkpoint.config_dtype import with_dtype
 from gemma4_moe.checkpoint.index import INDEX_NAME, write_index
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME
-from gemma4_moe.checkpoint.storage import refusals, sync_directory, write_file
+from gemma4_moe.checkpoint.storage import read_whole, refusals, sync_directory, write_file
 from gemma4_moe.errors import ParallelError, StorageError
 from gemma4_moe.target.manifest import FORMAT, described_files, encode_manifest
 from gemma4_moe.target.pieces import gaps, piece_of, wrong_pieces
@@ -58,21 +60,30 @@ class TargetFiles:
         sync_directory(self.out)
 
     def complete(
-        self, own: Iterable[Piece], side_files: Iterable[Path], describe: Callable[[dict[str, Any]], dict[str, Any]]
+        self,
+        own: Iterable[Piece],
+        side_files: Sequence[Path],
+        describe: Callable[[dict[str, Any]], dict[str, Any]],
+        dtype: str | None = None,
     ) -> list[Piece]:
         """Write side files, index and manifest once the weights are on the device. All ranks must call.
 
         `own` are the pieces of this rank, without headers. `describe` is called on the first rank with the manifest's
-        `files`. It may add to them, and returns the manifest's other fields. The result has the pieces of all files,
-        the manifest's too.
+        `files`. It may add to them, and returns the manifest's other fields. If weights were cast, `dtype` is written
+        into config.json. The result has the pieces of all files, the manifest's too.
         """
+        configs = [path for path in side_files if path.name == CONFIG_NAME and dtype is not None]
+        others = [path for path in side_files if path not in configs]
         weights = [piece_of(file.name, 0, file.header) for file in self.files]
         weights += [piece for pieces in self.ranks.everyones(list(own)) for piece in pieces]
         pieces: list[Piece] = []
         with self.ranks.together("write the manifest"):
             if self.ranks.is_first:
                 self._check_covered(weights)
-                pieces = [*weights, *copy_files(side_files, self.out), *self._write_index()]
+                pieces = [*weights, *copy_files(others, self.out), *self._write_index()]
+                for path in configs:
+                    raw = read_whole(path, LONGEST_CONFIG)
+                    pieces.append(self._write(CONFIG_NAME, with_dtype(raw, str(dtype))))
                 files = described_files(pieces)
                 document = {"format": FORMAT, "gemma4_moe": __version__, **describe(files), "files": files}
                 pieces.append(self._write(MANIFEST_NAME, encode_manifest(document)))

@@ -12,10 +12,13 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, overload
 
+from gemma4_moe.checkpoint.blobs import check_blobs
+from gemma4_moe.checkpoint.config import CONFIG_NAME, LONGEST_CONFIG
+from gemma4_moe.checkpoint.config_dtype import with_dtype
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.checkpoint.recognition import layout_of, recognise, wrong_tensors
 from gemma4_moe.checkpoint.scales import with_scales
-from gemma4_moe.checkpoint.storage import open_regular, refusals, regular_status
+from gemma4_moe.checkpoint.storage import open_regular, read_whole, refusals, regular_status
 from gemma4_moe.hub.source import locate
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.sizes import parse_size
@@ -23,13 +26,14 @@ from gemma4_moe.target.manifest import Recheck, check_manifest
 from gemma4_moe.target.recovery import check_published
 from gemma4_moe.verifier.comparison import DEFAULT_MEMORY, Verification, by_current_name, compare
 from gemma4_moe.verifier.differences import Difference
-from gemma4_moe.verifier.expected import expectations
+from gemma4_moe.verifier.expected import common_dtype, expectations
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import Checkpoint
+    from gemma4_moe.layout.dtypes import DType
     from gemma4_moe.layout.names import MoEName
     from gemma4_moe.layout.table import Layout
     from gemma4_moe.sizes import Progress
@@ -95,7 +99,7 @@ def verify(
 
     Raises:
         InputError: The source is not a checkpoint that can be converted, the target is not a checkpoint or has no
-            manifest, or its publish was interrupted.
+            manifest, its publish was interrupted, or a file in the Hub's cache is damaged.
         StorageError: The disk or its permissions refused.
         SourceChangedError: A file changed while it was read.
         UsageError: The memory budget is too small or no size; or a directory was given a revision.
@@ -111,6 +115,7 @@ def verify(
         given = opened.without_wrappers() if strip_wrappers else opened
         origin = None if scale_from is None else stack.enter_context(open_checkpoint(locate(scale_from)))
         given = with_scales(given, scale, origin)
+        check_blobs([*opened.files.values(), *judged.files.values()], memory)
         layout, names = _understand(given)
         to = layout_of(judged.tensors, target)
         expected = expectations(given, names, layout, to)
@@ -118,7 +123,8 @@ def verify(
         result = compare(
             given, judged, expected, found, may_cast=layout is not to, max_memory=memory, progress=progress
         )
-        return replace(result, different=(*result.different, *_compare_side_files(given, judged)))
+        cast = common_dtype(expected, found) if layout is not to else None
+        return replace(result, different=(*result.different, *_compare_side_files(given, judged, cast)))
 
 
 def _understand(source: Checkpoint) -> tuple[Layout, dict[str, MoEName | None]]:
@@ -130,16 +136,36 @@ def _understand(source: Checkpoint) -> tuple[Layout, dict[str, MoEName | None]]:
     return inventory.layout, inventory.names
 
 
-def _compare_side_files(source: Checkpoint, target: Checkpoint) -> Iterator[Difference]:
-    """Yield the source's side files that the target lacks, or holds with other bytes."""
+def _compare_side_files(source: Checkpoint, target: Checkpoint, cast: DType | None) -> Iterator[Difference]:
+    """Yield the source's side files that the target lacks, or holds with other bytes.
+
+    The config.json of a target whose tensors were cast names their dtype.
+    """
     there = {path.name: path for path in target.side_files}
     for path in source.side_files:
         expected = f"{regular_status(path).st_size} bytes, as in the source"
         if path.name not in there:
             yield Difference(path.name, "file", expected, None)
+        elif path.name == CONFIG_NAME and _is_recast(path, there[path.name], target):
+            continue
+        elif path.name == CONFIG_NAME and cast is not None and _names_other_dtype(path, cast):
+            yield Difference(path.name, "file", f"dtype {cast.name}, to which the tensors were cast", "another dtype")
         elif (position := _first_other_byte(path, there[path.name])) is not None:
             size = regular_status(there[path.name]).st_size
             yield Difference(path.name, "file", expected, f"{size} bytes, the first that differs at {position}")
+
+
+def _is_recast(config: Path, found: Path, target: Checkpoint) -> bool:
+    """Return whether a target's config.json is the source's with the one dtype that all its floats have."""
+    dtypes = {tensor.dtype for tensor in target.tensors.values() if tensor.dtype.float_format is not None}
+    if len(dtypes) != 1:
+        return False
+    return with_dtype(read_whole(config, LONGEST_CONFIG), dtypes.pop().name) == read_whole(found, LONGEST_CONFIG)
+
+
+def _names_other_dtype(config: Path, cast: DType) -> bool:
+    raw = read_whole(config, LONGEST_CONFIG)
+    return with_dtype(raw, cast.name) != raw
 
 
 def _first_other_byte(one: Path, other: Path) -> int | None:
