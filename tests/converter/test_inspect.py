@@ -60,6 +60,19 @@ def test_every_problem_is_listed(state, tmp_path):
     assert "down_proj" in text
 
 
+def test_a_wrong_total_size_is_noted_and_is_right_in_the_target(state, tmp_path):
+    source = write_checkpoint(tmp_path / "hf", state)
+    index = source / "model.safetensors.index.json"
+    own = sum(tensor.nbytes for tensor in state.values())
+    index.write_text(index.read_text().replace(f'"total_size": {own}', '"total_size": 1234'))
+    note = f"total_size in {index.name} is 1,234, and the tensors have {own:,} bytes"
+    found = inspect(source)
+    assert found.problems == ()
+    assert note in found.notes
+    assert convert(source, tmp_path / "nemo", max_shard_size="1KB").notes == (note,)
+    assert inspect(tmp_path / "nemo").notes == found.notes[1:]
+
+
 def test_a_foreign_format_is_named(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     found = inspect(tmp_path)

@@ -16,7 +16,7 @@ from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.checkpoint.foreign_formats import refuse_foreign_files, refuse_partial_tensors
 from gemma4_moe.checkpoint.header import TensorEntry
 from gemma4_moe.checkpoint.impostors import ENOUGH, check_genuine
-from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, parse_index
+from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, claimed_size, parse_index
 from gemma4_moe.checkpoint.parents import refuse_parent
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, side_files_of
 from gemma4_moe.checkpoint.storage import read_whole, refusals
@@ -56,6 +56,7 @@ class Checkpoint:
         tensors: The tensors by name, in the order of the files and of their data.
         side_files: The files that a conversion copies unchanged, sorted.
         skipped: Names of all other entries but our manifest, sorted; those of directories end in "/".
+        wrong_size: The `total_size` of the index if it is not the size of all tensors in bytes, else None.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     side_files: tuple[Path, ...]
     skipped: tuple[str, ...]
+    wrong_size: int | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -124,10 +126,11 @@ def open_checkpoint(
         refuse_parent(path)
     refuse_foreign_files(path, [*files, *directories])
     weight_map: dict[str, str] | None = None
+    claimed = None
     if INDEX_NAME in files:
         raw = read_whole(path / INDEX_NAME, LONGEST_INDEX)
         check_genuine(raw[:ENOUGH], path / INDEX_NAME)
-        weight_map = parse_index(raw, file=path / INDEX_NAME)
+        weight_map, claimed = parse_index(raw, file=path / INDEX_NAME), claimed_size(raw)
         _compare_names(path / INDEX_NAME, set(weight_map.values()), set(weights), files)
     else:
         _require_single_file(path, weights)
@@ -141,7 +144,9 @@ def open_checkpoint(
             _compare_tensors(path / INDEX_NAME, weight_map, tensors)
         stack.pop_all()
     known = {*opened, INDEX_NAME, MANIFEST_NAME, *(side_file.name for side_file in side_files)}
-    return Checkpoint(path, opened, tensors, side_files, tuple(sorted({*files, *directories} - known)))
+    skipped = tuple(sorted({*files, *directories} - known))
+    wrong_size = None if claimed == sum(tensor.nbytes for tensor in tensors.values()) else claimed
+    return Checkpoint(path, opened, tensors, side_files, skipped, wrong_size)
 
 
 def _entries(path: Path) -> tuple[list[str], list[str]]:

@@ -25,7 +25,7 @@ _DAMAGED = "the index is damaged: get it again, or save the model again with sav
 def parse_index(raw: bytes, *, file: object) -> dict[str, str]:
     """Return the file name of each tensor.
 
-    All else in an index (sizes, counts) is often published wrong, and ignored.
+    All else in an index (sizes, counts) is often published wrong, and decides nothing.
 
     Raises:
         CheckpointFormatError: It is not strict JSON, maps anything but strings to strings, or names something other
@@ -49,6 +49,13 @@ def parse_index(raw: bytes, *, file: object) -> dict[str, str]:
     if twice is not None:
         raise DuplicateTensorError("the index gives one tensor two places", tensor=twice, file=file, hint=_DAMAGED)
     return dict(places)
+
+
+def claimed_size(raw: bytes) -> int | None:
+    """Return the `total_size`, in bytes, that an index which `parse_index` has read claims; None if it has none."""
+    metadata = json.loads(raw).get("metadata")
+    size = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return size if type(size) is int else None
 
 
 def _check_place(tensor: str, name: object, file: object) -> None:

@@ -35,11 +35,12 @@ class _Ones(SafetensorsFile):
         self._one: np.ndarray[tuple[int], np.dtype[np.uint8]] = np.ones(1, dtype.numpy()).view(np.uint8)
 
     def read_into(self, offset: int, destination: memoryview) -> None:
-        """Fill `destination` with the bytes from `offset` on."""
+        """Fill `destination` with the bytes from `offset` on, where an element begins."""
         import numpy as np
 
+        assert offset % self._one.size == 0, "scales are read by whole elements"
         wanted = np.frombuffer(destination, np.uint8)
-        wanted[...] = np.resize(np.roll(self._one, -offset), wanted.size)
+        wanted[...] = np.resize(self._one, wanted.size)
 
 
 def with_scales(checkpoint: Checkpoint, scale: str | None, origin: Checkpoint | None) -> Checkpoint:

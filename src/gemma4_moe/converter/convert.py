@@ -213,4 +213,4 @@ def _notes(target: Path, plan: Plan, scales: Scales, sources: Sources) -> tuple[
     overflows = overflow_notes(plan, said["overflowed"])
     names = [path.name for path in filled_in(sources.checkpoint, sources.base)]
     filled = [f"from the base, which the source lacks: {', '.join(names)}"] if names else []
-    return (*values, *base_notes(plan, said["given_back"]), *filled, *plan_notes(plan), *overflows)
+    return (*values, *base_notes(plan, said["given_back"]), *filled, *plan_notes(plan, sources.checkpoint), *overflows)

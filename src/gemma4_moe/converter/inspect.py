@@ -12,7 +12,7 @@ from gemma4_moe.checkpoint.config import ConfigFile
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.recognition import recognise, wrong_tensors
 from gemma4_moe.checkpoint.values import scales_of, scan_checkpoint, unusual_scales, value_notes
-from gemma4_moe.converter.notes import uncalled_notes
+from gemma4_moe.converter.notes import index_notes, uncalled_notes
 from gemma4_moe.errors import ConfigError, InputError, UnsupportedCheckpointError
 from gemma4_moe.hub.source import is_hub_id, open_source
 from gemma4_moe.layout.inventory import Inventory
@@ -97,7 +97,7 @@ def inspect(source: str | Path, *, revision: str | None = None, values: bool = F
 
 def _inspect(source: Path, checkpoint: Checkpoint, *, values: bool) -> Inspection:
     problems: list[InputError] = []
-    notes: list[str] = []
+    notes = [*index_notes(checkpoint)]
     try:
         config = checkpoint.read_config()
     except ConfigError as error:

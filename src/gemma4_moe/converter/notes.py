@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gemma4_moe.checkpoint.index import INDEX_NAME
 from gemma4_moe.layout.names import fold_names
 from gemma4_moe.layout.table import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from gemma4_moe.checkpoint.directory import Checkpoint
     from gemma4_moe.converter.plan import Plan
 
 
-def plan_notes(plan: Plan) -> tuple[str, ...]:
-    """Return what headers and config alone tell: tensors that the config does not call for, then `cast_notes`."""
-    return (*uncalled_notes(plan.uncalled), *cast_notes(plan))
+def plan_notes(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what index, headers and config tell: a wrong size, tensors that the config has not, then `cast_notes`."""
+    return (*index_notes(checkpoint), *uncalled_notes(plan.uncalled), *cast_notes(plan))
+
+
+def index_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return that an index claims a wrong size of all tensors."""
+    if checkpoint.wrong_size is None:
+        return ()
+    own = sum(entry.nbytes for file in checkpoint.files.values() for entry in file.header.entries)
+    return (f"total_size in {INDEX_NAME} is {checkpoint.wrong_size:,}, and the tensors have {own:,} bytes",)
 
 
 def uncalled_notes(names: Iterable[str]) -> tuple[str, ...]:

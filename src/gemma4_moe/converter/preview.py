@@ -126,7 +126,7 @@ def plan(
             space=measure_space(sources.opened, planned.target_bytes, disk, stream=stream),
             side_files=tuple(file.name for file in checkpoint.side_files),
             skipped=checkpoint.skipped,
-            notes=plan_notes(planned),
+            notes=plan_notes(planned, checkpoint),
             mesh=None if ranks is None else predict(planned, ranks),
         )
 
