@@ -80,6 +80,15 @@ def test_inspect_lists_problems_as_data_and_in_red_unless_no_color_is_set(tmp_pa
     assert red not in run("inspect", source, FORCE_COLOR="1", NO_COLOR="1").stdout
 
 
+def test_convert_to_nemo_alone_says_who_loads_the_result(source, tmp_path):
+    nemo, back = tmp_path / "nemo", tmp_path / "back"
+    said = "loaded by torch's dcp.load and read by gemma4-moe; NeMo AutoModel, transformers and vLLM want hf\n"
+    done = run("convert", source, nemo)
+    assert said in done.stderr
+    assert "dcp.load" not in done.stdout
+    assert "dcp.load" not in run("convert", nemo, back).stderr
+
+
 def test_quiet_says_nothing(source, tmp_path):
     assert run("convert", source, tmp_path / "nemo", "-q").stderr == ""
 

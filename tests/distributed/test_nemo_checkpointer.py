@@ -6,8 +6,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gemma4_moe import convert
 from gemma4_moe.demo.small_models import build_model, logits, save_model
 from gemma4_moe.errors import UsageError
 from gemma4_moe.integrations import nemo_automodel
@@ -78,6 +80,12 @@ def test_a_file_that_would_be_rounded_twice_is_refused(world, bases, tmp_path):
     ranks.run(world, check_refusal, {}, bases["six-fp32"], tmp_path)
 
 
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "theirs"])
+def test_a_directory_in_the_nemo_layout_is_not_loaded(ours, bases, tmp_path):
+    convert(bases["six-fp32"], tmp_path / "nemo")
+    ranks.run(1, check_native_directory, ours, bases["six-fp32"], tmp_path / "nemo", tmp_path / "run")
+
+
 def load(directory):
     from transformers import Gemma4ForConditionalGeneration
 
@@ -142,6 +150,16 @@ def check_refusal(sizes, base, target):
             checkpointer.load_base_model(model, torch.device("cpu"), str(base), str(base))
     assert refused.value.facts["found"] == "float32"
     assert all(bool((local_of(tensor) == 2).all()) for tensor in model.state_dict().values())
+
+
+def check_native_directory(ours, base, native_directory, target):
+    """docs/directories.md: the Checkpointer asks for hf names, with our adapter or with theirs."""
+    with nemo_automodel.installed() if ours else nullcontext():
+        model, checkpointer = parallelized({}, base, target, torch.float32)
+        with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: .*experts\.\w+_proj"):
+            checkpointer.load_base_model(
+                model, torch.device("cpu"), str(native_directory.parent), str(native_directory)
+            )
 
 
 def check_load(model, checkpointer, directory, expected):

@@ -15,6 +15,7 @@ from gemma4_moe.cli.exit_statuses import status_of, terminate_by_exception
 from gemma4_moe.cli.help import Group
 from gemma4_moe.distributed.ranks import launched_as_one_of_several
 from gemma4_moe.errors import DifferenceError, StorageError, command_line
+from gemma4_moe.layout.table import Layout
 from gemma4_moe.version import __version__
 
 if TYPE_CHECKING:
@@ -149,6 +150,8 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
     if done.skipped:
         output.say(f"skipped: {', '.join(done.skipped)}")
     output.give(report.conversion(done))
+    if done.plan.target_layout is Layout.NEMO:
+        output.say("loaded by torch's dcp.load and read by gemma4-moe; NeMo AutoModel, transformers and vLLM want hf")
     revision = [] if arguments["revision"] is None else ["--revision", arguments["revision"]]
     strip = ["--strip-wrappers"] if arguments["strip_wrappers"] else []
     given = (("--scale", arguments["scale"]), ("--scale-from", arguments["scale_from"]))

@@ -1,0 +1,104 @@
+"""docs/publish.md: the commands, run in a place such as a training run leaves, end in a directory that is complete."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma4_moe import convert
+from gemma4_moe.checkpoint.side_files import is_side_file
+from gemma4_moe.demo.small_models import build_model, save_model
+from support.formulas import assert_same_tensors
+from support.hub_server import FILE_PATH, serving
+from support.models import read_directory
+
+PAGE = (Path(__file__).parents[2] / "docs/publish.md").read_text()
+SIDE_FILES = re.findall(
+    r"`([^`]+)`", "".join(re.findall(r"^\| (`[^|]*) \| [^|]* \|$", PAGE.split("## Complete it")[1], re.M))
+)
+BASE = "google/gemma-4-26B-A4B"
+CONSOLIDATED = "checkpoints/epoch_0_step_1000/model/consolidated"
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A base on the Hub, a consolidated step of a run that began from it, and a directory in the nemo layout."""
+    save_model(build_model(seed=5), tmp_path / "hub")
+    for name in SIDE_FILES:
+        if not (tmp_path / "hub" / name).exists():
+            (tmp_path / "hub" / name).write_text(f"the base's {name}")
+    convert(tmp_path / "hub", tmp_path / "gemma-4-nemo")
+    for name in SIDE_FILES:
+        if name != "config.json":
+            (tmp_path / "gemma-4-nemo" / name).unlink()
+    step = tmp_path / CONSOLIDATED
+    shutil.copytree(tmp_path / "hub", step, ignore=lambda _, names: set(SIDE_FILES) & set(names))
+    config = json.loads((tmp_path / "hub/config.json").read_text())
+    (step / "config.json").write_text(json.dumps(config | {"_name_or_path": "/home/me/base"}))
+    (step / "generation_config.json").write_text("{}")
+    with serving(BASE, tmp_path / "hub") as hub:
+        yield tmp_path, hub
+
+
+def shell(place, line):
+    where, hub = place
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + FILE_PATH,
+        "HF_HOME": str(where / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    done = subprocess.run(line, shell=True, cwd=where, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def commands(heading):
+    """The lines of the first block of commands below a heading."""
+    return re.findall(r"^```\n(.*?)^```$", PAGE.split(heading)[1], re.M | re.S)[0].splitlines()
+
+
+def test_the_side_files_are_those_that_convert_copies():
+    assert len(SIDE_FILES) == 8
+    assert all(map(is_side_file, SIDE_FILES))
+
+
+def test_a_consolidated_step_becomes_complete(place):
+    where, _ = place
+    inspect, login, upload = commands("# I fine-tuned")
+    assert shell(place, inspect).splitlines()[-1].startswith("no problems")
+    assert (login, upload) == ("hf auth login", f"hf upload USER/MODEL {CONSOLIDATED} . --private")
+    for command in commands("## Complete it"):
+        shell(place, command)
+    assert_same_tensors(read_directory(where / CONSOLIDATED), read_directory(where / "hub"))
+    for name in SIDE_FILES:
+        expected = "{}" if name == "generation_config.json" else (where / "hub" / name).read_text()
+        assert (where / CONSOLIDATED / name).read_text() == expected
+    assert not list((where / "base").glob("*.safetensors*"))
+
+
+def test_a_directory_in_the_nemo_layout_becomes_the_published_model(place, monkeypatch):
+    where, _ = place
+    for command in [*commands("## A directory in the nemo layout"), *commands("## Check it")]:
+        shell(place, command)
+    assert_same_tensors(read_directory(where / "gemma-4-hf"), read_directory(where / "hub"))
+    assert (where / "gemma-4-hf/chat_template.jinja").read_text() == "the base's chat_template.jinja"
+    monkeypatch.chdir(where)
+    snippet, tokenizer = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
+    exec(compile(snippet, "docs/publish.md", "exec"), {})
+    assert "AutoTokenizer" in tokenizer  # the small model has none
+
+
+def test_the_check_by_transformers_finds_a_directory_in_the_nemo_layout(place, monkeypatch):
+    where, _ = place
+    shutil.copytree(where / "gemma-4-nemo", where / "gemma-4-hf")
+    monkeypatch.chdir(where)
+    with pytest.raises(AssertionError, match="missing_keys"):
+        exec(re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)[0], {})
