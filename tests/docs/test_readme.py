@@ -4,7 +4,6 @@ import importlib
 import re
 import shlex
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -12,24 +11,20 @@ from gemma4_moe.demo.small_models import build_model, save_model
 from gemma4_moe.layout.dtypes import BFLOAT16
 from gemma4_moe.layout.table import RULES
 from support.command import run
+from support.documents import DOCUMENTS, ROOT, blocks
+from support.hub_server import FILE_PATH, serving
 from support.sparse import real_config, real_names_and_shapes, write_sparse_checkpoint
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md")])
 
 #: Folders of the repository: a word in backticks that begins with one of them is a path.
 FOLDERS = ("docs", "src", "tests", "tests_vllm", "benchmarks", "examples", "cpp", ".ci")
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
-
-
 def commands():
     """Each command of the README's consoles, and the lines below it."""
     found = []
-    for line in "".join(blocks("console")).splitlines():
+    for line in "".join(blocks(README, "console")).splitlines():
         if line.startswith("$ "):
             found.append((line[2:], []))
         else:
@@ -37,28 +32,35 @@ def commands():
     return found
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A working directory with the real model's headers and the demo's model."""
-    place = tmp_path_factory.mktemp("place")
-    write_sparse_checkpoint(place / "gemma-4-26B-A4B", real_names_and_shapes(), BFLOAT16, real_config())
-    save_model(build_model(), place / "small")
-    return place
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub that has the real model's headers, for the command in a process of its own."""
+    write_sparse_checkpoint(tmp_path / "published", real_names_and_shapes(), BFLOAT16, real_config())
+    with serving("google/gemma-4-26B-A4B", tmp_path / "published") as hub:
+        yield {
+            "HF_ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + FILE_PATH,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+        }
 
 
 def normal(line):
-    """A line without sizes, versions, measured differences and the width of its columns."""
+    """A line without sizes, versions, measured differences, the width of its columns, and a lack of space."""
+    line = re.sub(r": [\d.]+ [kMGT]?B short$|^note: [\d,]+ bytes of space are missing.*", "", line)
     line = re.sub(r"\d\.\d+e-\d+|transformers [\d.]+|[\d.]+ (?:[kMGT]?B)\b|\d{1,3}(?:,\d{3})+", "#", line)
     return " ".join(re.sub("─+", "─", line).split())
 
 
-def test_the_consoles_show_what_the_commands_print(place):
-    """In the README's order, since later commands read what earlier ones wrote."""
+def test_the_consoles_show_what_the_commands_print(hub, tmp_path):
+    """In the README's order, in an empty directory: later commands read what earlier ones wrote."""
+    place = tmp_path / "place"
+    place.mkdir()
     for command, shown in commands():
         program, *arguments = shlex.split(command)
         assert program == "gemma4-moe"
-        done = run(*arguments, cwd=place)
-        printed = "\n".join(normal(line) for line in (done.stdout + done.stderr).splitlines() if line.strip())
+        done = run(*arguments, cwd=place, **hub)
+        printed = "\n".join(filter(None, map(normal, (done.stdout + done.stderr).splitlines())))
         wanted = [normal(line) for line in shown if line.strip()]
         pattern = "".join(r"(?:.*\n)*?" if line == "..." else re.escape(line) + r"\n" for line in wanted)
         ended = "" if wanted[-1] != "..." else r"(?:.*\n)*"
@@ -73,12 +75,15 @@ def test_the_snippets_run_as_printed(tmp_path, monkeypatch):
 
     save_model(build_model(), tmp_path / "gemma-4-26B-A4B")
     monkeypatch.chdir(tmp_path)
-    names = {"engine": Engine()}
-    for snippet in blocks("python"):
+    names, engine = {}, Engine()
+    for snippet in blocks(README, "python"):
         exec(compile(snippet, "README.md", "exec"), names)
+    native, adapter = names["native"], names["adapter"]
+    names["on_each_rank"](native)
+    names["train"](native, adapter, engine, steps=2)
     assert {"gemma-4-nemo", "step-1000"} <= {path.name for path in tmp_path.iterdir()}
-    assert names["engine"].loaded.keys() <= names["published"].keys()
-    assert len(names["engine"].loaded) == 63
+    assert engine.loaded.keys() <= names["published"].keys()
+    assert len(engine.loaded) == 63
 
 
 def test_the_installation_names_extras_and_targets_that_exist():
