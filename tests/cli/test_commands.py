@@ -63,7 +63,7 @@ def test_inspect_says_layout_and_problems(source):
     assert found["problems"] == []
     (scale,) = (fold for fold in found["folds"] if fold["name"].endswith("router.scale"))
     assert (scale["name"], scale["tensors"]) == ("model.language_model.layers.{0...1}.router.scale", 2)
-    human = run("inspect", source)
+    human = run("inspect", source, "--tensors")
     assert "layers.{0...1}.experts.gate_up_proj" in human.stdout
     assert human.stderr == ""
 
@@ -72,12 +72,12 @@ def test_inspect_lists_problems_as_data_and_in_red_unless_no_color_is_set(tmp_pa
     state = random_hf_state_dict()
     del state["model.language_model.layers.1.experts.down_proj"]
     source = write_checkpoint(tmp_path / "hf", state)
-    (problem,) = ask("inspect", source)["problems"]
+    (problem,) = json.loads(run("inspect", source, "--format", "json", status=3).stdout)["problems"]
     assert problem["tensor"] == "model.language_model.layers.1.experts.down_proj"
     assert problem["next"]
     red = "\x1b[1;31m"
-    assert red in run("inspect", source, FORCE_COLOR="1").stdout
-    assert red not in run("inspect", source, FORCE_COLOR="1", NO_COLOR="1").stdout
+    assert red in run("inspect", source, status=3, FORCE_COLOR="1").stdout
+    assert red not in run("inspect", source, status=3, FORCE_COLOR="1", NO_COLOR="1").stdout
 
 
 def test_quiet_says_nothing(source, tmp_path):
@@ -165,7 +165,7 @@ def test_sigterm_around_the_rename_leaves_all_or_nothing_and_clean_or_resume_end
         run("convert", source, target, "--resume")
     else:
         refused = run("verify", target, status=3)
-        (command_to_type,) = re.findall(r"next: (gemma4-moe clean [^,]+),", refused.stderr)
+        (command_to_type,) = re.findall(r"next: (gemma4-moe clean [^;]+);", refused.stderr)
         run(*shlex.split(command_to_type)[1:])
     assert ask("verify", target)["wrong"] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "nemo"]
@@ -205,7 +205,8 @@ def test_the_version_and_completion():
 def test_a_name_that_a_terminal_obeys_or_can_not_encode_is_shown_escaped(name, shown, encoding, tmp_path):
     state = random_hf_state_dict()
     state[name] = state["model.language_model.embed_tokens.weight"].clone()
-    done = run("inspect", write_checkpoint(tmp_path / "hf", state), PYTHONIOENCODING=encoding)
+    source = write_checkpoint(tmp_path / "hf", state)
+    done = run("inspect", source, "--tensors", PYTHONIOENCODING=encoding)
     assert "\x1b[2J" not in done.stdout
     assert shown in done.stdout
 

@@ -69,7 +69,7 @@ def examples(*command):
 @pytest.mark.parametrize("example", sorted({*examples(), *(line for name in COMMANDS for line in examples(name))}))
 def test_each_example_runs_as_printed(example, models, tmp_path):
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
-    program, command, *arguments = shlex.split(example)
+    program, command, *arguments = shlex.split(example.replace("ep=8", "ep=3"))  # the small models have six experts
     assert program == "gemma4-moe"
     if command == "convert":
         shutil.rmtree(tmp_path / arguments[1])

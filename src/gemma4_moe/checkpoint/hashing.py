@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from threading import Lock
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
@@ -62,7 +62,7 @@ def hash_extents(
     """
     threads, buffer_bytes = _buffers(memory, len(groups))
     jobs = iter(range(len(groups)))
-    taking = Lock()
+    taking, stopped = Lock(), Event()
     found = [""] * len(groups)
 
     def work() -> None:
@@ -70,11 +70,13 @@ def hash_extents(
         while True:
             with taking:
                 number = next(jobs, None)
-            if number is None:
+            if number is None or stopped.is_set():
                 return
             hasher = algorithm()
             for extent in groups[number]:
                 for piece in _pieces(extent, buffer, buffered=buffered):
+                    if stopped.is_set():
+                        return
                     hasher.update(piece)
             with taking:
                 found[number] = hasher.hexdigest()
@@ -86,7 +88,7 @@ def hash_extents(
             futures = [pool.submit(work) for _ in range(threads)]
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
-            jobs = iter(())  # after a failure or an interrupt, the others stop at their next group
+            stopped.set()  # after a failure or an interrupt, the others stop at their next piece
         for future in futures:
             future.result()
     return found

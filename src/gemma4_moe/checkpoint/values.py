@@ -105,10 +105,15 @@ class Oddities:
             self.samples.setdefault(name, {}).update({int(number): sample for number, sample in samples.items()})
 
     def document(self) -> dict[str, Any]:
-        """Return the parts that are not empty, in JSON's types."""
-        parts = {"nan": self.nan, "infinite": self.infinite, "zero": self.zero, "equal": self.equal}
+        """Return the parts that are not empty, in JSON's types; the order of tensors is that of their names."""
+        parts: dict[str, dict[str, Any]] = {
+            "nan": self.nan,
+            "infinite": self.infinite,
+            "zero": self.zero,
+            "equal": self.equal,
+        }
         samples = {name: {str(n): sample for n, sample in found.items()} for name, found in self.samples.items()}
-        return {key: value for key, value in (parts | {"samples": samples}).items() if value}
+        return {key: dict(sorted(value.items())) for key, value in (parts | {"samples": samples}).items() if value}
 
     def compare(self, tensors: Mapping[str, StoredTensor], memory: int, *, buffered: bool = False) -> None:
         """Compare experts with equal samples whole, with at most `memory` bytes of buffers, and drop the samples."""

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from gemma4_moe.errors import printable
+from gemma4_moe.errors import Gemma4MoEError, printable
 from gemma4_moe.sizes import format_size
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from gemma4_moe.converter.convert import Conversion
     from gemma4_moe.converter.inspect import Inspection
-    from gemma4_moe.converter.preview import Prediction, Preview, Space
+    from gemma4_moe.converter.preview import Prediction, Preview
+    from gemma4_moe.converter.space import Space
     from gemma4_moe.demo.demo import Check
     from gemma4_moe.target.manifest import Recheck
     from gemma4_moe.target.recovery import Remains
@@ -37,8 +38,13 @@ class Report(NamedTuple):
     lines: Sequence[Text | Table]
 
 
-def inspection(found: Inspection) -> Report:
-    """Return the report of `inspect`."""
+def failure(error: Gemma4MoEError) -> dict[str, Any]:
+    """Return an error as JSON: its class, the problem, the known facts and the next step."""
+    return {"kind": type(error).__name__, "problem": error.problem, **error.facts, "next": error.hint}
+
+
+def inspection(found: Inspection, *, tensors: bool = False) -> Report:
+    """Return the report of `inspect`; its lines list the tensors only if asked for."""
     data = {
         "source": str(found.source),
         "layout": found.layout,
@@ -50,10 +56,7 @@ def inspection(found: Inspection) -> Report:
         "bytes": found.bytes,
         "groups": found.groups,
         "folds": [row._asdict() for row in found.folds],
-        "problems": [
-            {"kind": type(error).__name__, "problem": error.problem, **error.facts, "next": error.hint}
-            for error in found.problems
-        ],
+        "problems": [failure(error) for error in found.problems],
         "notes": list(found.notes),
         "skipped": list(found.skipped),
     }
@@ -73,7 +76,7 @@ def inspection(found: Inspection) -> Report:
             ("tensors", f"{found.tensors:,} of {found.parameters:,} parameters"),
             ("bytes", f"{found.bytes:,} ({format_size(found.bytes)})"),
         ),
-        table,
+        *([table] if tensors else []),
         *(_text(f"  {format_size(size):>12}  {size / max(1, found.bytes):6.1%}  {group}") for group, size in groups),
         *(Text("problem: ", "bold red") + _text(str(problem)) for problem in found.problems),
         *(_text(f"note: {note}") for note in found.notes),

@@ -137,7 +137,7 @@ def save_hf(
         said = {"options": options, "layout": Layout.HF, **partial}
         pieces = work.complete(own, template.side_files, lambda _: said, dtype)
         if read_back:
-            work.read_back(pieces, confirm)
+            work.read_back(pieces, lambda _: None if transaction is None else transaction.confirm())
         with ranks.together("publish the checkpoint"):
             if transaction is not None:
                 transaction.publish(overwrite=overwrite)

@@ -91,14 +91,13 @@ class TargetFiles:
         (pieces, *_) = self.ranks.everyones(pieces)
         return pieces
 
-    def read_back(self, pieces: Sequence[Piece], confirm: Callable[[], None] | None = None) -> None:
+    def read_back(self, pieces: Sequence[Piece], hashed: Callable[[int], None] | None = None) -> None:
         """Compare the files on the device with the pieces of `complete`, each rank a part. All ranks must call.
 
-        `confirm` is called at every piece, and raises if our lock was broken.
+        `hashed` is told of the bytes of every piece. It may raise, such as if our lock was broken.
         """
         sizes = {name: said["bytes"] for name, said in described_files(pieces).items()}
         mine = pieces[self.ranks.rank :: self.ranks.world]
-        hashed = None if confirm is None else lambda _: confirm()
         with self.ranks.together("read back what was written"):
             wrong = wrong_pieces(self.out, sizes, mine, self.memory, buffered=self.buffered, hashed=hashed)
             if wrong:

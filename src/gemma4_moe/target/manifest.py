@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.index import is_bare_name
-from gemma4_moe.checkpoint.side_files import MANIFEST_NAME
+from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, is_of_macos
 from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.checkpoint.values import is_document, value_notes
 from gemma4_moe.errors import CheckpointFormatError
@@ -124,9 +124,10 @@ def check_manifest(directory: Path, *, max_memory: int = 64 * 2**20, progress: P
     files, values = manifest["files"], manifest.get("values", {})
     sizes = {name: file["bytes"] for name, file in files.items()}
     total = sum(sizes.values())
-    wrong = wrong_pieces(directory, sizes, pieces_of(files), max_memory, hashed=Count(total, progress))
+    wrong = wrong_pieces(directory, sizes, pieces_of(files), max_memory, hashed=Count([total], progress))
     with refusals("list the directory", directory):
-        unknown = {path.name for path in directory.iterdir()} - files.keys() - {MANIFEST_NAME}
+        there = {path.name for path in directory.iterdir() if not is_of_macos(path.name)}
+        unknown = there - files.keys() - {MANIFEST_NAME}
     sentences = [*wrong.values(), *(f"{name}: the manifest does not name it" for name in sorted(unknown))]
     return Recheck(
         directory,
