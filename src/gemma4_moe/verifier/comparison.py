@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING
 
+from gemma4_moe.checkpoint.threads import run_in_threads
 from gemma4_moe.checkpoint.values import Oddities, scales_of, unusual_scales, value_notes
 from gemma4_moe.errors import DuplicateTensorError, UsageError
 from gemma4_moe.layout.names import lookup
@@ -15,7 +16,7 @@ from gemma4_moe.verifier.expected import common_dtype, compare_headers
 from gemma4_moe.verifier.values import comparisons
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
@@ -105,15 +106,26 @@ def compare_all(pending: Sequence[Comparison], max_memory: int, progress: Progre
     threads = min(_MOST_THREADS, os.cpu_count() or 1, max_memory // least)
     memory = max_memory // threads - _THREAD_BYTES
     total, done = sum(comparison.nbytes for comparison in pending), 0
-    differences = []
-    with ThreadPoolExecutor(threads, "gemma4-moe") as pool:
-        results = pool.map(lambda comparison: comparison.run(memory), pending)
-        for comparison, found in zip(pending, results, strict=True):
-            differences += found
-            done += comparison.nbytes
-            if progress is not None:
-                progress(done, total)
-    return differences
+    numbers = iter(range(len(pending)))
+    taking = Lock()
+    differences: list[list[Difference]] = [[] for _ in pending]
+
+    def work(check: Callable[[], None]) -> None:
+        nonlocal done
+        while True:
+            with taking:
+                number = next(numbers, None)
+            if number is None:
+                return
+            check()
+            differences[number] = pending[number].run(memory, check)
+            with taking:
+                done += pending[number].nbytes
+                if progress is not None:
+                    progress(done, total)
+
+    run_in_threads(threads, work)
+    return [difference for found in differences for difference in found]
 
 
 def by_current_name(checkpoint: Checkpoint, layout: Layout) -> dict[str, StoredTensor]:
