@@ -25,7 +25,14 @@ def test_convert_then_verify_then_diff(source, tmp_path):
     done = run("convert", source, nemo)
     assert f"gemma4-moe verify {source} {nemo}" in done.stderr
     assert "17 tensors" not in done.stderr, "data belongs on stdout"
-    assert ask("verify", source, nemo) == {"tensors": 15, "equal": 15, "different": 0, "differences": []}
+    assert ask("verify", source, nemo) == {
+        "tensors": 15,
+        "equal": 15,
+        "different": 0,
+        "files": {"compared": 2, "equal": 2, "different": 0},
+        "folds": [],
+        "differences": [],
+    }
     assert ask("convert", nemo, back)["layout"] == "hf"
     assert ask("verify", nemo, back)["different"] == 0
     differing = run("diff", source, back, "--format", "json", status=4)
@@ -176,6 +183,8 @@ def test_verify_of_a_target_alone_checks_its_manifest(source, tmp_path):
     target = tmp_path / "nemo"
     run("convert", source, target)
     assert ask("verify", target)["wrong"] == []
+    assert "3 files, " in (well := run("verify", target).stdout)
+    assert well.endswith(" bytes: as the manifest says\n")
     (target / "notes.txt").write_text("mine")
     flip_bit(target / "model.safetensors", 4097)
     (target / "tokenizer.json").unlink()
@@ -188,6 +197,9 @@ def test_verify_of_a_target_alone_checks_its_manifest(source, tmp_path):
         "config.json: 2 bytes, not ",
     ):
         assert words in done.stdout
+    assert " bytes: 0 as the manifest says, 3 not; 1 file that it does not name\n" in done.stdout
+    found = json.loads(run("verify", target, "--format", "json", status=4).stdout)
+    assert (found["files"], found["equal"], found["different"], found["unknown"]) == (3, 0, 3, 1)
     without = run("verify", source, status=3)
     for words in ("gemma4_moe.json", "has no manifest", "verify SRC DST"):
         assert words in without.stderr

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from threading import Event, Lock
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
 from gemma4_moe.checkpoint.readers import PAGE, SLACK, allocate
+from gemma4_moe.checkpoint.threads import run_in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,35 +62,27 @@ def hash_extents(
     """
     threads, buffer_bytes = _buffers(memory, len(groups))
     jobs = iter(range(len(groups)))
-    taking, stopped = Lock(), Event()
+    taking = Lock()
     found = [""] * len(groups)
 
-    def work() -> None:
+    def work(check: Callable[[], None]) -> None:
         buffer = allocate(buffer_bytes)
         while True:
             with taking:
                 number = next(jobs, None)
-            if number is None or stopped.is_set():
+            if number is None:
                 return
             hasher = algorithm()
             for extent in groups[number]:
                 for piece in _pieces(extent, buffer, buffered=buffered):
-                    if stopped.is_set():
-                        return
                     hasher.update(piece)
+                    check()
             with taking:
                 found[number] = hasher.hexdigest()
                 if hashed is not None:
                     hashed(sum(extent.end - extent.start for extent in groups[number]))
 
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            futures = [pool.submit(work) for _ in range(threads)]
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            stopped.set()  # after a failure or an interrupt, the others stop at their next piece
-        for future in futures:
-            future.result()
+    run_in_threads(threads, work)
     return found
 
 

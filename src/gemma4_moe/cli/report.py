@@ -14,6 +14,7 @@ from rich.text import Text
 
 from gemma4_moe.errors import Gemma4MoEError, printable
 from gemma4_moe.sizes import format_size
+from gemma4_moe.verifier.distances import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from gemma4_moe.target.manifest import Recheck
     from gemma4_moe.target.recovery import Remains
     from gemma4_moe.verifier.comparison import Verification
+    from gemma4_moe.verifier.differences import FoldedDifference
 
 #: How many differences are shown to people in full.
 _SHOWN = 20
@@ -186,24 +188,66 @@ def conversion(done: Conversion) -> Report:
 
 def verification(found: Verification) -> Report:
     """Return the report of `verify` and of `diff`."""
-    different = len(found.different)
+    folds = found.folds
+    files = {"compared": found.files, "equal": found.files - found.different_files, "different": found.different_files}
     data = {
         "tensors": found.tensors,
         "equal": found.equal,
-        "different": different,
+        "different": found.different_tensors,
+        "files": files,
+        "folds": [asdict(row) for row in folds],
         "differences": [asdict(difference) for difference in found.different],
     }
-    lines = [f"{found.tensors:,} tensors: {found.equal:,} equal, {different:,} different"]
-    lines += map(str, found.different[:_SHOWN])
-    if different > _SHOWN:
-        lines.append(f"and {different - _SHOWN:,} more")
-    return Report(data, [_text(line) for line in lines])
+    lines: list[Text | Table] = [
+        _text(f"{found.tensors:,} tensors: {found.equal:,} equal, {found.different_tensors:,} different")
+    ]
+    if found.files:
+        lines.append(_text(f"{_files(found.files)}: {files['equal']:,} equal, {files['different']:,} different"))
+    if folds:
+        lines.append(_folded(folds))
+    lines += [_text(str(difference)) for difference in found.different[:_SHOWN]]
+    if (left := len(found.different) - _SHOWN) > 0:
+        lines.append(_text(f"and {left:,} more differences, which --format json lists"))
+    return Report(data, lines)
+
+
+def _folded(rows: Sequence[FoldedDifference]) -> Table:
+    """Return the table of differences folded over layers."""
+    headings = ("elements", "max ulps", "max |Δ|", "max |Δ/x|", "cosine", "NaN", "inf")
+    table = Table("differs in", "tensor", "count", *headings, box=None, pad_edge=False)
+    table.columns[1].overflow = "fold"
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in rows:
+        far = row.distance
+        measures = () if far is None else (far.max_absolute, far.max_relative, far.cosine)
+        counts = (row.count, row.max_ulps)
+        table.add_row(
+            row.kind,
+            _text(row.name),
+            f"{row.tensors:,}",
+            *("" if count is None else f"{count:,}" for count in counts),
+            *("" if measure is None else shown(measure) for measure in measures),
+            *(() if far is None else (f"{far.nan:,}", f"{far.infinite:,}")),
+        )
+    return table
 
 
 def recheck(found: Recheck) -> Report:
     """Return the report of `verify` with a target alone."""
-    data = {"files": found.files, "bytes": found.nbytes, "wrong": list(found.wrong)}
-    state = "as the manifest says" if not found.wrong else f"{len(found.wrong)} not as the manifest says"
+    data = {
+        "files": found.files,
+        "equal": found.equal,
+        "different": found.different,
+        "unknown": found.unknown,
+        "bytes": found.nbytes,
+        "wrong": list(found.wrong),
+    }
+    state = (
+        f"{found.equal:,} as the manifest says, {found.different:,} not" if found.different else "as the manifest says"
+    )
+    if found.unknown:
+        state += f"; {_files(found.unknown)} that it does not name"
     return Report(data, [_text(f"{_files(found.files)}, {found.nbytes:,} bytes: {state}"), *map(_text, found.wrong)])
 
 

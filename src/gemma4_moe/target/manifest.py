@@ -103,7 +103,9 @@ class Recheck:
         directory: The directory.
         files: Number of files that the manifest names.
         nbytes: Their size in bytes.
-        wrong: One sentence for each difference between directory and manifest.
+        wrong: One sentence for each difference between directory and manifest. A file can have more than one.
+        equal: How many of the files are as the manifest says.
+        unknown: How many files the directory has that the manifest does not name.
         notes: Sentences on odd values of the source, as the manifest has them.
     """
 
@@ -111,11 +113,18 @@ class Recheck:
     files: int
     nbytes: int
     wrong: tuple[str, ...]
+    equal: int
+    unknown: int = 0
     notes: tuple[str, ...] = ()
+
+    @property
+    def different(self) -> int:
+        """How many of the files are missing or not as the manifest says."""
+        return self.files - self.equal
 
     def __repr__(self) -> str:
         size = f"{self.files} files, {format_size(self.nbytes)}"
-        return f"<Recheck of {self.directory}: {size}, {len(self.wrong)} wrong>"
+        return f"<Recheck of {self.directory}: {size}, {self.different} different>"
 
 
 def check_manifest(directory: Path, *, max_memory: int = 64 * 2**20, progress: Progress | None = None) -> Recheck:
@@ -134,5 +143,7 @@ def check_manifest(directory: Path, *, max_memory: int = 64 * 2**20, progress: P
         len(files),
         total,
         tuple(dict.fromkeys(sentences)),
+        len(files.keys() - {piece.file for piece in wrong}),
+        len(unknown),
         value_notes(values) if is_document(values) else (),
     )

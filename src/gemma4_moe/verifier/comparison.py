@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING
 
+from gemma4_moe.checkpoint.threads import run_in_threads
 from gemma4_moe.checkpoint.values import Oddities, scales_of, unusual_scales, value_notes
 from gemma4_moe.errors import DuplicateTensorError, UsageError
 from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.table import Layout
+from gemma4_moe.verifier.differences import fold_differences
 from gemma4_moe.verifier.expected import common_dtype, compare_headers
 from gemma4_moe.verifier.values import comparisons
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.sizes import Progress
-    from gemma4_moe.verifier.differences import Difference
+    from gemma4_moe.verifier.differences import Difference, FoldedDifference
     from gemma4_moe.verifier.expected import Expectation
     from gemma4_moe.verifier.values import Comparison
 
@@ -44,6 +46,7 @@ class Verification:
         tensors: How many tensors the target has or should have.
         equal: How many of them are as they should be.
         different: Every difference. A tensor can have more than one, and a side file is not a tensor.
+        files: How many side files of the source were looked for in the target.
         notes: Sentences on odd values of the source: NaN, infinities, experts that are all zero or equal to another,
             scales that are zero, negative or not finite.
     """
@@ -53,10 +56,26 @@ class Verification:
     tensors: int
     equal: int
     different: tuple[Difference, ...]
+    files: int = 0
     notes: tuple[str, ...] = ()
 
+    @property
+    def different_tensors(self) -> int:
+        """How many tensors are not as they should be, missing and extra ones included."""
+        return self.tensors - self.equal
+
+    @property
+    def different_files(self) -> int:
+        """How many side files are missing or have other bytes."""
+        return sum(difference.kind == "file" for difference in self.different)
+
+    @property
+    def folds(self) -> list[FoldedDifference]:
+        """The differences of tensors, folded over layers."""
+        return fold_differences(self.different)
+
     def __repr__(self) -> str:
-        counts = f"{self.tensors:,} tensors, {self.equal:,} equal, {len(self.different):,} different"
+        counts = f"{self.tensors:,} tensors, {self.equal:,} equal, {self.different_tensors:,} different"
         return f"<Verification of {self.target} with {self.source}: {counts}>"
 
 
@@ -84,7 +103,7 @@ def compare(
     tensors = len(expected.keys() | found.keys())
     wrong = {difference.name for difference in differences}
     notes = (*unusual_scales(scales_of(source, Layout.HF)), *value_notes(odd.document()))
-    return Verification(source.path, target.path, tensors, tensors - len(wrong), tuple(differences), notes)
+    return Verification(source.path, target.path, tensors, tensors - len(wrong), tuple(differences), notes=notes)
 
 
 def compare_all(pending: Sequence[Comparison], max_memory: int, progress: Progress | None) -> list[Difference]:
@@ -105,15 +124,26 @@ def compare_all(pending: Sequence[Comparison], max_memory: int, progress: Progre
     threads = min(_MOST_THREADS, os.cpu_count() or 1, max_memory // least)
     memory = max_memory // threads - _THREAD_BYTES
     total, done = sum(comparison.nbytes for comparison in pending), 0
-    differences = []
-    with ThreadPoolExecutor(threads, "gemma4-moe") as pool:
-        results = pool.map(lambda comparison: comparison.run(memory), pending)
-        for comparison, found in zip(pending, results, strict=True):
-            differences += found
-            done += comparison.nbytes
-            if progress is not None:
-                progress(done, total)
-    return differences
+    numbers = iter(range(len(pending)))
+    taking = Lock()
+    differences: list[list[Difference]] = [[] for _ in pending]
+
+    def work(check: Callable[[], None]) -> None:
+        nonlocal done
+        while True:
+            with taking:
+                number = next(numbers, None)
+            if number is None:
+                return
+            check()
+            differences[number] = pending[number].run(memory, check)
+            with taking:
+                done += pending[number].nbytes
+                if progress is not None:
+                    progress(done, total)
+
+    run_in_threads(threads, work)
+    return [difference for found in differences for difference in found]
 
 
 def by_current_name(checkpoint: Checkpoint, layout: Layout) -> dict[str, StoredTensor]:

@@ -124,7 +124,8 @@ def verify(
             given, judged, expected, found, may_cast=layout is not to, max_memory=memory, progress=progress
         )
         cast = common_dtype(expected, found) if layout is not to else None
-        return replace(result, different=(*result.different, *_compare_side_files(given, judged, cast)))
+        wrong_files = _compare_side_files(given, judged, cast)
+        return replace(result, different=(*result.different, *wrong_files), files=len(given.side_files))
 
 
 def _understand(source: Checkpoint) -> tuple[Layout, dict[str, MoEName | None]]:
