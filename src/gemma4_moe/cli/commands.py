@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from gemma4_moe.cli import options
+from gemma4_moe.cli import lora_commands, options
 from gemma4_moe.cli.exit_statuses import status_of, terminate_by_exception
 from gemma4_moe.cli.help import Group
 from gemma4_moe.distributed.ranks import launched_as_one_of_several
@@ -252,6 +252,9 @@ def demo(output: Output, *, directory: Path | None) -> None:
         directory,
         show=lambda checks: output.give(report.checks(checks), is_faultless=all(check.passed for check in checks)),
     )
+
+
+cli.add_command(lora_commands.lora)
 
 
 def _preview(output: Output, source: str, target: Path | None, arguments: dict[str, Any]) -> None:

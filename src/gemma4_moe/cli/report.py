@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gemma4_moe.converter.preview import Prediction, Preview
     from gemma4_moe.converter.space import Space
     from gemma4_moe.demo.demo import Check
+    from gemma4_moe.lora.convert import LoraConversion
     from gemma4_moe.target.manifest import Recheck
     from gemma4_moe.target.recovery import Remains
     from gemma4_moe.verifier.comparison import Verification
@@ -231,6 +232,21 @@ def _folded(rows: Sequence[FoldedDifference]) -> Table:
             *(() if far is None else (f"{far.nan:,}", f"{far.infinite:,}")),
         )
     return table
+
+
+def lora_conversion(done: LoraConversion) -> Report:
+    """Return the report of `lora`."""
+    data = {
+        "target": str(done.target),
+        "source_form": done.source_form,
+        "form": done.form,
+        "weights": done.modules,
+        "tensors": done.tensors,
+        "bytes": done.nbytes,
+        "notes": list(done.notes),
+    }
+    written = f"{done.modules} weights in {done.tensors:,} tensors, {done.nbytes:,} bytes"
+    return Report(data, _facts(("target", f"{done.target}: {done.form}"), ("", written)))
 
 
 def recheck(found: Recheck) -> Report:
