@@ -64,8 +64,6 @@ def status_of(run: Callable[[], int | None], *, as_json: bool = False) -> int:
     except Gemma4MoEError as error:
         message, status = f"error: {error}", error.exit_status
         if as_json:
-            from gemma4_moe.cli.report import failure
-
             _print_json(failure(error))
     except (KeyboardInterrupt, click.Abort):
         message, status = "interrupted", INTERRUPTED
@@ -80,6 +78,11 @@ def status_of(run: Callable[[], int | None], *, as_json: bool = False) -> int:
         return status
     click.echo(f"gemma4-moe: {message}", err=True)
     return status
+
+
+def failure(error: Gemma4MoEError) -> dict[str, object]:
+    """Return an error as JSON: its class, the problem, the known facts and the next step."""
+    return {"kind": type(error).__name__, "problem": error.problem, **error.facts, "next": error.hint}
 
 
 def _print_json(error: dict[str, object]) -> None:

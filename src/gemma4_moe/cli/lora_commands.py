@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--base",
     metavar="CHECKPOINT",
+    type=options.Checkpoint(),
     help="The published hf checkpoint that the adapter was trained from, a directory or a Hub id. Only its "
     "per_expert_scale is read. Needed between nemo and the other forms if the adapter changes down_proj.",
 )
@@ -54,4 +55,4 @@ def lora(output: Output, *, source: Path, target: Path, to: str, base: str | Non
 
     done = convert_lora(source, target, to=to, base=base, legacy_layout=legacy_layout)
     output.say(*(f"note: {note}" for note in done.notes))
-    output.give(report.lora_conversion(done))
+    output.give(report.lora_conversion(done), is_faultless=True)

@@ -12,7 +12,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from gemma4_moe.errors import Gemma4MoEError, printable
+from gemma4_moe.cli.exit_statuses import failure
+from gemma4_moe.errors import printable
 from gemma4_moe.sizes import format_size
 from gemma4_moe.verifier.distances import shown
 
@@ -39,11 +40,6 @@ class Report(NamedTuple):
 
     data: dict[str, Any]
     lines: Sequence[Text | Table]
-
-
-def failure(error: Gemma4MoEError) -> dict[str, Any]:
-    """Return an error as JSON: its class, the problem, the known facts and the next step."""
-    return {"kind": type(error).__name__, "problem": error.problem, **error.facts, "next": error.hint}
 
 
 def inspection(found: Inspection, *, tensors: bool = False) -> Report:
