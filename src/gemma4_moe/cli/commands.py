@@ -161,6 +161,7 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
 @options.argument("first", "[SRC]", f"The checkpoint that DST was converted from: {options.CHECKPOINT}")
 @options.argument("second", "DST", "The checkpoint to judge, likewise.", required=False)
 @options.revision
+@options.stream
 @options.strip_wrappers
 @options.scale
 @options.scale_from
@@ -177,7 +178,7 @@ def verify(output: Output, *, first: str, second: str | None, revision: str | No
 
     with shown_progress(output.talk, "verifying") as progress:
         if second is None:
-            alone = verify.verify(first, revision=revision, progress=progress)
+            alone = verify.verify(first, revision=revision, progress=progress, **arguments)
             shown, wrong, notes = report.recheck(alone), len(alone.wrong), alone.notes
         else:
             found = verify.verify(first, second, revision=revision, progress=progress, **arguments)
@@ -189,8 +190,9 @@ def verify(output: Output, *, first: str, second: str | None, revision: str | No
 @cli.command(examples=["gemma4-moe diff gemma-4-26B-A4B gemma-4-hf"])
 @options.argument("first", "A", f"The checkpoint that says what should be: {options.CHECKPOINT}")
 @options.argument("second", "B", "The checkpoint to judge, likewise.")
+@click.option("--stream", is_flag=True, help="Read models on the Hub directly, without a copy in the Hub's cache.")
 @options.common
-def diff(output: Output, *, first: str, second: str) -> None:
+def diff(output: Output, *, first: str, second: str, stream: bool) -> None:
     """Compare two checkpoints of one layout, tensor by tensor.
 
     Spellings of names and the cut into files may differ. Files other than weights are not compared.
@@ -200,7 +202,7 @@ def diff(output: Output, *, first: str, second: str) -> None:
     from gemma4_moe.verifier import diff
 
     with shown_progress(output.talk, "comparing") as progress:
-        found = diff.diff(first, second, progress=progress)
+        found = diff.diff(first, second, stream=stream, progress=progress)
     _judge(output, report.verification(found), len(found.different))
 
 
