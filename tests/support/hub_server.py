@@ -39,6 +39,7 @@ class Hub:
     whole: bool = False  # ranges are ignored
     shift: int = 0  # bytes by which the answer to a range begins late
     encodes: bool = False  # files are compressed for a client that accepts that, and ranges are of the compressed file
+    others: list["Hub"] = field(default_factory=list)  # further models on the server
     url: str = ""
     cdn: str = ""  # on another port: every file is redirected there once
 
@@ -80,6 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
 class _HubHandler(_Handler):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
+        first = type(self).hub
+        self.hub = next((hub for hub in first.others if f"/{hub.repository}/" in path), first)
         api, files = f"/api/models/{self.hub.repository}", f"/{self.hub.repository}/resolve/"
         if not path.startswith((api, files)):  # also what the client asks besides, of its own accord
             self.answer(404, X_Error_Code="RepoNotFound")
@@ -172,6 +175,15 @@ def serving(repository, directory):
     hub = Hub(repository, directory)
     with _running(hub, _HubHandler) as hub.url, _running(hub, _CdnHandler) as hub.cdn:
         yield hub
+
+
+@contextmanager
+def serving_too(hub, repository, directory):
+    """Serve another model on the same server until the block ends."""
+    other = Hub(repository, directory, url=hub.url)
+    with _running(other, _CdnHandler) as other.cdn:
+        hub.others.append(other)
+        yield other
 
 
 @contextmanager

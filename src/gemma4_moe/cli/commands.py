@@ -171,6 +171,7 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
 )
 @options.argument("second", "DST", "The checkpoint to judge, likewise.", required=False, type=options.Checkpoint())
 @options.revision
+@options.stream
 @options.strip_wrappers
 @options.scale
 @options.scale_from
@@ -187,7 +188,7 @@ def verify(output: Output, *, first: str, second: str | None, revision: str | No
 
     with shown_progress(output.talk, "verifying") as progress:
         if second is None:
-            alone = verify.verify(first, revision=revision, progress=progress)
+            alone = verify.verify(first, revision=revision, progress=progress, **arguments)
             shown, wrong, notes = report.recheck(alone), len(alone.wrong), alone.notes
         else:
             found = verify.verify(first, second, revision=revision, progress=progress, **arguments)
@@ -201,8 +202,9 @@ def verify(output: Output, *, first: str, second: str | None, revision: str | No
     "first", "A", f"The checkpoint that says what should be: {options.CHECKPOINT}", type=options.Checkpoint()
 )
 @options.argument("second", "B", "The checkpoint to judge, likewise.", type=options.Checkpoint())
+@click.option("--stream", is_flag=True, help="Read models on the Hub directly, without a copy in the Hub's cache.")
 @options.common
-def diff(output: Output, *, first: str, second: str) -> None:
+def diff(output: Output, *, first: str, second: str, stream: bool) -> None:
     """Compare two checkpoints of one layout, tensor by tensor.
 
     Spellings of names and the cut into files may differ. Files other than weights are not compared.
@@ -212,7 +214,7 @@ def diff(output: Output, *, first: str, second: str) -> None:
     from gemma4_moe.verifier import diff
 
     with shown_progress(output.talk, "comparing") as progress:
-        found = diff.diff(first, second, progress=progress)
+        found = diff.diff(first, second, stream=stream, progress=progress)
     _judge(output, report.verification(found), len(found.different))
 
 

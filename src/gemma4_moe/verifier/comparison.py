@@ -1,24 +1,29 @@
-"""Two open checkpoints compared: tensors by name, dtypes and shapes, then bits by several threads."""
+"""Two checkpoints opened and compared: tensors by name, dtypes and shapes, then bits by several threads."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.checkpoint.threads import run_in_threads
 from gemma4_moe.checkpoint.values import Oddities, scales_of, unusual_scales, value_notes
 from gemma4_moe.errors import DuplicateTensorError, UsageError
+from gemma4_moe.hub.remote import commit_of
+from gemma4_moe.hub.source import is_hub_id, locate, open_source
 from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.table import Layout
+from gemma4_moe.target.recovery import check_published
 from gemma4_moe.verifier.differences import fold_differences
 from gemma4_moe.verifier.expected import common_dtype, compare_headers
 from gemma4_moe.verifier.values import comparisons
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
+    from contextlib import ExitStack
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.sizes import Progress
@@ -41,8 +46,8 @@ class Verification:
     """The result of `verify` with a source, and of `diff`.
 
     Attributes:
-        source: The directory that says what should be.
-        target: The directory that was judged.
+        source: The directory that says what should be; of a model that was read on the Hub, its id and commit.
+        target: The directory that was judged, likewise.
         tensors: How many tensors the target has or should have.
         equal: How many of them are as they should be.
         different: Every difference. A tensor can have more than one, and a side file is not a tensor.
@@ -79,6 +84,23 @@ class Verification:
         return f"<Verification of {self.target} with {self.source}: {counts}>"
 
 
+def open_side(
+    stack: ExitStack, checkpoint: str | Path, revision: str | None = None, *, stream: bool = False
+) -> Checkpoint:
+    """Open a checkpoint of a comparison on a stack that closes it: a directory, or a model on the Hub.
+
+    If `stream`, a model on the Hub is read there. Otherwise it is downloaded into the Hub's cache first.
+
+    Raises:
+        UsageError, InputError, StorageError: As `locate`, `check_published` and `open_source` raise them.
+    """
+    if stream and is_hub_id(checkpoint):
+        return stack.enter_context(open_source(checkpoint, revision, stream=True))
+    path = locate(checkpoint, revision)
+    check_published(path)
+    return stack.enter_context(open_checkpoint(path))
+
+
 def compare(
     source: Checkpoint,
     target: Checkpoint,
@@ -103,7 +125,13 @@ def compare(
     tensors = len(expected.keys() | found.keys())
     wrong = {difference.name for difference in differences}
     notes = (*unusual_scales(scales_of(source, Layout.HF)), *value_notes(odd.document()))
-    return Verification(source.path, target.path, tensors, tensors - len(wrong), tuple(differences), notes=notes)
+    equal = tensors - len(wrong)
+    return Verification(_place(source), _place(target), tensors, equal, tuple(differences), notes=notes)
+
+
+def _place(checkpoint: Checkpoint) -> Path:
+    """Return a checkpoint's directory, or the id and the commit of a model that is read on the Hub."""
+    return checkpoint.path if commit_of(checkpoint) is None else Path(*checkpoint.path.parts[-2:])
 
 
 def compare_all(pending: Sequence[Comparison], max_memory: int, progress: Progress | None) -> list[Difference]:
