@@ -14,16 +14,11 @@ from gemma4_moe.cli.commands import cli
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCE = " ".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.py")))
+#: Names that snippets take from their readers.
 GIVEN = {
-    "engine",
-    "engine_model",
-    "model",
-    "published",
-    "text_config",
-    "moe_config",
-    "backend",
-    "dtype",
-}  # the reader's own
+    *("engine", "engine_model", "model", "published", "client", "connection", "group", "send"),
+    *("adapter", "text_config", "moe_config", "backend", "dtype"),
+}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
