@@ -6,6 +6,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.paths import expanded
+from gemma4_moe.checkpoint.storage import refusals
 from gemma4_moe.errors import command_line
 from gemma4_moe.hub.source import is_hub_id
 from gemma4_moe.sizes import exact_size, parse_size
@@ -40,4 +41,5 @@ def resume_command(convert: Callable[..., object], given: Mapping[str, Any]) -> 
 
 
 def _absolute(place: Any) -> object:
-    return place if is_hub_id(place) else expanded(place).absolute()
+    with refusals("look at the path", place):  # of a working directory that is gone
+        return place if is_hub_id(place) else expanded(place).absolute()
