@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from gemma4_moe.checkpoint.config import ConfigFile, read_config
 from gemma4_moe.checkpoint.file import SafetensorsFile
@@ -27,6 +27,8 @@ from gemma4_moe.layout.wrappers import unwrapped
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
+    import numpy as np
+
 _SUFFIX = ".safetensors"
 
 _DIRECTORY = "a directory of safetensors files"
@@ -39,6 +41,14 @@ class StoredTensor(TensorEntry):
     """One tensor of a checkpoint: its entry in a header, and that header's file."""
 
     file: SafetensorsFile
+
+    def read(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """Return all elements with their own bits, in the tensor's shape. Raises what `read_into` raises."""
+        import numpy as np  # headers are read without it
+
+        raw = np.empty(self.nbytes, np.uint8)
+        self.read_into(raw.data)
+        return raw.view(self.dtype.numpy()).reshape(self.shape)
 
     def read_into(self, destination: memoryview, offset: int = 0) -> None:
         """Fill `destination` with the tensor's bytes from `offset` on. Raises what the file's `read_into` raises."""

@@ -157,14 +157,7 @@ def scales_of(checkpoint: Checkpoint, layout: Layout | None) -> dict[str, Array]
     if layout is not Layout.HF:
         return {}
     named = ((tensor, lookup(tensor.name, layout)) for tensor in checkpoint.tensors.values())
-    return {t.name: read_scale(t) for t, name in named if name is not None and name.rule is SCALE}
-
-
-def read_scale(stored: StoredTensor) -> Array:
-    """Return a `per_expert_scale` [E] with its own bits. Raises what reading the file raises."""
-    raw = np.empty(stored.nbytes, np.uint8)
-    stored.read_into(raw.data)
-    return raw.view(stored.dtype.numpy())
+    return {t.name: t.read() for t, name in named if name is not None and name.rule is SCALE}
 
 
 def _expert(tensor: StoredTensor, number: int) -> Extent:

@@ -15,7 +15,6 @@ from rich.text import Text
 from gemma4_moe.cli.exit_statuses import failure
 from gemma4_moe.errors import printable
 from gemma4_moe.sizes import format_size
-from gemma4_moe.verifier.distances import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -210,6 +209,8 @@ def verification(found: Verification) -> Report:
 
 def _folded(rows: Sequence[FoldedDifference]) -> Table:
     """Return the table of differences folded over layers."""
+    from gemma4_moe.verifier.distances import shown  # it loads NumPy, which other reports do without
+
     headings = ("elements", "max ulps", "max |Δ|", "max |Δ/x|", "cosine", "NaN", "inf")
     table = Table("differs in", "tensor", "count", *headings, box=None, pad_edge=False)
     table.columns[1].overflow = "fold"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import resolved
-from gemma4_moe.checkpoint.values import read_scale, unusual_scales, value_notes
+from gemma4_moe.checkpoint.values import unusual_scales, value_notes
 from gemma4_moe.converter.base import filled_in
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.converter.command import resume_command
@@ -153,7 +153,7 @@ def convert(
             if not stream:
                 sources.download(revision, count)
             count.begin_next_stage()
-            folded = {name: read_scale(t.scale) for name, t in plan.tensors.items() if t.scale is not None}
+            folded = {name: t.scale.read() for name, t in plan.tensors.items() if t.scale is not None}
             options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
             options |= _identities(sources, stream=stream, strip_wrappers=strip_wrappers, scale=scale)
         transaction = None

@@ -13,7 +13,6 @@ from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, claimed_size,
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.recognition import recognise, wrong_tensors
 from gemma4_moe.checkpoint.storage import read_whole
-from gemma4_moe.checkpoint.values import scales_of, scan_checkpoint, unusual_scales, value_notes
 from gemma4_moe.converter.notes import index_notes, uncalled_notes
 from gemma4_moe.errors import CheckpointFormatError, ConfigError, InputError, UnsupportedCheckpointError
 from gemma4_moe.hub.source import is_hub_id, open_source
@@ -148,6 +147,8 @@ def _inspect(source: Path, checkpoint: Checkpoint, *, values: bool) -> Inspectio
         problems += wrong_tensors(checkpoint.tensors.values(), inventory, config)
         notes += _notes(checkpoint, recognition.layout, config) if not problems else []
     if values:
+        from gemma4_moe.checkpoint.values import scales_of, scan_checkpoint, unusual_scales, value_notes
+
         odd = scan_checkpoint(checkpoint, recognition.layout, _MEMORY)
         scales = scales_of(checkpoint, recognition.layout)
         notes += [*unusual_scales(scales), *value_notes(odd.document())]

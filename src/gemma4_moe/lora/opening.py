@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from gemma4_moe.layout.lora import Axes, LoraRow
     from gemma4_moe.layout.names import LayerKey
     from gemma4_moe.lora.config import LoraConfig
-    from gemma4_moe.lora.modules import Array
     from gemma4_moe.lora.names import LoraName
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -125,13 +123,6 @@ def _wrong(tensor: str, file: object, expected: object, found: object) -> Tensor
     return TensorShapeError(problem, tensor=tensor, file=file, expected=expected, found=found, hint=hint)
 
 
-def values_of(tensor: StoredTensor) -> Array:
-    """Return a stored tensor's values in its own shape."""
-    raw = np.empty(tensor.nbytes, np.uint8)
-    tensor.read_into(raw.data)
-    return raw.view(tensor.dtype.numpy()).reshape(tensor.shape)
-
-
 def _linear(
     stored: Mapping[str, StoredTensor], names: Mapping[str, LoraName], config: LoraConfig, form: LoraForm
 ) -> dict[str, LoraModule]:
@@ -152,7 +143,7 @@ def _linear(
                 raise _wrong(
                     pair[side].name, pair[side].file.path, f"two axes, rank {rank} on axis {axis}", list(shape)
                 )
-        tensors = {side: LoraTensor(t.name, t.dtype, t.shape, partial(values_of, t)) for side, t in pair.items()}
+        tensors = {side: LoraTensor(t.name, t.dtype, t.shape, t.read) for side, t in pair.items()}
         found[module] = LoraModule(
             module, rank, _alpha(module, rank, pair["A"], config, form), tensors, layer_of(module)
         )
@@ -204,7 +195,7 @@ def _single(tensor: StoredTensor, axes: Axes, row: LoraRow, known: Mapping[str, 
             raise _wrong(tensor.name, tensor.file.path, f"a multiple of the rank {inner}, for all experts", size)
         sizes[unknown] = size // inner
     plain = tuple(sizes[axis] for axis in row.axes)
-    return LoraTensor(tensor.name, tensor.dtype, plain, lambda: plain_from(values_of(tensor), axes, row.axes, sizes))
+    return LoraTensor(tensor.name, tensor.dtype, plain, lambda: plain_from(tensor.read(), axes, row.axes, sizes))
 
 
 def _modules(

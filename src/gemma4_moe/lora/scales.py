@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma4_moe.checkpoint.values import read_scale
+from gemma4_moe.checkpoint.values import scales_of
 from gemma4_moe.errors import InputError, TensorShapeError, UsageError
 from gemma4_moe.hub.source import is_hub_id, open_source
 from gemma4_moe.layout.names import MoEName, lookup
@@ -98,11 +98,7 @@ def read_scales(base: Base | None) -> Scales:
     else:
         origin = str(base)
         with open_source(base, stream=is_hub_id(base)) as checkpoint:
-            given = {
-                name: read_scale(tensor).astype(np.float32)
-                for name, tensor in checkpoint.tensors.items()
-                if (parsed := lookup(name, Layout.HF)) is not None and parsed.rule is SCALE
-            }
+            given = {name: scale.astype(np.float32) for name, scale in scales_of(checkpoint, Layout.HF).items()}
     for name, scale in given.items():
         parsed = lookup(name, Layout.HF)
         if parsed is None or parsed.rule is not SCALE:

@@ -157,9 +157,7 @@ def _stacked(row: LoraRow, experts: list[list[StoredTensor]]) -> LoraTensor:
         result = np.empty(shape, first.dtype.numpy())
         for into, own in zip(result, experts, strict=True):
             for number, matrix in enumerate(own):
-                raw = np.empty(matrix.nbytes, np.uint8)
-                matrix.read_into(raw.data)
-                values = raw.view(first.dtype.numpy()).reshape(first.shape)
+                values = matrix.read()
                 if row.side == "B":
                     into[number * rows : (number + 1) * rows] = values
                 elif number and into.tobytes() != values.tobytes():
