@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from gemma4_moe.checkpoint.readers import PAGE, SLACK, allocate
-from gemma4_moe.checkpoint.threads import run_in_threads
+from gemma4_moe.checkpoint.threads import SharedIterator, run_in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -61,26 +61,21 @@ def hash_extents(
         CheckpointFormatError: A file is too short.
     """
     threads, buffer_bytes = _buffers(memory, len(groups))
-    jobs = iter(range(len(groups)))
-    taking = Lock()
+    jobs, telling = SharedIterator(enumerate(groups)), Lock()
     found = [""] * len(groups)
 
     def work(check: Callable[[], None]) -> None:
         buffer = allocate(buffer_bytes)
-        while True:
-            with taking:
-                number = next(jobs, None)
-            if number is None:
-                return
+        for number, group in jobs:
             hasher = algorithm()
-            for extent in groups[number]:
+            for extent in group:
                 for piece in _pieces(extent, buffer, buffered=buffered):
                     hasher.update(piece)
                     check()
-            with taking:
-                found[number] = hasher.hexdigest()
-                if hashed is not None:
-                    hashed(sum(extent.end - extent.start for extent in groups[number]))
+            found[number] = hasher.hexdigest()
+            if hashed is not None:
+                with telling:
+                    hashed(sum(extent.end - extent.start for extent in group))
 
     run_in_threads(threads, work)
     return found

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from queue import SimpleQueue
-from threading import Event, Thread
-from typing import TYPE_CHECKING
+from threading import Event, Lock, Thread
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+T = TypeVar("T")
 
 #: Seconds that an interrupted caller waits for its threads. One that waits for a disk or the network may take longer.
 _PATIENCE = 0.25
@@ -16,6 +18,21 @@ _PATIENCE = 0.25
 
 class StoppedError(Exception):
     """Another thread has failed, or the caller was interrupted."""
+
+
+class SharedIterator(Generic[T]):
+    """Yields each of the given items once, to whichever thread asks next."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items = iter(items)
+        self._taking = Lock()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        with self._taking:
+            return next(self._items)
 
 
 def run_in_threads(count: int, work: Callable[[Callable[[], None]], None], name: str = "gemma4-moe") -> None:

@@ -219,12 +219,11 @@ def _folded(rows: Sequence[FoldedDifference]) -> Table:
     for row in rows:
         far = row.distance
         measures = () if far is None else (far.max_absolute, far.max_relative, far.cosine)
-        counts = (row.count, row.max_ulps)
         table.add_row(
             row.kind,
             _text(row.name),
             f"{row.tensors:,}",
-            *("" if count is None else f"{count:,}" for count in counts),
+            *("" if count is None else f"{count:,}" for count in (row.count, row.max_ulps)),
             *("" if measure is None else shown(measure) for measure in measures),
             *(() if far is None else (f"{far.nan:,}", f"{far.infinite:,}")),
         )

@@ -9,7 +9,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
-from gemma4_moe.checkpoint.threads import run_in_threads
+from gemma4_moe.checkpoint.threads import SharedIterator, run_in_threads
 from gemma4_moe.checkpoint.values import Oddities, scales_of, unusual_scales, value_notes
 from gemma4_moe.errors import DuplicateTensorError, UsageError
 from gemma4_moe.hub.remote import commit_of
@@ -18,7 +18,7 @@ from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.table import Layout
 from gemma4_moe.target.recovery import check_published
 from gemma4_moe.verifier.differences import fold_differences
-from gemma4_moe.verifier.expected import common_dtype, compare_headers
+from gemma4_moe.verifier.expected import compare_headers
 from gemma4_moe.verifier.values import comparisons
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+    from gemma4_moe.layout.dtypes import DType
     from gemma4_moe.sizes import Progress
     from gemma4_moe.verifier.differences import Difference, FoldedDifference
     from gemma4_moe.verifier.expected import Expectation
@@ -107,15 +108,14 @@ def compare(
     expected: Mapping[str, Expectation],
     found: Mapping[str, StoredTensor],
     *,
-    may_cast: bool,
+    cast: DType | None,
     max_memory: int,
     progress: Progress | None,
 ) -> Verification:
     """Compare the tensors that are expected with those of the target, both by name in current spelling.
 
-    If `may_cast`, floating-point tensors may have been cast, all to one dtype. Errors are those of `compare_all`.
+    `cast` is the one dtype to which floating-point tensors may have been cast. Errors are those of `compare_all`.
     """
-    cast = common_dtype(expected, found) if may_cast else None
     differences, comparable = compare_headers(expected, found, cast)
     odd = Oddities()
     differences += compare_all(list(comparisons(expected, comparable, odd)), max_memory, progress)
@@ -152,21 +152,16 @@ def compare_all(pending: Sequence[Comparison], max_memory: int, progress: Progre
     threads = min(_MOST_THREADS, os.cpu_count() or 1, max_memory // least)
     memory = max_memory // threads - _THREAD_BYTES
     total, done = sum(comparison.nbytes for comparison in pending), 0
-    numbers = iter(range(len(pending)))
-    taking = Lock()
+    jobs, telling = SharedIterator(enumerate(pending)), Lock()
     differences: list[list[Difference]] = [[] for _ in pending]
 
     def work(check: Callable[[], None]) -> None:
         nonlocal done
-        while True:
-            with taking:
-                number = next(numbers, None)
-            if number is None:
-                return
+        for number, comparison in jobs:
             check()
-            differences[number] = pending[number].run(memory, check)
-            with taking:
-                done += pending[number].nbytes
+            differences[number] = comparison.run(memory, check)
+            with telling:
+                done += comparison.nbytes
                 if progress is not None:
                     progress(done, total)
 

@@ -58,4 +58,4 @@ def diff(
             )
         expected = {name: Expectation(tensor, tensor.shape) for name, tensor in by_current_name(one, layout).items()}
         found = by_current_name(other, layout)
-        return compare(one, other, expected, found, may_cast=False, max_memory=memory, progress=progress)
+        return compare(one, other, expected, found, cast=None, max_memory=memory, progress=progress)

@@ -130,10 +130,8 @@ def verify(
         to = layout_of(judged.tensors, judged.path)
         expected = expectations(given, names, layout, to)
         found = by_current_name(judged, to)
-        result = compare(
-            given, judged, expected, found, may_cast=layout is not to, max_memory=memory, progress=progress
-        )
         cast = common_dtype(expected, found) if layout is not to else None
+        result = compare(given, judged, expected, found, cast=cast, max_memory=memory, progress=progress)
         wrong_files = _compare_side_files(given, judged, cast)
         return replace(result, different=(*result.different, *wrong_files), files=len(given.side_files))
 
