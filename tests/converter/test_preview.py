@@ -54,6 +54,14 @@ def test_free_space_is_that_of_the_disk_and_a_shortfall_is_told(tmp_path, monkey
     assert preview.space.missing_bytes == preview.plan.target_bytes + side_files - 1000
 
 
+def test_work_that_an_unfinished_run_has_left_for_the_source_is_no_space_of_the_target(tmp_path):
+    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
+    before = plan(source).space.target_bytes
+    (tmp_path / ".hf.gemma4-moe").mkdir()
+    (tmp_path / ".hf.gemma4-moe/left").write_bytes(bytes(5000))
+    assert plan(source).space.target_bytes == before
+
+
 def test_a_budget_below_one_block_is_refused_with_what_it_takes(tmp_path, monkeypatch):
     monkeypatch.setattr("gemma4_moe.converter.blocks.BLOCK_BYTES", 1)
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(H=64, I=48))

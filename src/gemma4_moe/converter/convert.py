@@ -19,11 +19,11 @@ from gemma4_moe.converter.notes import base_notes, overflow_notes, plan_notes
 from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.converter.resume import is_made_already
 from gemma4_moe.converter.sources import open_sources
-from gemma4_moe.converter.space import bytes_to_write, measure_space
+from gemma4_moe.converter.space import space_for
 from gemma4_moe.converter.write import Job, count_of, finish, write_weights
 from gemma4_moe.distributed.ranks import current
 from gemma4_moe.errors import StorageError
-from gemma4_moe.hub.remote import bytes_to_fetch, commit_of
+from gemma4_moe.hub.remote import commit_of
 from gemma4_moe.hub.source import check_streamed
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.directory import TargetFiles
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from gemma4_moe.checkpoint.directory import Checkpoint
     from gemma4_moe.converter.base import Scales
     from gemma4_moe.converter.sources import Sources
+    from gemma4_moe.converter.space import Space
     from gemma4_moe.layout.table import Layout
     from gemma4_moe.sizes import Progress
     from gemma4_moe.target.pieces import Count
@@ -145,10 +146,10 @@ def convert(
             checkpoint, origin = sources.checkpoint, sources.base
             plan = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=origin)
             memory = plan_memory(plan, parse_size(max_memory))
+            space = space_for(plan, sources.opened, target, resolved(target).parent, stream=stream)
             if ranks.is_first and not (resume and target.exists()):  # it may be complete already
-                _check_room(sources.opened, plan, target, stream=stream)
-            fetched = 0 if stream else sum(map(bytes_to_fetch, sources.opened))
-        count = count_of(plan, ranks, fetched, read_back=read_back, progress=progress)
+                _check_room(space, target)
+        count = count_of(plan, ranks, space.cache_bytes, read_back=read_back, progress=progress)
         with ranks.together("read the source"):
             if not stream:
                 sources.download(revision, count)
@@ -210,10 +211,8 @@ def _headers(checkpoint: Checkpoint) -> dict[str, str]:
     return {name: file.header.digest for name, file in checkpoint.files.items()}
 
 
-def _check_room(opened: list[Checkpoint], plan: Plan, target: Path, *, stream: bool) -> None:
+def _check_room(space: Space, target: Path) -> None:
     """Check that the disk has room for the models that would be downloaded, and for all of the target."""
-    needed = bytes_to_write(plan, opened[0], target)
-    space = measure_space(opened, needed, resolved(target).parent, stream=stream)
     if not space.missing_bytes:
         return
     cached = f" and {space.cache_bytes:,} in the Hub's cache" if space.cache_bytes else ""

@@ -15,7 +15,7 @@ from gemma4_moe.converter.blocks import DEFAULT_MEMORY, LOAD_BLOCKS, Memory, loa
 from gemma4_moe.converter.notes import plan_notes
 from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.converter.sources import open_sources
-from gemma4_moe.converter.space import Space, bytes_to_write, measure_space
+from gemma4_moe.converter.space import Space, space_for
 from gemma4_moe.distributed.sharding import NAMED_DIMENSIONS, count, local_runs
 from gemma4_moe.errors import UsageError
 from gemma4_moe.hub.source import check_streamed, is_hub_id
@@ -107,9 +107,9 @@ def plan(
         UsageError: NeMo AutoModel would not train on the mesh.
     """
     ranks = None if mesh is None else parse_mesh(mesh)
-    beside = Path() if is_hub_id(source) else expanded(source)
-    place = resolved(beside if target is None else expanded(target))
-    disk = beside if target is None else place.parent
+    beside = resolved(Path() if is_hub_id(source) else expanded(source))
+    made = None if target is None else expanded(target)
+    disk = beside if made is None else resolved(made).parent
     if stream:
         check_streamed(source, base)
     with ExitStack() as stack:
@@ -123,9 +123,7 @@ def plan(
             memory=plan_memory(planned, parse_size(max_memory)),
             source_tensors=len(checkpoint.tensors),
             source_bytes=checkpoint.total_bytes,
-            space=measure_space(
-                sources.opened, bytes_to_write(planned, checkpoint, place), resolved(disk), stream=stream
-            ),
+            space=space_for(planned, sources.opened, made, disk, stream=stream),
             side_files=tuple(file.name for file in checkpoint.side_files),
             skipped=checkpoint.skipped,
             notes=plan_notes(planned, checkpoint),

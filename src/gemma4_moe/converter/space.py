@@ -10,7 +10,7 @@ from gemma4_moe.hub.remote import bytes_to_fetch, cache_directory
 from gemma4_moe.target.recovery import remains
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import Checkpoint
@@ -45,11 +45,15 @@ class Space(NamedTuple):
         return max(0, self.target_bytes - self.free_bytes)
 
 
-def bytes_to_write(plan: Plan, source: Checkpoint, target: Path) -> int:
-    """Return the size of the target's files, less what an unfinished run to it has on the disk already."""
-    begun = remains(target)
-    copied = sum(regular_status(path).st_size for path in source.side_files)
-    return max(0, plan.target_bytes + copied - (0 if begun is None else begun.nbytes))
+def space_for(plan: Plan, sources: Sequence[Checkpoint], target: Path | None, disk: Path, *, stream: bool) -> Space:
+    """Return the space for a conversion to `target` on the disk of the directory `disk`; the source is the first.
+
+    The space that an unfinished run to `target` has already is not needed again.
+    """
+    begun = None if target is None else remains(target)
+    copied = sum(regular_status(path).st_size for path in sources[0].side_files)
+    needed = max(0, plan.target_bytes + copied - (0 if begun is None else begun.nbytes))
+    return measure_space(sources, needed, disk, stream=stream)
 
 
 def measure_space(sources: Iterable[Checkpoint], target_bytes: int, disk: Path, *, stream: bool) -> Space:
