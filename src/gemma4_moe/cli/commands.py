@@ -139,6 +139,7 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
     from gemma4_moe.cli import report
     from gemma4_moe.cli.progress import shown_progress, telling_what_is_kept
     from gemma4_moe.converter import convert
+    from gemma4_moe.converter.command import option_words
     from gemma4_moe.distributed.ranks import under_torchrun
     from gemma4_moe.target.preconditions import check_order, check_target
 
@@ -157,11 +158,8 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
     if done.skipped:
         output.say(f"skipped: {', '.join(done.skipped)}")
     output.give(report.conversion(done), is_faultless=True)
-    revision = [] if arguments["revision"] is None else ["--revision", arguments["revision"]]
-    strip = ["--strip-wrappers"] if arguments["strip_wrappers"] else []
-    given = (("--scale", arguments["scale"]), ("--scale-from", arguments["scale_from"]))
-    scale = [word for option, value in given if value is not None for word in (option, value)]
-    compared = [target] if arguments["stream"] else [*revision, *strip, *scale, Path(source), target]
+    given = {name: arguments[name] for name in ("revision", "strip_wrappers", "scale", "scale_from") if arguments[name]}
+    compared = [target] if arguments["stream"] else [*option_words(given), Path(source), target]
     output.say(f"next: {command_line('gemma4-moe', 'verify', *compared)}")
 
 

@@ -46,12 +46,19 @@ class Size(click.ParamType[int]):
         except UsageError as error:
             self.fail(f"{error.facts.get('found')}: {error.problem}; {error.facts.get('expected')}", param, ctx)
         if size < _LEAST_SIZE:
-            said = f"{value!r} is {size:,} bytes" if isinstance(value, str) else f"{size:,} bytes"
-            self.fail(f"{said}: less than 1 MB; write a unit, such as 5GB or 512MiB", param, ctx)
+            self.fail(f"{value!r} is {size:,} bytes: less than 1 MB; write a unit, such as 5GB or 512MiB", param, ctx)
         return size
 
 
-class Checkpoint(click.ParamType[str]):
+class _Completed:
+    """A type of parameter of which a shell completes directories."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        """Return what a shell is told to complete."""
+        return [CompletionItem(incomplete, type="dir")]
+
+
+class Checkpoint(_Completed, click.ParamType[str]):
     """A directory, or the id of a model on the Hub; a leading `~` is replaced by the home directory."""
 
     name = "checkpoint"
@@ -61,17 +68,9 @@ class Checkpoint(click.ParamType[str]):
         text = os.fsdecode(value)
         return str(expanded(text)) if text.startswith("~") else text
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
-        """Complete directories."""
-        return [CompletionItem(incomplete, type="dir")]
 
-
-class Directory(click.Path):
+class Directory(_Completed, click.Path):
     """A path of a directory; a leading `~` is replaced by the home directory."""
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
-        """Complete directories."""
-        return [CompletionItem(incomplete, type="dir")]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Return the path."""
@@ -142,20 +141,19 @@ break_lock = click.option(
 class Output:
     """The places of a command's data (stdout) and its messages (stderr).
 
-    With `quiet`, neither messages nor results without a fault are printed; `warnings` always are.
+    With --quiet `talk` prints nothing, and results without a fault are not printed; `warnings` always are.
     """
 
     data: Console
     talk: Console
     warnings: Console
     as_json: bool
-    quiet: bool
 
     def give(self, report: Report, *, is_faultless: bool = False) -> None:
         """Print data. With --quiet, a result that is faultless is printed only as JSON."""
         if self.as_json:
             click.echo(json.dumps(report.data, indent=1, ensure_ascii=True))
-        elif not (self.quiet and is_faultless):
+        elif not (self.talk.quiet and is_faultless):
             for line in report.lines:
                 self.data.print(line)
 
@@ -194,7 +192,7 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
             os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error"}
         talk, warnings = Ours(stderr=True, quiet=quiet), Ours(stderr=True)
         try:
-            command(Output(data, talk, warnings, format == "json", quiet), **arguments)
+            command(Output(data, talk, warnings, format == "json"), **arguments)
         except Gemma4MoEError:
             if verbose:
                 traceback.print_exc()

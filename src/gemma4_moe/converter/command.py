@@ -30,14 +30,20 @@ def resume_command(convert: Callable[..., object], given: Mapping[str, Any]) -> 
     said = {name: value for name, value in given.items() if name not in _OF_A_START}
     said |= {name: _absolute(said[name]) for name in _PLACES if said[name] is not None}
     said |= {name: exact_size(parse_size(said[name])) for name in _SIZES}
-    words: list[object] = ["gemma4-moe", "convert", said.pop("source"), said.pop("target")]
-    for name, value in said.items():
-        default = signature(convert).parameters[name].default
-        if value == (exact_size(parse_size(default)) if name in _SIZES else default):
-            continue
+    defaults = {name: parameter.default for name, parameter in signature(convert).parameters.items()}
+    defaults |= {name: exact_size(parse_size(defaults[name])) for name in _SIZES}
+    places = said.pop("source"), said.pop("target")
+    options = option_words({name: value for name, value in said.items() if value != defaults[name]})
+    return command_line("gemma4-moe", "convert", *places, *options, "--resume")
+
+
+def option_words(given: Mapping[str, object]) -> list[object]:
+    """Return options as they are typed, from values by the names of parameters."""
+    words: list[object] = []
+    for name, value in given.items():
         option = name.replace("_", "-")
         words += [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}", value]
-    return command_line(*words, "--resume")
+    return words
 
 
 def _absolute(place: Any) -> object:

@@ -111,15 +111,13 @@ def _of_index(index: Path, problem: CheckpointFormatError) -> Inspection:
         raise problem from None
     found = recognise(names, config)
     problems = (problem,) if found.refusal is None else (problem, found.refusal)
-    layers = {} if config.layers is None else {"L": config.layers}
-    sizes = config.sizes | layers
     note = "a file is missing or damaged: names and bytes are those of the index, and shapes are not known"
     return Inspection(
         index.parent,
         found.layout,
         found.spelling,
         config.model_type,
-        sizes,
+        _sizes(config),
         len(names),
         0,
         size or 0,
@@ -157,13 +155,12 @@ def _inspect(source: Path, checkpoint: Checkpoint, *, values: bool) -> Inspectio
     for tensor in tensors:
         group = _group(tensor.name, recognition.layout)
         groups[group] = groups.get(group, 0) + tensor.nbytes
-    layers = {} if config.layers is None else {"L": config.layers}
     return Inspection(
         source=source,
         layout=recognition.layout,
         spelling=recognition.spelling,
         model_type=config.model_type,
-        sizes=config.sizes | layers,
+        sizes=_sizes(config),
         tensors=len(tensors),
         parameters=sum(tensor.nbytes * 8 // tensor.dtype.bits for tensor in tensors),
         bytes=checkpoint.total_bytes,
@@ -173,6 +170,10 @@ def _inspect(source: Path, checkpoint: Checkpoint, *, values: bool) -> Inspectio
         skipped=checkpoint.skipped,
         notes=tuple(notes),
     )
+
+
+def _sizes(config: ConfigFile) -> dict[str, int]:
+    return config.sizes | ({} if config.layers is None else {"L": config.layers})
 
 
 def _notes(checkpoint: Checkpoint, layout: Layout, config: ConfigFile) -> list[str]:
