@@ -12,6 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.blobs import check_blob
+from gemma4_moe.checkpoint.config_dtype import recast
 from gemma4_moe.checkpoint.file import OpenFile
 from gemma4_moe.checkpoint.hashing import Extent, hash_extents
 from gemma4_moe.checkpoint.storage import sync_directory
@@ -192,7 +193,9 @@ def finish(job: Job, pieces: Sequence[Piece], count: Count) -> None:
     own = pieces if job.files.ranks.is_first else ()
     side_files = (*job.checkpoint.side_files, *filled_in(job.checkpoint, job.base))
     dtype = None if job.plan.cast is None else job.plan.cast.name
-    written = job.files.complete(own, side_files, lambda files: _manifest(job, files, pieces), dtype)
+    written = job.files.complete(
+        own, side_files, lambda files: _manifest(job, files, pieces), lambda: recast(side_files, dtype)
+    )
     if job.read_back:
         job.files.read_back(written, count)
 

@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma4_moe.checkpoint.side_files import MANIFEST_NAME
-from gemma4_moe.checkpoint.storage import sync_directory, write_file
-from gemma4_moe.errors import StorageError
+from gemma4_moe.distributed.ranks import Ranks
 from gemma4_moe.lora.opening import WEIGHTS_NAME
-from gemma4_moe.target.file_layout import layout_header
-from gemma4_moe.target.manifest import FORMAT, described_files, encode_manifest
-from gemma4_moe.target.pieces import piece_of, wrong_pieces
+from gemma4_moe.target.directory import TargetFiles
+from gemma4_moe.target.file_layout import PlannedFile, layout_header
+from gemma4_moe.target.pieces import piece_of
 from gemma4_moe.target.transaction import Transaction
 from gemma4_moe.target.writers import SafetensorsWriter
-from gemma4_moe.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -46,25 +43,19 @@ def write_adapter(
     header, entries = layout_header(
         [(name, dtype, shape) for tensors, _ in groups for name, dtype, shape, _ in tensors], {"format": "pt"}
     )
-    size = entries[-1].end
-    places = {entry.name: entry.start for entry in entries}
+    planned = PlannedFile(WEIGHTS_NAME, header, entries, entries[-1].end)
     with Transaction(target) as transaction:
-        out = transaction.out
-        with SafetensorsWriter(out / WEIGHTS_NAME, header, size) as writer:
-            pieces = [piece_of(WEIGHTS_NAME, 0, header), *_write(writer, groups, places)]
-        for name, document in documents.items():
-            pieces.append(_add(out, name, (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()))
-        files = described_files(pieces)
-        manifest = {"format": FORMAT, "gemma4_moe": __version__, "options": dict(options), "files": files}
-        pieces.append(_add(out, MANIFEST_NAME, encode_manifest(manifest)))
-        sync_directory(out)
-        sizes = {name: said["bytes"] for name, said in described_files(pieces).items()}
-        if wrong := wrong_pieces(out, sizes, pieces, _MEMORY):
-            found = "; ".join(list(wrong.values())[:5])
-            raise StorageError("the disk gives back other bytes than were written", file=out, found=found)
+        files = TargetFiles(transaction.out, (planned,), Ranks(), _MEMORY)
+        files.make()
+        with SafetensorsWriter.reopen(files.out / WEIGHTS_NAME, planned.size) as writer:
+            own = list(_write(writer, groups, {entry.name: entry.start for entry in entries}))
+        pieces = files.complete(
+            own, (), lambda _: {"options": dict(options)}, lambda: {name: _text(d) for name, d in documents.items()}
+        )
+        files.read_back(pieces)
         confirm()
         transaction.publish(overwrite=False)
-    return size
+    return planned.size
 
 
 def _write(
@@ -78,6 +69,5 @@ def _write(
             yield piece_of(WEIGHTS_NAME, places[tensor.name], content)
 
 
-def _add(out: Path, name: str, content: bytes) -> Piece:
-    write_file(out / name, content)
-    return piece_of(name, 0, content)
+def _text(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
