@@ -164,7 +164,7 @@ def test_a_manifest_with_senseless_values_is_not_believed(document, source, tmp_
 
 def test_notes_of_many_are_short():
     experts = list(range(100))
-    (zero, equal) = value_notes({"zero": {"a": experts}, "equal": {"b": [experts]}})
+    (zero, equal) = value_notes({"zero": {"a": experts}, "equal": {"b": [experts]}}, {})
     assert zero == "a: 100 experts are all zero, 0, 1, 2, 3, 4, 5, 6, 7 and others"
     assert equal.startswith("b: 100 experts are equal to another, 0, 1, 2")
     scales = {f"layers.{n}.s": np.array([1, -2, 3], np.float32) for n in range(3)}

@@ -7,8 +7,7 @@ import pytest
 from gemma4_moe import convert, diff
 from gemma4_moe.verifier.values import _PIECE
 from support.checkpoints import flip_bit, write_checkpoint
-from support.command import run as run_apart
-from support.hub_server import COMMIT, FILE_PATH, serving, serving_too
+from support.hub_server import COMMIT, FILE_PATH, serving, serving_too, start
 from support.models import random_hf_state_dict
 
 MODEL, OTHER = "google/small-gemma", "lab/trained-gemma"
@@ -30,20 +29,8 @@ def trained(hub, tmp_path):
         yield other
 
 
-def run(hub, home, *arguments, status=0):
-    environment = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(home / "home"),
-        "HF_HUB_CACHE": str(home / "cache"),
-        "HF_TOKEN": "hf_small",
-        "TMPDIR": str(home),
-    }
-    return run_apart(*arguments, cwd=home, status=status, **environment)
-
-
 def ask(*arguments, status=0):
-    return json.loads(run(*arguments, "--format", "json", status=status).stdout)
+    return json.loads(start(*arguments, "--format", "json", status=status).stdout)
 
 
 def names(home):
@@ -128,15 +115,15 @@ def test_lost_scales_are_read_in_place(hub, source, tmp_path):
 )
 def test_what_can_not_be_compared_is_told(arguments, status, words, hub, source, tmp_path):
     convert(source, tmp_path / "nemo")
-    done = run(hub, tmp_path, *arguments.split(), status=status)
+    done = start(hub, tmp_path, *arguments.split(), status=status)
     assert all(word in done.stderr for word in words), done.stderr
 
 
 def test_the_command_after_different_layouts_works(hub, source, tmp_path):
     convert(source, tmp_path / "nemo")
-    said = run(hub, tmp_path, "diff", "--stream", MODEL, "nemo", status=3).stderr
+    said = start(hub, tmp_path, "diff", "--stream", MODEL, "nemo", status=3).stderr
     command = said.partition("next: gemma4-moe ")[2].split()
-    run(hub, tmp_path, *command)
+    start(hub, tmp_path, *command)
 
 
 def test_a_result_names_the_model_and_its_commit(hub, source, tmp_path, monkeypatch):

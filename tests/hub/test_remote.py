@@ -18,9 +18,8 @@ from gemma4_moe import convert
 from gemma4_moe.cli import commands
 from gemma4_moe.layout.dtypes import BFLOAT16
 from support.checkpoints import config_of, contents, write_checkpoint
-from support.command import run as run_apart
 from support.formulas import assert_same_tensors
-from support.hub_server import COMMIT, FILE_PATH, serving
+from support.hub_server import COMMIT, FILE_PATH, serving, start
 from support.models import random_hf_state_dict, read_directory
 from support.sparse import real_config, real_names_and_shapes, write_sparse_checkpoint
 
@@ -92,19 +91,6 @@ def run(hub, home, *arguments, status=0, offline=False, free=None):
 def ask(hub, home, *arguments, **options):
     """The JSON of a command that succeeds."""
     return json.loads(run(hub, home, *arguments, "--format", "json", **options).stdout)
-
-
-def start(hub, home, *arguments, **more):
-    """Run the command in a process of its own, whose environment says the same, with its home in `home/home`."""
-    environment = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(home / "home"),
-        "HF_HUB_CACHE": str(home / "cache"),
-        "HF_TOKEN": "hf_small",
-        "TMPDIR": str(home),
-    }
-    return run_apart(*arguments, cwd=home, **environment | more)
 
 
 def test_the_target_is_that_of_the_same_directory_and_nothing_is_kept(hub, source, tmp_path):

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from support.command import run
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 #: Where a file is below the server's address, as huggingface_hub's `HUGGINGFACE_CO_URL_TEMPLATE` says it.
@@ -197,3 +199,16 @@ def _running(hub, handler):
         finally:
             server.shutdown()
             thread.join()
+
+
+def start(hub, home, *arguments, **more):
+    """Run the command in a process of its own, below `home`, with `hub` for the Hub and its cache in `home/cache`."""
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(home / "home"),
+        "HF_HUB_CACHE": str(home / "cache"),
+        "HF_TOKEN": "hf_small",
+        "TMPDIR": str(home),
+    }
+    return run(*arguments, cwd=home, **environment | more)

@@ -196,9 +196,12 @@ def _is_list_of_lists(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_list, value))
 
 
-def value_notes(document: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return sentences on odd values, folded over layers; `document` is that of `Oddities`."""
-    notes = []
+def value_notes(document: Mapping[str, Any], scales: Mapping[str, Array]) -> tuple[str, ...]:
+    """Return sentences on odd scales [E], by name, and other odd values; folded over layers.
+
+    `document` is that of `Oddities`.
+    """
+    notes = [*unusual_scales(scales)]
     for kind, key in (("NaN", "nan"), ("infinite", "infinite")):
         for group, names in fold_names(document.get(key, {})).items():
             count = sum(document[key][name] for name in names)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import resolved
-from gemma4_moe.checkpoint.values import unusual_scales, value_notes
+from gemma4_moe.checkpoint.values import value_notes
 from gemma4_moe.converter.base import filled_in
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
 from gemma4_moe.converter.command import resume_command
@@ -230,7 +230,7 @@ def _check_room(space: Space, target: Path) -> None:
 def _notes(target: Path, plan: Plan, scales: Scales, sources: Sources) -> tuple[str, ...]:
     said = read_manifest(target)
     named = {t.scale.name: scales[name] for name, t in plan.tensors.items() if t.scale is not None}
-    values = (*unusual_scales(named), *value_notes(said["values"]))
+    values = value_notes(said["values"], named)
     overflows = overflow_notes(plan, said["overflowed"])
     names = [path.name for path in filled_in(sources.checkpoint, sources.base)]
     filled = [f"from the base, which the source lacks: {', '.join(names)}"] if names else []

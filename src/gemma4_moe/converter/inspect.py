@@ -145,11 +145,10 @@ def _inspect(source: Path, checkpoint: Checkpoint, *, values: bool) -> Inspectio
         problems += wrong_tensors(checkpoint.tensors.values(), inventory, config)
         notes += _notes(checkpoint, recognition.layout, config) if not problems else []
     if values:
-        from gemma4_moe.checkpoint.values import scales_of, scan_checkpoint, unusual_scales, value_notes
+        from gemma4_moe.checkpoint.values import scales_of, scan_checkpoint, value_notes
 
         odd = scan_checkpoint(checkpoint, recognition.layout, _MEMORY)
-        scales = scales_of(checkpoint, recognition.layout)
-        notes += [*unusual_scales(scales), *value_notes(odd.document())]
+        notes += value_notes(odd.document(), scales_of(checkpoint, recognition.layout))
     tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: natural_key(tensor.name))
     groups: dict[str, int] = {}
     for tensor in tensors:

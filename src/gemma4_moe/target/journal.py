@@ -131,7 +131,7 @@ def read_journals(control: Path) -> Journalled:
     return found
 
 
-def resume_command(control: Path) -> str | None:
+def recorded_command(control: Path) -> str | None:
     """Return the command line that resumes a run, or None if its journals vouch for no part of the target."""
     records = list(_records(control))
     if not any(record.get("pieces") for record in records):

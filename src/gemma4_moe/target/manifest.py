@@ -145,5 +145,5 @@ def check_manifest(directory: Path, *, max_memory: int = 64 * 2**20, progress: P
         tuple(dict.fromkeys(sentences)),
         len(files.keys() - {piece.file for piece in wrong}),
         len(unknown),
-        value_notes(values) if is_document(values) else (),
+        value_notes(values, {}) if is_document(values) else (),
     )

@@ -14,7 +14,7 @@ from gemma4_moe.checkpoint.directory import control_directory
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import refusals, resolved, sync_directory
 from gemma4_moe.errors import CheckpointFormatError, TargetBusyError, command_line
-from gemma4_moe.target.journal import journals, resume_command
+from gemma4_moe.target.journal import journals, recorded_command
 from gemma4_moe.target.locking import Lock
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def remains(target: Path) -> Remains | None:
     control = control_directory(resolved(target))
     with refusals("look at the directory", control):
         is_there = control.is_dir()
-    return Remains(control, size_on_disk(control), resume_command(control)) if is_there else None
+    return Remains(control, size_on_disk(control), recorded_command(control)) if is_there else None
 
 
 def heal(target: Path) -> None:
@@ -85,7 +85,7 @@ def check_published(directory: Path) -> None:
     """Check that no conversion to `directory` was interrupted while it was published. Nothing on the disk changes."""
     control = control_directory(resolved(directory))
     if _is_publishing(control):
-        command = resume_command(control)
+        command = recorded_command(control)
         raise CheckpointFormatError(
             "a conversion to this directory was interrupted while it was published",
             file=directory,
@@ -127,7 +127,7 @@ def _published_inode(control: Path) -> int | None:
 
 def leave(control: Path, lock: Lock) -> None:
     """Release the lock. Keep the work if a later run can resume it or finish publishing it; otherwise delete it."""
-    if resume_command(control) is not None or (control / OLD).exists():
+    if recorded_command(control) is not None or (control / OLD).exists():
         lock.release()
     else:
         remove(control, lock)

@@ -13,7 +13,7 @@ from gemma4_moe.checkpoint.directory import control_directory
 from gemma4_moe.checkpoint.storage import refusals, resolved, sync_directory, write_file
 from gemma4_moe.errors import StorageError, UnfinishedRunError, UsageError, command_line
 from gemma4_moe.sizes import format_size
-from gemma4_moe.target.journal import resume_command
+from gemma4_moe.target.journal import recorded_command
 from gemma4_moe.target.recovery import OLD, OUT, PUBLISHING, heal, leave, remove, remove_work, size_on_disk, take_lock
 from gemma4_moe.target.renaming import exchange
 
@@ -80,7 +80,7 @@ class Transaction:
             error.add_note(str(trouble))
 
     def _prepare(self) -> None:
-        begun = resume_command(self.control)
+        begun = recorded_command(self.control)
         if begun is not None and not self._resume:
             clean = command_line("gemma4-moe", "clean", self.target)
             raise UnfinishedRunError(

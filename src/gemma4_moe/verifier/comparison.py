@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.checkpoint.threads import SharedIterator, run_in_threads
-from gemma4_moe.checkpoint.values import Oddities, scales_of, unusual_scales, value_notes
+from gemma4_moe.checkpoint.values import Oddities, scales_of, value_notes
 from gemma4_moe.errors import DuplicateTensorError, UsageError
 from gemma4_moe.hub.remote import commit_of
 from gemma4_moe.hub.source import is_hub_id, locate, open_source
@@ -124,7 +124,7 @@ def compare(
     target.check_unchanged()
     tensors = len(expected.keys() | found.keys())
     wrong = {difference.name for difference in differences}
-    notes = (*unusual_scales(scales_of(source, Layout.HF)), *value_notes(odd.document()))
+    notes = value_notes(odd.document(), scales_of(source, Layout.HF))
     equal = tensors - len(wrong)
     return Verification(_place(source), _place(target), tensors, equal, tuple(differences), notes=notes)
 
