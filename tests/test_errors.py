@@ -12,7 +12,8 @@ from gemma4_moe.errors import Gemma4MoEError, InputError, UnsupportedCheckpointE
 
 #: Every error and the status with which the command ends.
 EXIT_STATUS = {
-    "UsageError": 2, "DifferenceError": 4, "StorageError": 5, "TargetBusyError": 6, "ParallelError": 1,
+    "UsageError": 2, "UnfinishedRunError": 2, "DifferenceError": 4, "StorageError": 5, "TargetBusyError": 6,
+    "ParallelError": 1,
     **dict.fromkeys(
         ("InputError", "UnknownTensorError", "TensorShapeError", "DuplicateTensorError", "IncompleteExpertsError",
          "UnsupportedCheckpointError", "CheckpointFormatError", "ConfigError", "SourceChangedError"), 3,
@@ -24,7 +25,8 @@ EVERY_ERROR = [value for value in CLASSES if value is not Gemma4MoEError]
 
 #: Errors whose every meaning has one next step, so that who raises them need not name it.
 WITH_A_USUAL_HINT = {
-    "UsageError", "TensorShapeError", "DuplicateTensorError", "CheckpointFormatError", "StorageError",
+    "UsageError", "UnfinishedRunError", "TensorShapeError", "DuplicateTensorError", "CheckpointFormatError",
+    "StorageError",
 }  # fmt: skip
 
 

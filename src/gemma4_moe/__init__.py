@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gemma4_moe.converter.inspect import inspect as inspect
     from gemma4_moe.converter.preview import plan as plan
     from gemma4_moe.errors import Gemma4MoEError as Gemma4MoEError
+    from gemma4_moe.lora.convert import convert_lora as convert_lora
     from gemma4_moe.model_io.load import load_hf as load_hf
     from gemma4_moe.model_io.save import save_hf as save_hf
     from gemma4_moe.refit.stream import WeightStream as WeightStream
@@ -29,6 +30,7 @@ _HOME = {
     "Gemma4MoEStateDictAdapter": "adapter.state_dict_adapter",
     "WeightStream": "refit.stream",
     "convert": "converter.convert",
+    "convert_lora": "lora.convert",
     "diff": "verifier.diff",
     "inspect": "converter.inspect",
     "load_hf": "model_io.load",

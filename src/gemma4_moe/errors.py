@@ -8,6 +8,7 @@ send control sequences to a terminal.
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any, ClassVar
 
 
@@ -17,8 +18,18 @@ def printable(text: str) -> str:
 
 
 def command_line(*words: object) -> str:
-    """Return a command for a hint, quoted so that a shell takes it as it is."""
-    return shlex.join(map(str, words))
+    """Return a command for a hint, quoted so that a shell takes it as it is.
+
+    If a `Path` begins with a dash, it is put after `--`, and the options that follow it are put before.
+    """
+    said = [str(word) for word in words]
+    is_path = [isinstance(word, Path) for word in words]
+    dashed = [text.startswith("-") for text in said]
+    at = next((n for n, _ in enumerate(said) if is_path[n] and dashed[n]), len(said))
+    if at < len(said) and "--" not in said:
+        end = next((n for n in range(at, len(said)) if dashed[n] and not is_path[n]), len(said))
+        said = [*said[:at], *said[end:], "--", *said[at:end]]
+    return shlex.join(said)
 
 
 class Gemma4MoEError(Exception):
@@ -60,6 +71,10 @@ class UsageError(Gemma4MoEError):
 
     exit_status = 2
     _usual_hint = "call again with the expected value"
+
+
+class UnfinishedRunError(UsageError):
+    """An earlier run to the target was not finished, and this call does not resume it."""
 
 
 class InputError(Gemma4MoEError, ValueError):

@@ -42,6 +42,13 @@ def parse_size(size: int | str) -> int:
     return amount
 
 
+def exact_size(amount: int) -> str:
+    """Return a size as text that `parse_size` reads as the same number: "5GB", "512MiB" or "4097"."""
+    fitting = [(factor, unit) for unit, factor in _UNITS.items() if unit.endswith("B") and amount % factor == 0]
+    factor, unit = max(fitting)
+    return f"{amount // factor}{unit}" if factor > 1 else str(amount)
+
+
 def format_size(amount: int) -> str:
     """Return a size as text for people: "51.61 GB", or "812 B"."""
     for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import threading
 
 import pytest
 from blake3 import blake3
@@ -59,3 +60,22 @@ def test_only_regular_files_are_opened(tmp_path):
     for name in ("pipe", "missing"):
         with pytest.raises(CheckpointFormatError):
             OpenFile(tmp_path / name)
+
+
+def test_a_failure_ends_the_other_threads_at_their_next_piece(file, monkeypatch):
+    """One group is endless, as a file of a model is for a user who has pressed Ctrl-C."""
+    begun, pieces = threading.Event(), []
+
+    def endless(extent, buffer, *, buffered):
+        if extent.start == 1:
+            begun.wait(10)
+            raise KeyboardInterrupt
+        while True:
+            begun.set()
+            pieces.append(extent)
+            yield b"x" * 1000
+
+    monkeypatch.setattr(hashing, "_pieces", endless)
+    with OpenFile(file) as opened, pytest.raises(KeyboardInterrupt):
+        hash_extents([[Extent(opened, 0, 5)], [Extent(opened, 1, 5)]], 10**6)
+    assert pieces

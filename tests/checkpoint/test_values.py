@@ -16,6 +16,7 @@ from gemma4_moe.layout.dtypes import BY_NAME
 from gemma4_moe.target.manifest import read_manifest
 from support.checkpoints import config_of, write_checkpoint
 from support.formulas import nemo_from_hf
+from support.interrupted import counted_writes
 from support.models import random_hf_state_dict
 
 PATH = "model.language_model.layers."
@@ -82,17 +83,14 @@ def test_from_nemo_too_and_an_expert_of_zeros_is_not_equal_to_another(tmp_path):
 
 
 def test_an_interrupted_run_tells_what_its_earlier_blocks_had(tmp_path, small_blocks):
-    def stop(done, total):
-        if done > 20_000:
-            raise KeyboardInterrupt
-
     state = damaged()
     source = write_checkpoint(tmp_path / "hf", state)
     runs = 0
     while not (tmp_path / "nemo").exists():
         runs += 1
         try:
-            done = convert(source, tmp_path / "nemo", resume=True, progress=stop)
+            with counted_writes(stop_after=20_000):
+                done = convert(source, tmp_path / "nemo", resume=True)
         except KeyboardInterrupt:
             assert runs < 30
     assert runs > 2
@@ -166,7 +164,7 @@ def test_a_manifest_with_senseless_values_is_not_believed(document, source, tmp_
 
 def test_notes_of_many_are_short():
     experts = list(range(100))
-    (zero, equal) = value_notes({"zero": {"a": experts}, "equal": {"b": [experts]}})
+    (zero, equal) = value_notes({"zero": {"a": experts}, "equal": {"b": [experts]}}, {})
     assert zero == "a: 100 experts are all zero, 0, 1, 2, 3, 4, 5, 6, 7 and others"
     assert equal.startswith("b: 100 experts are equal to another, 0, 1, 2")
     scales = {f"layers.{n}.s": np.array([1, -2, 3], np.float32) for n in range(3)}

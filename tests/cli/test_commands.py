@@ -25,7 +25,14 @@ def test_convert_then_verify_then_diff(source, tmp_path):
     done = run("convert", source, nemo)
     assert f"gemma4-moe verify {source} {nemo}" in done.stderr
     assert "17 tensors" not in done.stderr, "data belongs on stdout"
-    assert ask("verify", source, nemo) == {"tensors": 15, "equal": 15, "different": 0, "differences": []}
+    assert ask("verify", source, nemo) == {
+        "tensors": 15,
+        "equal": 15,
+        "different": 0,
+        "files": {"compared": 2, "equal": 2, "different": 0},
+        "folds": [],
+        "differences": [],
+    }
     assert ask("convert", nemo, back)["layout"] == "hf"
     assert ask("verify", nemo, back)["different"] == 0
     differing = run("diff", source, back, "--format", "json", status=4)
@@ -63,7 +70,7 @@ def test_inspect_says_layout_and_problems(source):
     assert found["problems"] == []
     (scale,) = (fold for fold in found["folds"] if fold["name"].endswith("router.scale"))
     assert (scale["name"], scale["tensors"]) == ("model.language_model.layers.{0...1}.router.scale", 2)
-    human = run("inspect", source)
+    human = run("inspect", source, "--tensors")
     assert "layers.{0...1}.experts.gate_up_proj" in human.stdout
     assert human.stderr == ""
 
@@ -72,12 +79,12 @@ def test_inspect_lists_problems_as_data_and_in_red_unless_no_color_is_set(tmp_pa
     state = random_hf_state_dict()
     del state["model.language_model.layers.1.experts.down_proj"]
     source = write_checkpoint(tmp_path / "hf", state)
-    (problem,) = ask("inspect", source)["problems"]
+    (problem,) = json.loads(run("inspect", source, "--format", "json", status=3).stdout)["problems"]
     assert problem["tensor"] == "model.language_model.layers.1.experts.down_proj"
     assert problem["next"]
     red = "\x1b[1;31m"
-    assert red in run("inspect", source, FORCE_COLOR="1").stdout
-    assert red not in run("inspect", source, FORCE_COLOR="1", NO_COLOR="1").stdout
+    assert red in run("inspect", source, status=3, FORCE_COLOR="1").stdout
+    assert red not in run("inspect", source, status=3, FORCE_COLOR="1", NO_COLOR="1").stdout
 
 
 def test_convert_to_nemo_alone_says_who_loads_the_result(source, tmp_path):
@@ -174,7 +181,7 @@ def test_sigterm_around_the_rename_leaves_all_or_nothing_and_clean_or_resume_end
         run("convert", source, target, "--resume")
     else:
         refused = run("verify", target, status=3)
-        (command_to_type,) = re.findall(r"next: (gemma4-moe clean [^,]+),", refused.stderr)
+        (command_to_type,) = re.findall(r"next: (gemma4-moe clean [^;]+);", refused.stderr)
         run(*shlex.split(command_to_type)[1:])
     assert ask("verify", target)["wrong"] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "nemo"]
@@ -185,6 +192,8 @@ def test_verify_of_a_target_alone_checks_its_manifest(source, tmp_path):
     target = tmp_path / "nemo"
     run("convert", source, target)
     assert ask("verify", target)["wrong"] == []
+    assert "3 files, " in (well := run("verify", target).stdout)
+    assert well.endswith(" bytes: as the manifest says\n")
     (target / "notes.txt").write_text("mine")
     flip_bit(target / "model.safetensors", 4097)
     (target / "tokenizer.json").unlink()
@@ -197,6 +206,9 @@ def test_verify_of_a_target_alone_checks_its_manifest(source, tmp_path):
         "config.json: 2 bytes, not ",
     ):
         assert words in done.stdout
+    assert " bytes: 0 as the manifest says, 3 not; 1 file that it does not name\n" in done.stdout
+    found = json.loads(run("verify", target, "--format", "json", status=4).stdout)
+    assert (found["files"], found["equal"], found["different"], found["unknown"]) == (3, 0, 3, 1)
     without = run("verify", source, status=3)
     for words in ("gemma4_moe.json", "has no manifest", "verify SRC DST"):
         assert words in without.stderr
@@ -214,7 +226,8 @@ def test_the_version_and_completion():
 def test_a_name_that_a_terminal_obeys_or_can_not_encode_is_shown_escaped(name, shown, encoding, tmp_path):
     state = random_hf_state_dict()
     state[name] = state["model.language_model.embed_tokens.weight"].clone()
-    done = run("inspect", write_checkpoint(tmp_path / "hf", state), PYTHONIOENCODING=encoding)
+    source = write_checkpoint(tmp_path / "hf", state)
+    done = run("inspect", source, "--tensors", PYTHONIOENCODING=encoding)
     assert "\x1b[2J" not in done.stdout
     assert shown in done.stdout
 

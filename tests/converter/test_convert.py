@@ -246,7 +246,7 @@ def test_ranks_of_one_host_share_its_cores(launched, asked, workers, source, tmp
     write_weights = write.write_weights
 
     def note(job, *others):
-        used.append(job.workers)
+        used.append(job.threads)
         return write_weights(job, *others)
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))

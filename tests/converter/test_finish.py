@@ -23,9 +23,9 @@ def before_reading_back(monkeypatch, act):
     """Do something with the finished files once all is written, and before it is read back."""
     whole = TargetFiles.read_back
 
-    def first_act(files, pieces):
+    def first_act(files, pieces, hashed):
         act(files.out)
-        whole(files, pieces)
+        whole(files, pieces, hashed)
 
     monkeypatch.setattr(TargetFiles, "read_back", first_act)
 

@@ -11,6 +11,7 @@ from gemma4_moe.layout import dtypes
 from gemma4_moe.target.manifest import read_manifest
 from support.checkpoints import contents, flip_bit, write_checkpoint
 from support.formulas import nemo_from_hf
+from support.interrupted import counted_writes
 from support.models import random_hf_state_dict
 
 COUNT = 6000
@@ -105,17 +106,14 @@ def test_the_same_on_the_way_back_and_in_bf16(tmp_path):
 
 @pytest.mark.parametrize("budget", [32_768, 60_000])
 def test_blocks_and_resuming_do_not_show_in_the_counts(budget, state, tmp_path, small_blocks):
-    def stop(done, total):
-        if done > 20_000:
-            raise KeyboardInterrupt
-
     source = write_checkpoint(tmp_path / "hf", state)
     whole = convert(source, tmp_path / "whole", dtype="float16")
     runs = 0
     while not (tmp_path / "nemo").exists():
         runs += 1
         try:
-            done = convert(source, tmp_path / "nemo", dtype="float16", max_memory=budget, resume=True, progress=stop)
+            with counted_writes(stop_after=20_000):
+                done = convert(source, tmp_path / "nemo", dtype="float16", max_memory=budget, resume=True)
         except KeyboardInterrupt:
             assert runs < 20
             file = next((tmp_path / ".nemo.gemma4-moe/out").glob("*.safetensors"))

@@ -10,7 +10,7 @@ import pytest
 
 from gemma4_moe import convert, plan
 from gemma4_moe.checkpoint.directory import open_checkpoint
-from gemma4_moe.converter.preview import Space, measure_space
+from gemma4_moe.converter.space import Space, measure_space
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layout.names import natural_key
 from support.checkpoints import write_checkpoint
@@ -50,7 +50,16 @@ def test_free_space_is_that_of_the_disk_and_a_shortfall_is_told(tmp_path, monkey
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     preview = plan(source)
     assert preview.space.free_bytes == 1000
-    assert preview.space.missing_bytes == preview.plan.target_bytes - 1000
+    side_files = sum((source / name).stat().st_size for name in preview.side_files)
+    assert preview.space.missing_bytes == preview.plan.target_bytes + side_files - 1000
+
+
+def test_work_that_an_unfinished_run_has_left_for_the_source_is_no_space_of_the_target(tmp_path):
+    source = write_checkpoint(tmp_path / "hf", random_hf_state_dict())
+    before = plan(source).space.target_bytes
+    (tmp_path / ".hf.gemma4-moe").mkdir()
+    (tmp_path / ".hf.gemma4-moe/left").write_bytes(bytes(5000))
+    assert plan(source).space.target_bytes == before
 
 
 def test_a_budget_below_one_block_is_refused_with_what_it_takes(tmp_path, monkeypatch):
@@ -116,7 +125,7 @@ def test_the_cache_s_disk_is_that_of_the_nearest_directory_there_is(device, cach
         return SimpleNamespace(st_dev=devices[path]) if path in devices else stat(path, **options)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "not/made/yet"))
-    monkeypatch.setattr("gemma4_moe.converter.preview.bytes_to_fetch", lambda checkpoint: checkpoint.total_bytes)
+    monkeypatch.setattr("gemma4_moe.converter.space.bytes_to_fetch", lambda checkpoint: checkpoint.total_bytes)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2000 if path == cache else 3000))
     monkeypatch.setattr(Path, "stat", stat_on_disks)
     with open_checkpoint(source) as checkpoint:

@@ -76,7 +76,8 @@ def test_each_fact_of_a_run_is_compared_and_named(source, tmp_path):
             journal.append(pieces=as_rows(known.pieces.values()))
         with pytest.raises(UsageError, match="another one") as caught:
             resume(source, tmp_path / "nemo")
-        assert caught.value.facts["found"].startswith(f"{' '.join(fact)} was another, is "), fact
+        label = " ".join(fact) if fact[0] != "options" else f"--{fact[1].replace('_', '-')}"
+        assert caught.value.facts["found"].startswith(f"{label} was another, is "), fact
         assert contents(control / "out") == written
 
 
@@ -160,12 +161,12 @@ def test_a_commit_says_what_a_source_is(source, done, monkeypatch):
     manifest = json.loads(path.read_text())
     manifest["options"]["commit"] = "c" * 40
     path.write_text(json.dumps(manifest))
-    monkeypatch.setattr(resume_module, "hash_extents", lambda *_: pytest.fail("the whole model is fetched again"))
+    monkeypatch.setattr(resume_module, "hash_extents", lambda *_, **__: pytest.fail("the whole model is fetched again"))
     with open_checkpoint(source) as checkpoint:
         plan = make_plan(checkpoint, max_shard_size=60_000)
 
         def is_made_already(**changes):
-            return resume_module.is_made_already(done, plan, checkpoint, options | changes, 2**20)
+            return resume_module.is_made_already(done, plan, checkpoint, options | changes, 2**20, None)
 
         assert is_made_already()
         assert not is_made_already(commit="d" * 40)

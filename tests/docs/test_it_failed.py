@@ -67,8 +67,7 @@ def test_an_error_that_the_program_does_not_have_is_noticed():
 
 
 def test_the_example_is_what_the_command_prints(source, tmp_path):
-    (tmp_path / "gemma-4-nemo").mkdir()
-    (tmp_path / "gemma-4-nemo/notes.txt").touch()
+    convert(source, tmp_path / "gemma-4-nemo")
     done = run("convert", source, "gemma-4-nemo", cwd=tmp_path, status=2)
     assert done.stderr == blocks(PAGE)[0]
 
@@ -106,7 +105,7 @@ def be_interrupted(place):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(place / "hf", place / "nemo", max_shard_size="60kB", progress=stop)
+        convert(place / "hf", place / "nemo", progress=stop)
 
 
 def take_the_lock(place):
@@ -165,7 +164,7 @@ def test_an_error_reads_as_on_the_page_and_its_commands_work(error, tmp_path):
     undo = provoke(tmp_path)
     status, *options = status if isinstance(status, tuple) else (status,)
     source = "google/hf" if "--stream" in options else "hf"
-    command = ["convert", source, "nemo", "--max-shard-size", "60kB", *options]
+    command = ["convert", source, "nemo", *options]
     printed = run(*command, cwd=tmp_path, status=status).stderr.splitlines()
     (first,) = (line.removeprefix("gemma4-moe: error: ") for line in printed if line.startswith("gemma4-moe: error: "))
     assert fits(error, first)

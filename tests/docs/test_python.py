@@ -63,7 +63,8 @@ def test_a_comparison_fits_on_a_screen(tmp_path):
     assert_fits(verify(source, tmp_path / "nemo"), ["15 tensors, 15 equal, 0 different"])
     found = verify(tmp_path / "nemo")
     assert (
-        repr(found) == f"<Recheck of {tmp_path / 'nemo'}: {found.files} files, {found.nbytes / 1000:.2f} kB, 0 wrong>"
+        repr(found)
+        == f"<Recheck of {tmp_path / 'nemo'}: {found.files} files, {found.nbytes / 1000:.2f} kB, 0 different>"
     )
 
 

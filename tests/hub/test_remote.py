@@ -18,9 +18,8 @@ from gemma4_moe import convert
 from gemma4_moe.cli import commands
 from gemma4_moe.layout.dtypes import BFLOAT16
 from support.checkpoints import config_of, contents, write_checkpoint
-from support.command import run as run_apart
 from support.formulas import assert_same_tensors
-from support.hub_server import COMMIT, FILE_PATH, serving
+from support.hub_server import COMMIT, FILE_PATH, serving, start
 from support.models import random_hf_state_dict, read_directory
 from support.sparse import real_config, real_names_and_shapes, write_sparse_checkpoint
 
@@ -92,19 +91,6 @@ def run(hub, home, *arguments, status=0, offline=False, free=None):
 def ask(hub, home, *arguments, **options):
     """The JSON of a command that succeeds."""
     return json.loads(run(hub, home, *arguments, "--format", "json", **options).stdout)
-
-
-def start(hub, home, *arguments, **more):
-    """Run the command in a process of its own, whose environment says the same, with its home in `home/home`."""
-    environment = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(home / "home"),
-        "HF_HUB_CACHE": str(home / "cache"),
-        "HF_TOKEN": "hf_small",
-        "TMPDIR": str(home),
-    }
-    return run_apart(*arguments, cwd=home, **environment | more)
 
 
 def test_the_target_is_that_of_the_same_directory_and_nothing_is_kept(hub, source, tmp_path):
@@ -196,6 +182,11 @@ def _weights(directory):
     return [path.stat().st_size for path in directory.glob("*.safetensors")]
 
 
+def _listed(directory):
+    """The side file that a plan reads, and so counts: it is copied."""
+    return (directory / "config.json").stat().st_size
+
+
 def _require_headers_alone(hub, home, total):
     files = len(_weights(hub.directory))
     assert hub.listings == 1
@@ -208,7 +199,7 @@ def _require_headers_alone(hub, home, total):
 
 def test_a_plan_says_when_the_cache_and_the_target_do_not_fit(large_hub, tmp_path):
     source = sum(_weights(large_hub.directory))
-    target = ask(large_hub, tmp_path, "plan", MODEL)["target"]["bytes"]
+    target = ask(large_hub, tmp_path, "plan", MODEL)["target"]["bytes"] + _listed(large_hub.directory)
     short = run(large_hub, tmp_path, "plan", MODEL, free=target + source - 10)
     assert "note: 10 bytes of space are missing for the target, and for SRC in the Hub's cache" in short.stderr
     assert "note: with --stream, convert keeps nothing of SRC on this machine, and the target fits" in short.stderr
@@ -224,7 +215,7 @@ def test_a_plan_says_when_the_cache_and_the_target_do_not_fit(large_hub, tmp_pat
 
 def test_nothing_is_fetched_where_it_and_the_target_do_not_fit(large_hub, tmp_path):
     source = sum(_weights(large_hub.directory))
-    target = ask(large_hub, tmp_path, "plan", MODEL)["target"]["bytes"]
+    target = ask(large_hub, tmp_path, "plan", MODEL)["target"]["bytes"] + _listed(large_hub.directory)
     for free, hint in ((target + source - 10, "give --stream"), (target - 10, "free some space")):
         short = run(large_hub, tmp_path, "convert", MODEL, tmp_path / "nemo", free=free, status=5)
         assert "no room for the model in the Hub's cache and for the target" in short.stderr
@@ -300,7 +291,7 @@ def test_another_format_is_named(hub, source, tmp_path):
     for path in source.glob("*.safetensors*"):
         path.unlink()
     (source / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
-    assert ask(hub, tmp_path, "inspect", MODEL)["spelling"] == "GGUF"
+    assert json.loads(run(hub, tmp_path, "inspect", MODEL, "--format", "json", status=3).stdout)["spelling"] == "GGUF"
     assert hub.served["model-Q4_K_M.gguf"] == 0
 
 
@@ -341,14 +332,14 @@ def test_the_real_model_is_planned_in_a_few_requests(tmp_path):
 
 def test_a_streamed_conversion_goes_on_where_it_was_cut_off(tmp_path):
     source = write_checkpoint(tmp_path / "hf", random_hf_state_dict(layers=4, H=34, I=22))
-    command = ["convert", MODEL, tmp_path / "nemo", "--stream", "--max-shard-size", "20KB"]
+    command = ["convert", MODEL, tmp_path / "nemo", "--stream"]
     with serving(MODEL, source) as hub:
         hub.last = 36
         assert "resume with: " in run(hub, tmp_path, *command, status=5).stderr
         asked, hub.last = len(hub.weight_requests), None
         run(hub, tmp_path, *command, "--resume")
         assert len(hub.weight_requests) - asked < asked / 2, "what was done is not read again"
-    convert(source, tmp_path / "local", max_shard_size="20KB")
+    convert(source, tmp_path / "local")
     _require_the_same_but_for_the_commit(tmp_path / "nemo", tmp_path / "local")
 
 

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from support.command import run
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 #: Where a file is below the server's address, as huggingface_hub's `HUGGINGFACE_CO_URL_TEMPLATE` says it.
@@ -39,6 +41,7 @@ class Hub:
     whole: bool = False  # ranges are ignored
     shift: int = 0  # bytes by which the answer to a range begins late
     encodes: bool = False  # files are compressed for a client that accepts that, and ranges are of the compressed file
+    others: list["Hub"] = field(default_factory=list)  # further models on the server
     url: str = ""
     cdn: str = ""  # on another port: every file is redirected there once
 
@@ -80,6 +83,8 @@ class _Handler(BaseHTTPRequestHandler):
 class _HubHandler(_Handler):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
+        first = type(self).hub
+        self.hub = next((hub for hub in first.others if f"/{hub.repository}/" in path), first)
         api, files = f"/api/models/{self.hub.repository}", f"/{self.hub.repository}/resolve/"
         if not path.startswith((api, files)):  # also what the client asks besides, of its own accord
             self.answer(404, X_Error_Code="RepoNotFound")
@@ -175,6 +180,15 @@ def serving(repository, directory):
 
 
 @contextmanager
+def serving_too(hub, repository, directory):
+    """Serve another model on the same server until the block ends."""
+    other = Hub(repository, directory, url=hub.url)
+    with _running(other, _CdnHandler) as other.cdn:
+        hub.others.append(other)
+        yield other
+
+
+@contextmanager
 def _running(hub, handler):
     own = type("Handler", (handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), own) as server:
@@ -185,3 +199,16 @@ def _running(hub, handler):
         finally:
             server.shutdown()
             thread.join()
+
+
+def start(hub, home, *arguments, **more):
+    """Run the command in a process of its own, below `home`, with `hub` for the Hub and its cache in `home/cache`."""
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(home / "home"),
+        "HF_HUB_CACHE": str(home / "cache"),
+        "HF_TOKEN": "hf_small",
+        "TMPDIR": str(home),
+    }
+    return run(*arguments, cwd=home, **environment | more)

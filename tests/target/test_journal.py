@@ -6,7 +6,7 @@ import os
 import pytest
 
 from gemma4_moe.errors import SourceChangedError, StorageError
-from gemma4_moe.target.journal import Journal, as_rows, can_go_on, journals, read_journals
+from gemma4_moe.target.journal import Journal, as_rows, journals, read_journals, recorded_command
 from gemma4_moe.target.pieces import Piece
 from support.direct_io import refusing
 
@@ -41,9 +41,9 @@ def test_what_was_appended_is_read_by_all_ranks(tmp_path):
 
 def test_only_pieces_are_something_to_go_on_from(tmp_path):
     write(tmp_path, 0)
-    assert not can_go_on(tmp_path)
+    assert recorded_command(tmp_path) is None
     write(tmp_path, 1, rank=3)
-    assert can_go_on(tmp_path)
+    assert recorded_command(tmp_path) is not None
 
 
 def test_a_tail_torn_anywhere_is_ignored_and_cut_off(tmp_path):

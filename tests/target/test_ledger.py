@@ -52,7 +52,7 @@ def book(disk, told, monkeypatch):
     monkeypatch.setattr(journal, "FLUSH_BYTES", 100)
     known = Journalled()
     known.add(piece(700, 760, tensor="x", source="before"))
-    return Ledger(disk, known, disk.check, Count(1000, lambda *seen: told.append(seen)))
+    return Ledger(disk, known, disk.check, Count([1000], lambda *seen: told.append(seen)))
 
 
 def test_a_source_that_was_read_before_must_give_the_same(book, disk):
@@ -93,4 +93,4 @@ def test_progress_counts_what_is_written(book, disk, told):
     book.wrote(disk, piece(0, 40))
     book.wrote(disk, piece(40, 90))
     assert told == [(40, 1000), (90, 1000)]
-    Count(90, None)(3)
+    Count([90], None)(3)

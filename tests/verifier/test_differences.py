@@ -4,6 +4,7 @@ import pytest
 from gemma4_moe.layout.dtypes import FLOAT16
 from gemma4_moe.verifier import values
 from gemma4_moe.verifier.differences import Difference, Mismatches
+from gemma4_moe.verifier.distances import Distances
 from support.verification import DOWNS, GATE_UP, GATE_UPS, both_layouts, checked, flip, sole
 
 H, I = 10, 7  # noqa: E741
@@ -30,20 +31,20 @@ def test_pieces_may_come_in_any_order_and_from_several_gatherers():
     part.compare(right, right + np.array([[0, 0, 0, 5]], np.uint16), 0)
     part.compare(right, right, 8)
     for gathered, first, count, ulps in ((whole, (1, 1), 3, 2), (part, (0, 3), 1, None)):
-        (found,) = gathered.difference("x")
+        (found,) = gathered.difference("x", Distances(FLOAT16))
         assert (found.index, found.count, found.ulps) == (first, count, ulps)
         assert found.max_ulps == (7 if gathered is whole else None)
-    assert nothing.difference("x") == []
+    assert nothing.difference("x", Distances(FLOAT16)) == []
     part.add(whole)
     whole.add(nothing)
     nothing.add(whole)
     for gathered, first, count in ((part, (0, 3), 4), (whole, (1, 1), 3), (nothing, (1, 1), 3)):
-        (found,) = gathered.difference("x")
+        (found,) = gathered.difference("x", Distances(FLOAT16))
         assert (found.index, found.count, found.max_ulps) == (first, count, 7)
     late = Mismatches((3, 4), FLOAT16)
     late.compare(right, right + np.array([[9, 0, 0, 0]], np.uint16), 8)
     part.add(late)
-    (found,) = part.difference("x")
+    (found,) = part.difference("x", Distances(FLOAT16))
     assert (found.index, found.count, found.max_ulps) == ((0, 3), 5, 9)
 
 
@@ -51,10 +52,13 @@ def test_what_a_difference_says(tmp_path):
     hf, nemo, _ = both_layouts()
     nemo[GATE_UPS][0, 1, 2] = 1.0
     hf[GATE_UP][0, 2, 1] = 1.5
+    one, two = hf[GATE_UP].transpose(1, 2).double(), nemo[GATE_UPS].double()
+    cosine = f"{(one * two).sum().item() / (one.norm() * two.norm()).item():.9g}"
     assert str(sole(checked(tmp_path, hf, nemo))).splitlines() == [
         f"{GATE_UPS}: elements that differ: 1",
         "  first at [0, 1, 2]: expected 1.5 (0x3FC0), found 1 (0x3F80), distance in ulps: 64",
         "  largest distance in ulps: 64",
+        "  largest difference: absolute 0.5, relative 0.333333333; cosine " + cosine,
     ]
     assert str(Difference("x", "missing", "BF16 [2]", None)) == "x: missing: expected BF16 [2]"
     assert str(Difference("x", "extra", None, "BF16 [2]")) == "x: extra: found BF16 [2]"

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from typing import TYPE_CHECKING
 
+from gemma4_moe.checkpoint.config import CONFIG_NAME, LONGEST_CONFIG
+from gemma4_moe.checkpoint.storage import read_whole
 from gemma4_moe.layout.dtypes import BY_NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
 
 #: The field's name today, and before transformers 5.
 _FIELDS = ("dtype", "torch_dtype")
@@ -14,6 +21,12 @@ _FIELDS = ("dtype", "torch_dtype")
 _PARENTS = ((), ("text_config",), ("vision_config",), ("audio_config",))
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s"{}\[\],:]+', re.DOTALL)
+
+
+def recast(side_files: Iterable[Path], dtype: str | None) -> dict[str, bytes]:
+    """Return the config.json among side files with `dtype` in it, by its name; nothing if no weights were cast."""
+    configs = [path for path in side_files if path.name == CONFIG_NAME and dtype is not None]
+    return {path.name: with_dtype(read_whole(path, LONGEST_CONFIG), str(dtype)) for path in configs}
 
 
 def with_dtype(raw: bytes, dtype: str) -> bytes:

@@ -54,7 +54,7 @@ def _pruned(tensors: Sequence[Described], layout: Layout, config: ConfigFile) ->
     if said is None or len(counts) != 1 or said in counts:
         return None
     ((count, members),) = counts.items()
-    write = command_line("python3", "-c", SET_EXPERTS, config.path, count)
+    write = command_line("python3", "-c", SET_EXPERTS, str(config.path), count)  # python3 takes no `--` here
     return ConfigError(
         f"{SIZE_FIELDS['E'][0]} in config.json is not the weights' number of experts, which agree",
         tensor=members[0].name,

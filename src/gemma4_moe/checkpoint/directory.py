@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from gemma4_moe.checkpoint.config import ConfigFile, read_config
 from gemma4_moe.checkpoint.file import SafetensorsFile
@@ -18,7 +18,7 @@ from gemma4_moe.checkpoint.header import TensorEntry
 from gemma4_moe.checkpoint.impostors import ENOUGH, check_genuine
 from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, claimed_size, parse_index
 from gemma4_moe.checkpoint.parents import refuse_parent
-from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, side_files_of
+from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, is_of_macos, side_files_of
 from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, command_line
 from gemma4_moe.layout.prefixes import fitted
@@ -26,6 +26,8 @@ from gemma4_moe.layout.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
+
+    import numpy as np
 
 _SUFFIX = ".safetensors"
 
@@ -39,6 +41,14 @@ class StoredTensor(TensorEntry):
     """One tensor of a checkpoint: its entry in a header, and that header's file."""
 
     file: SafetensorsFile
+
+    def read(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """Return all elements with their own bits, in the tensor's shape. Raises what `read_into` raises."""
+        import numpy as np  # headers are read without it
+
+        raw = np.empty(self.nbytes, np.uint8)
+        self.read_into(raw.data)
+        return raw.view(self.dtype.numpy()).reshape(self.shape)
 
     def read_into(self, destination: memoryview, offset: int = 0) -> None:
         """Fill `destination` with the tensor's bytes from `offset` on. Raises what the file's `read_into` raises."""
@@ -120,7 +130,7 @@ def open_checkpoint(
     """
     path, elsewhere = Path(path), elsewhere or {}
     files, directories = _entries(path)
-    files = sorted({*files, *elsewhere})
+    files = sorted({*files, *(name for name in elsewhere if not is_of_macos(name))})
     weights = [name for name in files if name.endswith(_SUFFIX)]
     if not weights and INDEX_NAME not in files:
         refuse_parent(path)
@@ -158,14 +168,15 @@ def _entries(path: Path) -> tuple[list[str], list[str]]:
         hint = "check the path"
         if begun:
             remove = command_line("gemma4-moe", "clean", path)
-            hint = f"a conversion to it was not finished: convert with --resume, or remove it: {remove}"
+            again = command_line("gemma4-moe", "convert", "SRC", path, "--resume")
+            hint = f"a conversion to it was not finished: resume it: {again}; or remove it: {remove}"
         raise CheckpointFormatError("no such directory", file=path, expected=_DIRECTORY, hint=hint)
     if not is_directory:
         refuse_foreign_files(path.parent, [path.name])
         hint = "name the file's directory"
         raise CheckpointFormatError("not a directory", file=path, expected=_DIRECTORY, hint=hint)
     with refusals("list the directory", path):
-        entries = {entry.name: entry.is_dir() for entry in path.iterdir()}
+        entries = {entry.name: entry.is_dir() for entry in path.iterdir() if not is_of_macos(entry.name)}
     directories = [f"{name}/" for name, is_directory in entries.items() if is_directory and name != ".cache"]
     return [name for name, is_directory in entries.items() if not is_directory], directories
 

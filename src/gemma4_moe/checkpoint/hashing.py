@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from gemma4_moe.checkpoint.readers import PAGE, SLACK, allocate
+from gemma4_moe.checkpoint.threads import SharedIterator, run_in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -61,34 +61,23 @@ def hash_extents(
         CheckpointFormatError: A file is too short.
     """
     threads, buffer_bytes = _buffers(memory, len(groups))
-    jobs = iter(range(len(groups)))
-    taking = Lock()
+    jobs, telling = SharedIterator(enumerate(groups)), Lock()
     found = [""] * len(groups)
 
-    def work() -> None:
+    def work(check: Callable[[], None]) -> None:
         buffer = allocate(buffer_bytes)
-        while True:
-            with taking:
-                number = next(jobs, None)
-            if number is None:
-                return
+        for number, group in jobs:
             hasher = algorithm()
-            for extent in groups[number]:
+            for extent in group:
                 for piece in _pieces(extent, buffer, buffered=buffered):
                     hasher.update(piece)
-            with taking:
-                found[number] = hasher.hexdigest()
-                if hashed is not None:
-                    hashed(sum(extent.end - extent.start for extent in groups[number]))
+                    check()
+            found[number] = hasher.hexdigest()
+            if hashed is not None:
+                with telling:
+                    hashed(sum(extent.end - extent.start for extent in group))
 
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            futures = [pool.submit(work) for _ in range(threads)]
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            jobs = iter(())  # after a failure or an interrupt, the others stop at their next group
-        for future in futures:
-            future.result()
+    run_in_threads(threads, work)
     return found
 
 

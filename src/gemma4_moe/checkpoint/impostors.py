@@ -23,7 +23,7 @@ def check_genuine(begin: bytes, path: Path) -> None:
     """
     lowered = begin.lstrip().lower()[: len(_POINTER)]
     if len(lowered) >= len(b"version") and _POINTER.startswith(lowered):
-        pull = command_line("git", "-C", path.parent, "lfs", "pull")
+        pull = command_line("git", "-C", str(path.parent), "lfs", "pull")
         raise _impostor("a pointer of Git LFS", path, f"fetch the file that it stands for: {pull}")
     if len(lowered) >= len(b"<html") and any(lowered.startswith(page[: len(lowered)]) for page in _PAGES):
         hint = f"fetch {path.name} again: the server answered with a page, such as one that asks for a login"

@@ -80,7 +80,7 @@ def _text_hint(config: ConfigFile) -> str:
     """Return the next step for text-only names under a multimodal config."""
     if config.document.get("vision_config") is None:
         return f"give each name the model's prefix on the way: {_strip(config)}"
-    write = command_line("python3", "-c", TEXT_CONFIG, config.path)
+    write = command_line("python3", "-c", TEXT_CONFIG, str(config.path))  # python3 takes no `--` here
     return f"the model has no vision tower; make its {CONFIG_NAME} a text-only model's: {write}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.config import CONFIG_NAME
+from gemma4_moe.checkpoint.side_files import is_of_macos
 from gemma4_moe.checkpoint.storage import refusals
 from gemma4_moe.errors import CheckpointFormatError, command_line
 from gemma4_moe.layout.names import natural_key
@@ -41,7 +42,7 @@ def checkpoints_below(path: Path) -> list[Path]:
     """
     with refusals("list the directory", path):
         places = [place for pattern in ("*", "*/*") for place in path.glob(pattern) if not _is_hidden(place, path)]
-        found = [place for place in places if place.is_dir() and not place.is_symlink() and _is_checkpoint(place)]
+        found = [place for place in places if place.is_dir() and not place.is_symlink() and is_checkpoint(place)]
     return sorted(found, key=lambda place: (place.parts[-2:] != _CONSOLIDATED, natural_key(str(place))))
 
 
@@ -49,5 +50,6 @@ def _is_hidden(place: Path, path: Path) -> bool:
     return any(part.startswith(".") for part in place.relative_to(path).parts)
 
 
-def _is_checkpoint(place: Path) -> bool:
-    return (place / CONFIG_NAME).is_file() and any(place.glob("*.safetensors"))
+def is_checkpoint(place: Path) -> bool:
+    """Return whether a directory has a config.json and a safetensors file; neither is opened."""
+    return (place / CONFIG_NAME).is_file() and any(not is_of_macos(path.name) for path in place.glob("*.safetensors"))

@@ -66,8 +66,14 @@ def is_tokenizer_file(name: str) -> bool:
     return _matches(name, TOKENIZER_PATTERNS)
 
 
+def is_of_macos(name: str) -> bool:
+    """Return whether macOS made a file of this name beside a user's own; such files are ignored everywhere."""
+    return name.startswith("._") or name == ".DS_Store"
+
+
 def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns) and not name.lower().endswith(NEVER)
+    is_named = any(fnmatchcase(name, pattern) for pattern in patterns)
+    return is_named and not name.lower().endswith(NEVER) and not is_of_macos(name)
 
 
 def side_files_of(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:

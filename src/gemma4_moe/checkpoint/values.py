@@ -105,10 +105,15 @@ class Oddities:
             self.samples.setdefault(name, {}).update({int(number): sample for number, sample in samples.items()})
 
     def document(self) -> dict[str, Any]:
-        """Return the parts that are not empty, in JSON's types."""
-        parts = {"nan": self.nan, "infinite": self.infinite, "zero": self.zero, "equal": self.equal}
+        """Return the parts that are not empty, in JSON's types; the order of tensors is that of their names."""
+        parts: dict[str, dict[str, Any]] = {
+            "nan": self.nan,
+            "infinite": self.infinite,
+            "zero": self.zero,
+            "equal": self.equal,
+        }
         samples = {name: {str(n): sample for n, sample in found.items()} for name, found in self.samples.items()}
-        return {key: value for key, value in (parts | {"samples": samples}).items() if value}
+        return {key: dict(sorted(value.items())) for key, value in (parts | {"samples": samples}).items() if value}
 
     def compare(self, tensors: Mapping[str, StoredTensor], memory: int, *, buffered: bool = False) -> None:
         """Compare experts with equal samples whole, with at most `memory` bytes of buffers, and drop the samples."""
@@ -152,14 +157,7 @@ def scales_of(checkpoint: Checkpoint, layout: Layout | None) -> dict[str, Array]
     if layout is not Layout.HF:
         return {}
     named = ((tensor, lookup(tensor.name, layout)) for tensor in checkpoint.tensors.values())
-    return {t.name: read_scale(t) for t, name in named if name is not None and name.rule is SCALE}
-
-
-def read_scale(stored: StoredTensor) -> Array:
-    """Return a `per_expert_scale` [E] with its own bits. Raises what reading the file raises."""
-    raw = np.empty(stored.nbytes, np.uint8)
-    stored.read_into(raw.data)
-    return raw.view(stored.dtype.numpy())
+    return {t.name: t.read() for t, name in named if name is not None and name.rule is SCALE}
 
 
 def _expert(tensor: StoredTensor, number: int) -> Extent:
@@ -198,9 +196,12 @@ def _is_list_of_lists(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_list, value))
 
 
-def value_notes(document: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return sentences on odd values, folded over layers; `document` is that of `Oddities`."""
-    notes = []
+def value_notes(document: Mapping[str, Any], scales: Mapping[str, Array]) -> tuple[str, ...]:
+    """Return sentences on odd scales [E], by name, and other odd values; folded over layers.
+
+    `document` is that of `Oddities`.
+    """
+    notes = [*unusual_scales(scales)]
     for kind, key in (("NaN", "nan"), ("infinite", "infinite")):
         for group, names in fold_names(document.get(key, {})).items():
             count = sum(document[key][name] for name in names)

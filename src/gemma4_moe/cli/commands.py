@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from gemma4_moe.cli import options
+from gemma4_moe.cli import lora_commands, options
 from gemma4_moe.cli.exit_statuses import status_of, terminate_by_exception
 from gemma4_moe.cli.help import Group
 from gemma4_moe.distributed.ranks import launched_as_one_of_several
-from gemma4_moe.errors import DifferenceError, StorageError, command_line
+from gemma4_moe.errors import DifferenceError, InputError, StorageError, command_line
 from gemma4_moe.layout.table import Layout
 from gemma4_moe.version import __version__
 
@@ -47,21 +48,27 @@ def cli() -> None:
     """
 
 
-@cli.command(examples=["gemma4-moe inspect gemma-4-26B-A4B", "gemma4-moe inspect google/gemma-4-26B-A4B --format json"])
+@cli.command(
+    examples=["gemma4-moe inspect gemma-4-26B-A4B", "gemma4-moe inspect google/gemma-4-26B-A4B --tensors --format json"]
+)
 @options.source
 @options.revision
+@click.option("--tensors", is_flag=True, help="Also list the tensors, those of all layers in one line.")
 @click.option("--values", is_flag=True, help="Also read all tensors: NaN, infinities, experts that are zero or equal.")
 @options.common
-def inspect(output: Output, *, source: str, revision: str | None, values: bool) -> None:
-    """Show a checkpoint's layout, tensors, bytes and problems.
+def inspect(output: Output, *, source: str, revision: str | None, tensors: bool, values: bool) -> None:
+    """Show a checkpoint's layout, bytes and problems.
 
-    Only headers, index and config.json are read, on the Hub too, unless --values is given. A checkpoint with problems
-    is data and not a failure: the exit status is 0.
+    Only headers, index and config.json are read, on the Hub too, unless --values is given. The exit status is 0 if
+    `convert` would take the checkpoint, and 3 if there are problems.
     """
     from gemma4_moe.cli import report
     from gemma4_moe.converter import inspect
 
-    output.give(report.inspection(inspect.inspect(source, revision=revision, values=values)))
+    found = inspect.inspect(source, revision=revision, values=values)
+    output.give(report.inspection(found, tensors=tensors))
+    if found.problems:
+        click.get_current_context().exit(InputError.exit_status)
 
 
 @cli.command(examples=["gemma4-moe plan gemma-4-26B-A4B", "gemma4-moe plan gemma-4-26B-A4B --mesh ep_shard=2,ep=8"])
@@ -133,37 +140,39 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
     from gemma4_moe.cli import report
     from gemma4_moe.cli.progress import shown_progress, telling_what_is_kept
     from gemma4_moe.converter import convert
+    from gemma4_moe.converter.command import option_words
     from gemma4_moe.distributed.ranks import under_torchrun
-    from gemma4_moe.target.preconditions import check_target
+    from gemma4_moe.target.preconditions import check_order, check_target
 
     if dry_run:
+        check_order(source, target)
         check_target(target, expanded(source), overwrite=arguments["overwrite"])
         _preview(output, source, target, {p.name: arguments[p.name] for p in plan.params if p.name in arguments})
         return
     with (
         under_torchrun(),
-        telling_what_is_kept(output.say, target),
+        telling_what_is_kept(output.warn, target),
         shown_progress(output.talk, "converting") as progress,
     ):
         done = convert.convert(source, target, read_back=not no_read_back, progress=progress, **arguments)
     output.say(*(f"note: {note}" for note in done.notes))
     if done.skipped:
         output.say(f"skipped: {', '.join(done.skipped)}")
-    output.give(report.conversion(done))
+    output.give(report.conversion(done), is_faultless=True)
     if done.plan.target_layout is Layout.NEMO:
         output.say("loaded by torch's dcp.load and read by gemma4-moe; NeMo AutoModel, transformers and vLLM want hf")
-    revision = [] if arguments["revision"] is None else ["--revision", arguments["revision"]]
-    strip = ["--strip-wrappers"] if arguments["strip_wrappers"] else []
-    given = (("--scale", arguments["scale"]), ("--scale-from", arguments["scale_from"]))
-    scale = [word for option, value in given if value is not None for word in (option, value)]
-    compared = [str(target)] if arguments["stream"] else [*revision, *strip, *scale, source, str(target)]
+    given = {name: arguments[name] for name in ("revision", "strip_wrappers", "scale", "scale_from") if arguments[name]}
+    compared = [target] if arguments["stream"] else [*option_words(given), Path(source), target]
     output.say(f"next: {command_line('gemma4-moe', 'verify', *compared)}")
 
 
 @cli.command(examples=["gemma4-moe verify gemma-4-26B-A4B gemma-4-nemo", "gemma4-moe verify gemma-4-nemo"])
-@options.argument("first", "[SRC]", f"The checkpoint that DST was converted from: {options.CHECKPOINT}")
-@options.argument("second", "DST", "The checkpoint to judge, likewise.", required=False)
+@options.argument(
+    "first", "[SRC]", f"The checkpoint that DST was converted from: {options.CHECKPOINT}", type=options.Checkpoint()
+)
+@options.argument("second", "DST", "The checkpoint to judge, likewise.", required=False, type=options.Checkpoint())
 @options.revision
+@options.stream
 @options.strip_wrappers
 @options.scale
 @options.scale_from
@@ -180,7 +189,7 @@ def verify(output: Output, *, first: str, second: str | None, revision: str | No
 
     with shown_progress(output.talk, "verifying") as progress:
         if second is None:
-            alone = verify.verify(first, revision=revision, progress=progress)
+            alone = verify.verify(first, revision=revision, progress=progress, **arguments)
             shown, wrong, notes = report.recheck(alone), len(alone.wrong), alone.notes
         else:
             found = verify.verify(first, second, revision=revision, progress=progress, **arguments)
@@ -190,10 +199,13 @@ def verify(output: Output, *, first: str, second: str | None, revision: str | No
 
 
 @cli.command(examples=["gemma4-moe diff gemma-4-26B-A4B gemma-4-hf"])
-@options.argument("first", "A", f"The checkpoint that says what should be: {options.CHECKPOINT}")
-@options.argument("second", "B", "The checkpoint to judge, likewise.")
+@options.argument(
+    "first", "A", f"The checkpoint that says what should be: {options.CHECKPOINT}", type=options.Checkpoint()
+)
+@options.argument("second", "B", "The checkpoint to judge, likewise.", type=options.Checkpoint())
+@click.option("--stream", is_flag=True, help="Read models on the Hub directly, without a copy in the Hub's cache.")
 @options.common
-def diff(output: Output, *, first: str, second: str) -> None:
+def diff(output: Output, *, first: str, second: str, stream: bool) -> None:
     """Compare two checkpoints of one layout, tensor by tensor.
 
     Spellings of names and the cut into files may differ. Files other than weights are not compared.
@@ -203,7 +215,7 @@ def diff(output: Output, *, first: str, second: str) -> None:
     from gemma4_moe.verifier import diff
 
     with shown_progress(output.talk, "comparing") as progress:
-        found = diff.diff(first, second, progress=progress)
+        found = diff.diff(first, second, stream=stream, progress=progress)
     _judge(output, report.verification(found), len(found.different))
 
 
@@ -219,7 +231,7 @@ def clean(output: Output, *, target: Path, break_lock: bool) -> None:
     from gemma4_moe.cli import report
     from gemma4_moe.target import recovery
 
-    output.give(report.remains(recovery.clean(target, break_lock=break_lock)))
+    output.give(report.remains(recovery.clean(target, break_lock=break_lock)), is_faultless=True)
 
 
 @cli.command(examples=["gemma4-moe demo"])
@@ -239,7 +251,13 @@ def demo(output: Output, *, directory: Path | None) -> None:
     from gemma4_moe.cli import report
     from gemma4_moe.demo.demo import run_demo
 
-    run_demo(directory, show=lambda checks: output.give(report.checks(checks)))
+    run_demo(
+        directory,
+        show=lambda checks: output.give(report.checks(checks), is_faultless=all(check.passed for check in checks)),
+    )
+
+
+cli.add_command(lora_commands.lora)
 
 
 def _preview(output: Output, source: str, target: Path | None, arguments: dict[str, Any]) -> None:
@@ -249,10 +267,12 @@ def _preview(output: Output, source: str, target: Path | None, arguments: dict[s
     found = preview.plan(source, target, **arguments)
     output.give(report.preview(found))
     output.say(*report.space_notes(found.space))
+    if target is not None and found.space.missing_bytes:
+        click.get_current_context().exit(StorageError.exit_status)
 
 
 def _judge(output: Output, shown: Report, wrong: int) -> None:
-    output.give(shown)
+    output.give(shown, is_faultless=not wrong)
     if wrong:
         click.get_current_context().exit(DifferenceError.exit_status)
 
@@ -268,4 +288,5 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal can't encode is still shown
     given = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(status_of(lambda: cli.main(given, prog_name="gemma4-moe", standalone_mode=False, obj=given)))
+    as_json = "--format=json" in given or ("--format", "json") in pairwise(given)
+    sys.exit(status_of(lambda: cli.main(given, prog_name="gemma4-moe", standalone_mode=False), as_json=as_json))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -46,16 +48,23 @@ def terminate_by_exception() -> None:
     signal.signal(signal.SIGTERM, terminate)
 
 
-def status_of(run: Callable[[], int | None]) -> int:
-    """Run a command and return the exit status; its error, if there is one, is printed on stderr."""
+def status_of(run: Callable[[], int | None], *, as_json: bool = False) -> int:
+    """Run a command and return the exit status; its error, if there is one, is printed on stderr.
+
+    If `as_json`, an error of an argument, an input, a disk or ranks is printed on stdout too, as the field `error`.
+    """
     try:
         status = run() or 0
         sys.stdout.flush()
     except click.ClickException as error:
         error.show()
+        if as_json:
+            _print_json({"kind": type(error).__name__, "problem": error.format_message(), "next": "see --help"})
         return error.exit_code
     except Gemma4MoEError as error:
         message, status = f"error: {error}", error.exit_status
+        if as_json:
+            _print_json(failure(error))
     except (KeyboardInterrupt, click.Abort):
         message, status = "interrupted", INTERRUPTED
     except TerminatedError:
@@ -69,3 +78,13 @@ def status_of(run: Callable[[], int | None]) -> int:
         return status
     click.echo(f"gemma4-moe: {message}", err=True)
     return status
+
+
+def failure(error: Gemma4MoEError) -> dict[str, object]:
+    """Return an error as JSON: its class, the problem, the known facts and the next step."""
+    return {"kind": type(error).__name__, "problem": error.problem, **error.facts, "next": error.hint}
+
+
+def _print_json(error: dict[str, object]) -> None:
+    with suppress(OSError):  # stdout may be what failed; stderr has the error
+        click.echo(json.dumps({"error": error}, indent=1))

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.cli.help import Argument
@@ -19,7 +20,7 @@ from gemma4_moe.layout.table import Layout
 from gemma4_moe.sizes import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from rich.console import Console
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 #: Columns of a table that goes into a pipe or a file: wide enough that no name is cut.
 _PIPE_WIDTH = 200
+
+#: The smallest size that is taken, in bytes: a smaller one has lost its unit.
+_LEAST_SIZE = 10**6
 
 
 class Size(click.ParamType[int]):
@@ -38,13 +42,35 @@ class Size(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the size in bytes, or fail as click does."""
         try:
-            return parse_size(value)
+            size = parse_size(value)
         except UsageError as error:
             self.fail(f"{error.facts.get('found')}: {error.problem}; {error.facts.get('expected')}", param, ctx)
+        if size < _LEAST_SIZE:
+            self.fail(f"{value!r} is {size:,} bytes: less than 1 MB; write a unit, such as 5GB or 512MiB", param, ctx)
+        return size
 
 
-class Directory(click.Path):
-    """A path; a leading `~` is replaced by the home directory."""
+class _Completed:
+    """A type of parameter of which a shell completes directories."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        """Return what a shell is told to complete."""
+        return [CompletionItem(incomplete, type="dir")]
+
+
+class Checkpoint(_Completed, click.ParamType[str]):
+    """A directory, or the id of a model on the Hub; a leading `~` is replaced by the home directory."""
+
+    name = "checkpoint"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ARG002
+        """Return the text, with `~` replaced."""
+        text = os.fsdecode(value)
+        return str(expanded(text)) if text.startswith("~") else text
+
+
+class Directory(_Completed, click.Path):
+    """A path of a directory; a leading `~` is replaced by the home directory."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Return the path."""
@@ -62,7 +88,7 @@ def argument(name: str, metavar: str, explanation: str, **more: Any) -> Callable
     return click.argument(name, metavar=metavar, cls=Argument, explanation=explanation, **more)
 
 
-source = argument("source", "SRC", f"The checkpoint to read: {CHECKPOINT}")
+source = argument("source", "SRC", f"The checkpoint to read: {CHECKPOINT}", type=Checkpoint())
 revision = click.option("--revision", help="Branch, tag or commit of SRC, if it is a Hub id.")
 to = click.option(
     "--to",
@@ -86,6 +112,7 @@ stream = click.option("--stream", is_flag=True, help="Read SRC on the Hub direct
 base = click.option(
     "--base",
     metavar="CHECKPOINT",
+    type=Checkpoint(),
     help="The published hf checkpoint that SRC was trained from, a directory or a Hub id. Experts that training left "
     "unchanged get its weights and scales back, bit for bit. Only from nemo to hf.",
 )
@@ -102,6 +129,7 @@ scale = click.option(
 scale_from = click.option(
     "--scale-from",
     metavar="CHECKPOINT",
+    type=Checkpoint(),
     help="For an hf SRC that has lost per_expert_scale: the hf checkpoint that has it, a directory or a Hub id.",
 )
 break_lock = click.option(
@@ -111,31 +139,45 @@ break_lock = click.option(
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The places of a command's data (stdout) and its messages (stderr, or nowhere with --quiet)."""
+    """The places of a command's data (stdout) and its messages (stderr).
+
+    With --quiet `talk` prints nothing, and results without a fault are not printed; `warnings` always are.
+    """
 
     data: Console
     talk: Console
+    warnings: Console
     as_json: bool
 
-    def give(self, report: Report) -> None:
-        """Print a result as data."""
+    def give(self, report: Report, *, is_faultless: bool = False) -> None:
+        """Print data. With --quiet, a result that is faultless is printed only as JSON."""
         if self.as_json:
             click.echo(json.dumps(report.data, indent=1, ensure_ascii=True))
-        else:
+        elif not (self.talk.quiet and is_faultless):
             for line in report.lines:
                 self.data.print(line)
 
     def say(self, *lines: str) -> None:
-        """Print lines on stderr."""
-        if lines:
-            self.talk.print("\n".join(map(printable, lines)), markup=False, highlight=False, soft_wrap=True)
+        """Print messages on stderr, unless --quiet is given."""
+        _print_lines(self.talk, lines)
+
+    def warn(self, *lines: str) -> None:
+        """Print messages on stderr."""
+        _print_lines(self.warnings, lines)
+
+
+def _print_lines(console: Console, lines: Sequence[str]) -> None:
+    if lines:
+        console.print("\n".join(map(printable, lines)), markup=False, highlight=False, soft_wrap=True)
 
 
 def common(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that every command has, and pass them to it as one `Output`."""
 
     @click.option("--format", type=click.Choice(["human", "json"]), default="human", help="Format of stdout.")
-    @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors on stderr.")
+    @click.option(
+        "-q", "--quiet", is_flag=True, help="Print nothing where all is well, but for data that was asked for."
+    )
     @click.option("-v", "--verbose", is_flag=True, help="Also print where in the program an error was raised.")
     @wraps(command)
     def run(*, format: str, quiet: bool, verbose: bool, **arguments: Any) -> None:  # noqa: A002
@@ -146,8 +188,11 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
                 raise BrokenPipeError  # rich's own would end with status 1
 
         data = Ours() if sys.stdout.isatty() else Ours(width=_PIPE_WIDTH)
+        if quiet:  # the Hub's client reads them when it is imported
+            os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error"}
+        talk, warnings = Ours(stderr=True, quiet=quiet), Ours(stderr=True)
         try:
-            command(Output(data, Ours(stderr=True, quiet=quiet), format == "json"), **arguments)
+            command(Output(data, talk, warnings, format == "json"), **arguments)
         except Gemma4MoEError:
             if verbose:
                 traceback.print_exc()

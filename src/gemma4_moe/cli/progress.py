@@ -6,10 +6,9 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-import click
 from rich import progress
 
-from gemma4_moe.errors import Gemma4MoEError, TargetBusyError, command_line
+from gemma4_moe.errors import Gemma4MoEError, TargetBusyError, UnfinishedRunError, command_line
 from gemma4_moe.sizes import format_size
 from gemma4_moe.target.recovery import remains
 
@@ -32,8 +31,14 @@ def shown_progress(console: Console, activity: str) -> Iterator[Progress]:
         columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn())
         speed = (progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
         with progress.Progress(*columns, *speed, console=console) as bar:
-            task = bar.add_task(activity, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            tasks: list[progress.TaskID] = []
+
+            def advance(done: int, total: int) -> None:
+                if not tasks:  # nothing is shown before the first byte
+                    tasks.append(bar.add_task(activity, total=total))
+                bar.update(tasks[0], completed=done, total=total)
+
+            yield advance
         return
     started = said = time.monotonic()
 
@@ -54,15 +59,14 @@ def telling_what_is_kept(say: Callable[[str], None], target: Path) -> Iterator[N
     """After a failure, name the files that are kept next to `target`, and the commands that resume or remove them."""
     try:
         yield
-    except TargetBusyError:
-        raise
+    except (TargetBusyError, UnfinishedRunError):
+        raise  # its hint names the commands
     except BaseException:
         with suppress(Gemma4MoEError):  # the first error is the one to tell
             left = remains(target)
             if left is not None:
                 say(f"kept on disk: {left.path}, {left.nbytes:,} bytes")
-            if left is not None and left.resumable:
-                command = [argument for argument in click.get_current_context().obj if argument != "--resume"]
-                say(f"resume with: {command_line('gemma4-moe', *command, '--resume')}")
+            if left is not None and left.command is not None:
+                say(f"resume with: {left.command}")
                 say(f"remove with: {command_line('gemma4-moe', 'clean', target)}")
         raise

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from gemma4_moe.cli.exit_statuses import failure
 from gemma4_moe.errors import printable
 from gemma4_moe.sizes import format_size
 
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
 
     from gemma4_moe.converter.convert import Conversion
     from gemma4_moe.converter.inspect import Inspection
-    from gemma4_moe.converter.preview import Prediction, Preview, Space
+    from gemma4_moe.converter.preview import Prediction, Preview
+    from gemma4_moe.converter.space import Space
     from gemma4_moe.demo.demo import Check
+    from gemma4_moe.lora.convert import LoraConversion
     from gemma4_moe.target.manifest import Recheck
     from gemma4_moe.target.recovery import Remains
     from gemma4_moe.verifier.comparison import Verification
+    from gemma4_moe.verifier.differences import FoldedDifference
 
 #: How many differences are shown to people in full.
 _SHOWN = 20
@@ -37,8 +41,8 @@ class Report(NamedTuple):
     lines: Sequence[Text | Table]
 
 
-def inspection(found: Inspection) -> Report:
-    """Return the report of `inspect`."""
+def inspection(found: Inspection, *, tensors: bool = False) -> Report:
+    """Return the report of `inspect`; its lines list the tensors only if asked for."""
     data = {
         "source": str(found.source),
         "layout": found.layout,
@@ -50,10 +54,7 @@ def inspection(found: Inspection) -> Report:
         "bytes": found.bytes,
         "groups": found.groups,
         "folds": [row._asdict() for row in found.folds],
-        "problems": [
-            {"kind": type(error).__name__, "problem": error.problem, **error.facts, "next": error.hint}
-            for error in found.problems
-        ],
+        "problems": [failure(error) for error in found.problems],
         "notes": list(found.notes),
         "skipped": list(found.skipped),
     }
@@ -73,7 +74,7 @@ def inspection(found: Inspection) -> Report:
             ("tensors", f"{found.tensors:,} of {found.parameters:,} parameters"),
             ("bytes", f"{found.bytes:,} ({format_size(found.bytes)})"),
         ),
-        table,
+        *([table] if tensors else []),
         *(_text(f"  {format_size(size):>12}  {size / max(1, found.bytes):6.1%}  {group}") for group, size in groups),
         *(Text("problem: ", "bold red") + _text(str(problem)) for problem in found.problems),
         *(_text(f"note: {note}") for note in found.notes),
@@ -183,24 +184,82 @@ def conversion(done: Conversion) -> Report:
 
 def verification(found: Verification) -> Report:
     """Return the report of `verify` and of `diff`."""
-    different = len(found.different)
+    folds = found.folds
+    files = {"compared": found.files, "equal": found.files - found.different_files, "different": found.different_files}
     data = {
         "tensors": found.tensors,
         "equal": found.equal,
-        "different": different,
+        "different": found.different_tensors,
+        "files": files,
+        "folds": [asdict(row) for row in folds],
         "differences": [asdict(difference) for difference in found.different],
     }
-    lines = [f"{found.tensors:,} tensors: {found.equal:,} equal, {different:,} different"]
-    lines += map(str, found.different[:_SHOWN])
-    if different > _SHOWN:
-        lines.append(f"and {different - _SHOWN:,} more")
-    return Report(data, [_text(line) for line in lines])
+    lines: list[Text | Table] = [
+        _text(f"{found.tensors:,} tensors: {found.equal:,} equal, {found.different_tensors:,} different")
+    ]
+    if found.files:
+        lines.append(_text(f"{_files(found.files)}: {files['equal']:,} equal, {files['different']:,} different"))
+    if folds:
+        lines.append(_folded(folds))
+    lines += [_text(str(difference)) for difference in found.different[:_SHOWN]]
+    if (left := len(found.different) - _SHOWN) > 0:
+        lines.append(_text(f"and {left:,} more differences, which --format json lists"))
+    return Report(data, lines)
+
+
+def _folded(rows: Sequence[FoldedDifference]) -> Table:
+    """Return the table of differences folded over layers."""
+    from gemma4_moe.verifier.distances import shown  # it loads NumPy, which other reports do without
+
+    headings = ("elements", "max ulps", "max |Δ|", "max |Δ/x|", "cosine", "NaN", "inf")
+    table = Table("differs in", "tensor", "count", *headings, box=None, pad_edge=False)
+    table.columns[1].overflow = "fold"
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in rows:
+        far = row.distance
+        measures = () if far is None else (far.max_absolute, far.max_relative, far.cosine)
+        table.add_row(
+            row.kind,
+            _text(row.name),
+            f"{row.tensors:,}",
+            *("" if count is None else f"{count:,}" for count in (row.count, row.max_ulps)),
+            *("" if measure is None else shown(measure) for measure in measures),
+            *(() if far is None else (f"{far.nan:,}", f"{far.infinite:,}")),
+        )
+    return table
+
+
+def lora_conversion(done: LoraConversion) -> Report:
+    """Return the report of `lora`."""
+    data = {
+        "target": str(done.target),
+        "source_form": done.source_form,
+        "form": done.form,
+        "weights": done.modules,
+        "tensors": done.tensors,
+        "bytes": done.nbytes,
+        "notes": list(done.notes),
+    }
+    written = f"{done.modules} weights in {done.tensors:,} tensors, {done.nbytes:,} bytes"
+    return Report(data, _facts(("target", f"{done.target}: {done.form}"), ("", written)))
 
 
 def recheck(found: Recheck) -> Report:
     """Return the report of `verify` with a target alone."""
-    data = {"files": found.files, "bytes": found.nbytes, "wrong": list(found.wrong)}
-    state = "as the manifest says" if not found.wrong else f"{len(found.wrong)} not as the manifest says"
+    data = {
+        "files": found.files,
+        "equal": found.equal,
+        "different": found.different,
+        "unknown": found.unknown,
+        "bytes": found.nbytes,
+        "wrong": list(found.wrong),
+    }
+    state = (
+        f"{found.equal:,} as the manifest says, {found.different:,} not" if found.different else "as the manifest says"
+    )
+    if found.unknown:
+        state += f"; {_files(found.unknown)} that it does not name"
     return Report(data, [_text(f"{_files(found.files)}, {found.nbytes:,} bytes: {state}"), *map(_text, found.wrong)])
 
 

@@ -19,7 +19,6 @@ from gemma4_moe import kernels
 from gemma4_moe.checkpoint.readers import allocate
 from gemma4_moe.checkpoint.recognition import checkpoint_targets, recognise
 from gemma4_moe.checkpoint.side_files import is_tokenizer_file
-from gemma4_moe.checkpoint.values import read_scale
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.names import lookup
@@ -57,7 +56,7 @@ class BaseExperts:
 
     def read_scale(self) -> Array:
         """Return the scale [E] in fp32."""
-        return read_scale(self.scale).astype(np.float32)
+        return self.scale.read().astype(np.float32)
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
@@ -123,7 +122,7 @@ def _check(experts: BaseExperts, target: Target[StoredTensor]) -> None:
 
 def _holds_values(dtype: DType, scale: StoredTensor) -> bool:
     """Return whether each value of a stored scale is exact in `dtype`, whatever the scale's own dtype."""
-    values = read_scale(scale)
+    values = scale.read()
     with np.errstate(over="ignore", invalid="ignore"):
         cast = values.astype(dtype.numpy()).astype(values.dtype)
     return cast.tobytes() == values.tobytes()

@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import resolved
-from gemma4_moe.checkpoint.values import read_scale, unusual_scales, value_notes
+from gemma4_moe.checkpoint.values import value_notes
 from gemma4_moe.converter.base import filled_in
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
+from gemma4_moe.converter.command import resume_command
 from gemma4_moe.converter.notes import base_notes, overflow_notes, plan_notes
 from gemma4_moe.converter.plan import Plan, make_plan
-from gemma4_moe.converter.preview import measure_space
 from gemma4_moe.converter.resume import is_made_already
 from gemma4_moe.converter.sources import open_sources
-from gemma4_moe.converter.write import Job, finish, write_weights
-from gemma4_moe.distributed.ranks import current, ranks_on_this_host
+from gemma4_moe.converter.space import space_for
+from gemma4_moe.converter.write import Job, count_of, finish, write_weights
+from gemma4_moe.distributed.ranks import current
 from gemma4_moe.errors import StorageError
 from gemma4_moe.hub.remote import commit_of
 from gemma4_moe.hub.source import check_streamed
-from gemma4_moe.kernels.choice import allowed_cores
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.directory import TargetFiles
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
 from gemma4_moe.target.manifest import read_manifest
-from gemma4_moe.target.preconditions import check_existing
+from gemma4_moe.target.preconditions import check_existing, check_order
 from gemma4_moe.target.recovery import clean, heal
 from gemma4_moe.target.transaction import Transaction
 
@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     from gemma4_moe.checkpoint.directory import Checkpoint
     from gemma4_moe.converter.base import Scales
     from gemma4_moe.converter.sources import Sources
+    from gemma4_moe.converter.space import Space
     from gemma4_moe.layout.table import Layout
     from gemma4_moe.sizes import Progress
+    from gemma4_moe.target.pieces import Count
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -121,7 +123,8 @@ def convert(
             config's kind of model (`layout.prefixes`).
         scale: "ones" for an hf source that has lost each `per_expert_scale` because it was folded into the weights.
         scale_from: The hf checkpoint, a directory or a Hub id, that has the scales which a source has lost.
-        progress: Told how far the writing is.
+        progress: Called with the bytes that are done so far and with their total: of downloads, of the target as it is
+            written or found written, and of the target as it is read back.
 
     Raises:
         InputError: The source is not a checkpoint that can be converted; nothing was written.
@@ -132,23 +135,26 @@ def convert(
         SourceChangedError: The source changed while it was read.
         ParallelError: Another rank failed.
     """
+    command = resume_command(convert, locals())
     ranks, target = current(), expanded(target)
     with ExitStack() as stack:
         with ranks.together("plan the conversion"):
-            if stream:
-                check_streamed(source, base)
+            _check_arguments(source, target, base, resume=resume, stream=stream)
             forms: dict[str, Any] = {"strip_wrappers": strip_wrappers, "scale": scale, "scale_from": scale_from}
             sources = open_sources(stack, source, revision, base, in_place=stream, **forms)
-            checkpoint, origin = sources.checkpoint, sources.base
             sources.check_place(target)
+            checkpoint, origin = sources.checkpoint, sources.base
             plan = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=origin)
             memory = plan_memory(plan, parse_size(max_memory))
-            if ranks.is_first and not stream and not resume:  # an earlier run may hold the space already
-                _check_room(sources.opened, plan, target)
+            space = space_for(plan, sources.opened, target, resolved(target).parent, stream=stream)
+            if ranks.is_first and not (resume and target.exists()):  # it may be complete already
+                _check_room(space, target)
+        count = count_of(plan, ranks, space.cache_bytes, read_back=read_back, progress=progress)
         with ranks.together("read the source"):
             if not stream:
-                sources.download(revision)
-            folded = {name: read_scale(t.scale) for name, t in plan.tensors.items() if t.scale is not None}
+                sources.download(revision, count)
+            count.begin_next_stage()
+            folded = {name: t.scale.read() for name, t in plan.tensors.items() if t.scale is not None}
             options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
             options |= _identities(sources, stream=stream, strip_wrappers=strip_wrappers, scale=scale)
         transaction = None
@@ -156,22 +162,36 @@ def convert(
             if ranks.is_first:
                 heal(target)
                 known = resume and origin is None  # no manifest has hashes of a base
-                if known and is_made_already(target, plan, checkpoint, options, memory.peak_bytes):
-                    clean(target, break_lock=break_lock)
-                else:
-                    check_existing(target, overwrite=overwrite)
-                    transaction = stack.enter_context(Transaction(target, resume=resume, break_lock=break_lock))
+                made = known and is_made_already(target, plan, checkpoint, options, memory.peak_bytes, progress)
+                begun = _begun(target, made=made, overwrite=overwrite, resume=resume, break_lock=break_lock)
+                transaction = None if begun is None else stack.enter_context(begun)
         (out, *_) = ranks.everyones(None if transaction is None else transaction.out)
         if out is not None:
             files = TargetFiles(out, plan.files, ranks, memory.peak_bytes, buffered)
-            workers = workers or max(1, allowed_cores() // ranks_on_this_host())
-            job = Job(checkpoint, origin, plan, folded, options, target, files, memory, workers, read_back, sha256)
-            finish(job, write_weights(job, None if transaction is None else transaction.confirm, progress))
-            _publish(job, transaction, overwrite=overwrite)
+            job = Job(sources, plan, folded, options, target, files, memory, workers, read_back, sha256, command)
+            _carry_out(job, transaction, count, overwrite=overwrite)
         return Conversion(target, plan, memory, _notes(target, plan, folded, sources), checkpoint.skipped)
 
 
-def _publish(job: Job, transaction: Transaction | None, *, overwrite: bool) -> None:
+def _check_arguments(source: str | Path, target: Path, base: str | Path | None, *, resume: bool, stream: bool) -> None:
+    if not resume:
+        check_order(source, target)
+    if stream:
+        check_streamed(source, base)
+
+
+def _begun(target: Path, *, made: bool, overwrite: bool, resume: bool, break_lock: bool) -> Transaction | None:
+    """Return the transaction that makes the target; None, with all other work deleted, if it is made already."""
+    if made:
+        clean(target, break_lock=break_lock)
+        return None
+    check_existing(target, overwrite=overwrite)
+    return Transaction(target, resume=resume, break_lock=break_lock)
+
+
+def _carry_out(job: Job, transaction: Transaction | None, count: Count, *, overwrite: bool) -> None:
+    """Write the target, and publish it. All ranks must call; the first has the transaction."""
+    finish(job, write_weights(job, None if transaction is None else transaction.confirm, count), count)
     with job.files.ranks.together("publish the target"):
         job.check_unchanged()
         if transaction is not None:
@@ -191,25 +211,28 @@ def _headers(checkpoint: Checkpoint) -> dict[str, str]:
     return {name: file.header.digest for name, file in checkpoint.files.items()}
 
 
-def _check_room(opened: list[Checkpoint], plan: Plan, target: Path) -> None:
-    """Check that the disk has room for the models that would be downloaded, and for the target."""
-    space = measure_space(opened, plan.target_bytes, resolved(target).parent, stream=False)
-    if space.cache_bytes and space.missing_bytes:
-        raise StorageError(
-            "the disk has no room for the model in the Hub's cache and for the target",
-            file=target,
-            expected=f"{space.cache_bytes:,} bytes in the cache and {space.target_bytes:,} for the target",
-            found=f"{space.missing_bytes:,} bytes too few",
-            hint="free some space"
-            if space.missing_without_cache
-            else "give --stream: it keeps nothing of the model on this machine, and the target fits",
-        )
+def _check_room(space: Space, target: Path) -> None:
+    """Check that the disk has room for the models that would be downloaded, and for all of the target."""
+    if not space.missing_bytes:
+        return
+    cached = f" and {space.cache_bytes:,} in the Hub's cache" if space.cache_bytes else ""
+    raise StorageError(
+        "the disk has no room for the model in the Hub's cache and for the target"
+        if cached
+        else "the disk has no room for the target",
+        file=target,
+        expected=f"{space.target_bytes:,} bytes for the target{cached}",
+        found=f"{space.free_bytes:,} bytes free, {space.missing_bytes:,} too few",
+        hint="free some space, or name a directory on another disk"
+        if space.missing_without_cache
+        else "give --stream: it keeps nothing of the model on this machine, and the target fits",
+    )
 
 
 def _notes(target: Path, plan: Plan, scales: Scales, sources: Sources) -> tuple[str, ...]:
     said = read_manifest(target)
     named = {t.scale.name: scales[name] for name, t in plan.tensors.items() if t.scale is not None}
-    values = (*unusual_scales(named), *value_notes(said["values"]))
+    values = value_notes(said["values"], named)
     overflows = overflow_notes(plan, said["overflowed"])
     names = [path.name for path in filled_in(sources.checkpoint, sources.base)]
     filled = [f"from the base, which the source lacks: {', '.join(names)}"] if names else []

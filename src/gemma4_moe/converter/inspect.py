@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gemma4_moe.checkpoint.completeness import uncalled, unsaid
-from gemma4_moe.checkpoint.config import ConfigFile
+from gemma4_moe.checkpoint.config import ConfigFile, read_config
+from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, claimed_size, parse_index
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.recognition import recognise, wrong_tensors
-from gemma4_moe.checkpoint.values import scales_of, scan_checkpoint, unusual_scales, value_notes
+from gemma4_moe.checkpoint.storage import read_whole
 from gemma4_moe.converter.notes import index_notes, uncalled_notes
-from gemma4_moe.errors import ConfigError, InputError, UnsupportedCheckpointError
+from gemma4_moe.errors import CheckpointFormatError, ConfigError, InputError, UnsupportedCheckpointError
 from gemma4_moe.hub.source import is_hub_id, open_source
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.names import fold_names, lookup, natural_key
@@ -92,7 +93,40 @@ def inspect(source: str | Path, *, revision: str | None = None, values: bool = F
             checkpoint = stack.enter_context(open_source(source, revision, stream=values))
         except UnsupportedCheckpointError as error:
             return Inspection(Path(source), None, error.form or "none", None, {}, 0, 0, 0, (), {}, (error,), ())
+        except CheckpointFormatError as error:
+            index = expanded(source) / INDEX_NAME
+            if not index.is_file():
+                raise
+            return _of_index(index, error)
         return _inspect(Path(source), checkpoint, values=values)
+
+
+def _of_index(index: Path, problem: CheckpointFormatError) -> Inspection:
+    """Return what an index tells of a checkpoint with a file that is missing or damaged; else raise `problem`."""
+    try:
+        raw = read_whole(index, LONGEST_INDEX)
+        names, size = parse_index(raw, file=index), claimed_size(raw)
+        config = read_config(index.parent)
+    except InputError:
+        raise problem from None
+    found = recognise(names, config)
+    problems = (problem,) if found.refusal is None else (problem, found.refusal)
+    note = "a file is missing or damaged: names and bytes are those of the index, and shapes are not known"
+    return Inspection(
+        index.parent,
+        found.layout,
+        found.spelling,
+        config.model_type,
+        _sizes(config),
+        len(names),
+        0,
+        size or 0,
+        (),
+        {},
+        problems,
+        (),
+        (note,),
+    )
 
 
 def _inspect(source: Path, checkpoint: Checkpoint, *, values: bool) -> Inspection:
@@ -111,21 +145,21 @@ def _inspect(source: Path, checkpoint: Checkpoint, *, values: bool) -> Inspectio
         problems += wrong_tensors(checkpoint.tensors.values(), inventory, config)
         notes += _notes(checkpoint, recognition.layout, config) if not problems else []
     if values:
+        from gemma4_moe.checkpoint.values import scales_of, scan_checkpoint, value_notes
+
         odd = scan_checkpoint(checkpoint, recognition.layout, _MEMORY)
-        scales = scales_of(checkpoint, recognition.layout)
-        notes += [*unusual_scales(scales), *value_notes(odd.document())]
+        notes += value_notes(odd.document(), scales_of(checkpoint, recognition.layout))
     tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: natural_key(tensor.name))
     groups: dict[str, int] = {}
     for tensor in tensors:
         group = _group(tensor.name, recognition.layout)
         groups[group] = groups.get(group, 0) + tensor.nbytes
-    layers = {} if config.layers is None else {"L": config.layers}
     return Inspection(
         source=source,
         layout=recognition.layout,
         spelling=recognition.spelling,
         model_type=config.model_type,
-        sizes=config.sizes | layers,
+        sizes=_sizes(config),
         tensors=len(tensors),
         parameters=sum(tensor.nbytes * 8 // tensor.dtype.bits for tensor in tensors),
         bytes=checkpoint.total_bytes,
@@ -135,6 +169,10 @@ def _inspect(source: Path, checkpoint: Checkpoint, *, values: bool) -> Inspectio
         skipped=checkpoint.skipped,
         notes=tuple(notes),
     )
+
+
+def _sizes(config: ConfigFile) -> dict[str, int]:
+    return config.sizes | ({} if config.layers is None else {"L": config.layers})
 
 
 def _notes(checkpoint: Checkpoint, layout: Layout, config: ConfigFile) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
@@ -11,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma4_moe.checkpoint.paths import expanded
-from gemma4_moe.checkpoint.storage import refusals, resolved
+from gemma4_moe.checkpoint.storage import resolved
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, LOAD_BLOCKS, Memory, load_block_bytes, plan_memory, row_bytes
 from gemma4_moe.converter.notes import plan_notes
 from gemma4_moe.converter.plan import Plan, make_plan
 from gemma4_moe.converter.sources import open_sources
+from gemma4_moe.converter.space import Space, space_for
 from gemma4_moe.distributed.sharding import NAMED_DIMENSIONS, count, local_runs
 from gemma4_moe.errors import UsageError
-from gemma4_moe.hub.remote import bytes_to_fetch, cache_directory
 from gemma4_moe.hub.source import check_streamed, is_hub_id
 from gemma4_moe.layout.table import Layout, transposes
 from gemma4_moe.sizes import format_size, parse_size
@@ -27,7 +26,6 @@ from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from gemma4_moe.checkpoint.directory import Checkpoint
     from gemma4_moe.converter.plan import PlannedTensor
 
 #: More ranks than any such run has; a mistyped mesh should not take minutes.
@@ -106,10 +104,12 @@ def plan(
 
     Raises:
         InputError, UsageError, StorageError: What `convert` would raise before it writes.
+        UsageError: NeMo AutoModel would not train on the mesh.
     """
     ranks = None if mesh is None else parse_mesh(mesh)
     beside = resolved(Path() if is_hub_id(source) else expanded(source))
-    disk = beside if target is None else resolved(expanded(target)).parent
+    made = None if target is None else expanded(target)
+    disk = beside if made is None else resolved(made).parent
     if stream:
         check_streamed(source, base)
     with ExitStack() as stack:
@@ -123,55 +123,12 @@ def plan(
             memory=plan_memory(planned, parse_size(max_memory)),
             source_tensors=len(checkpoint.tensors),
             source_bytes=checkpoint.total_bytes,
-            space=measure_space(sources.opened, planned.target_bytes, disk, stream=stream),
+            space=space_for(planned, sources.opened, made, disk, stream=stream),
             side_files=tuple(file.name for file in checkpoint.side_files),
             skipped=checkpoint.skipped,
             notes=plan_notes(planned, checkpoint),
-            mesh=None if ranks is None else predict(planned, ranks),
+            mesh=None if ranks is None else predict(planned, check_trainable(planned, ranks)),
         )
-
-
-class Space(NamedTuple):
-    """The space that a conversion needs and the space that is free, in bytes.
-
-    Attributes:
-        target_bytes: Size of the target's weights.
-        free_bytes: Free space on the disk that would hold the target.
-        cache_bytes: Size of the weights that would be downloaded into the Hub's cache first.
-        cache_free_bytes: Free space on another disk that holds this cache; None if no such disk is needed.
-    """
-
-    target_bytes: int
-    free_bytes: int
-    cache_bytes: int = 0
-    cache_free_bytes: int | None = None
-
-    @property
-    def missing_bytes(self) -> int:
-        """How much more space is needed than is free; 0 if all fits."""
-        if self.cache_free_bytes is None:
-            return max(0, self.target_bytes + self.cache_bytes - self.free_bytes)
-        return self.missing_without_cache + max(0, self.cache_bytes - self.cache_free_bytes)
-
-    @property
-    def missing_without_cache(self) -> int:
-        """How much would be missing if the source were streamed."""
-        return max(0, self.target_bytes - self.free_bytes)
-
-
-def measure_space(sources: Iterable[Checkpoint], target_bytes: int, disk: Path, *, stream: bool) -> Space:
-    """Return the space for a target on the disk of the directory `disk`, and for sources in the Hub's cache."""
-    with refusals("ask for the free space", disk):
-        free = shutil.disk_usage(disk).free
-        device = disk.stat().st_dev
-    to_fetch = 0 if stream else sum(bytes_to_fetch(source) for source in sources)
-    if not to_fetch:
-        return Space(target_bytes, free)
-    cache = cache_directory()
-    with refusals("ask for the free space", cache):
-        cache = next(path for path in (cache, *cache.parents) if path.exists())
-        other = cache.stat().st_dev != device
-        return Space(target_bytes, free, to_fetch, shutil.disk_usage(cache).free if other else None)
 
 
 class Share(NamedTuple):
@@ -260,6 +217,37 @@ def predict(plan: Plan, mesh: Mapping[str, int]) -> Prediction:
         other_bytes=every - sum(tensor.nbytes for tensor in experts),
         staging_bytes=LOAD_BLOCKS * load_block_bytes(plan.tensors.values()),
     )
+
+
+def check_trainable(plan: Plan, mesh: Mapping[str, int]) -> Mapping[str, int]:
+    """Return a mesh on which NeMo AutoModel trains the plan's experts [E, R, C].
+
+    It asserts that ep divides E, and its FSDP refuses an axis 1 that ep_shard does not divide. FSDP over E alone
+    (dp_shard) may be uneven.
+
+    Raises:
+        UsageError: It would not build the mesh.
+    """
+    experts = [tensor for tensor in plan.tensors.values() if transposes(tensor.operation)]
+    for name, axis in (("ep", 0), ("ep_shard", 1)):
+        ranks = mesh.get(name, 1)
+        uneven = next((tensor for tensor in experts if tensor.shape[axis] % ranks), None)
+        if uneven is not None:
+            raise UsageError(
+                "NeMo AutoModel does not train on this mesh",
+                tensor=uneven.name,
+                expected=f"{name} that divides {uneven.shape[axis]}, axis {axis} of {list(uneven.shape)}",
+                found=f"{name}={ranks}",
+                hint=f"give {name} one of {', '.join(str(n) for n in range(1, 129) if uneven.shape[axis] % n == 0)}",
+            )
+    if "ep_replicate" in mesh:
+        raise UsageError(
+            "NeMo AutoModel does not train on this mesh",
+            expected="dp_replicate for replicas",
+            found="ep_replicate",
+            hint="leave ep_replicate out, or name it dp_replicate",
+        )
+    return mesh
 
 
 def _share(coordinate: tuple[int, ...], experts: Iterable[PlannedTensor], mesh: Mapping[str, int]) -> Share:

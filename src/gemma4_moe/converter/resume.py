@@ -13,8 +13,10 @@ from gemma4_moe.checkpoint.hashing import hash_extents
 from gemma4_moe.checkpoint.storage import refusals
 from gemma4_moe.checkpoint.values import is_document
 from gemma4_moe.converter import blocks
-from gemma4_moe.errors import InputError, ParallelError, UsageError, command_line
+from gemma4_moe.errors import InputError, ParallelError, UnfinishedRunError, command_line
+from gemma4_moe.sizes import exact_size
 from gemma4_moe.target.manifest import read_manifest
+from gemma4_moe.target.pieces import Count
 from gemma4_moe.version import __version__
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.converter.plan import Plan
+    from gemma4_moe.sizes import Progress
     from gemma4_moe.target.journal import Journalled
 
 
@@ -59,15 +62,21 @@ def _identities(checkpoint: Checkpoint) -> dict[str, Any]:
     return {name: dict(zip(names, astuple(file.identity), strict=True)) for name, file in checkpoint.files.items()}
 
 
-def check_same_run(known: Journalled, opening: Mapping[str, Any], target: Path) -> None:
-    """Check that the journal belongs to the same conversion; a UsageError names the differences."""
+def check_same_run(known: Journalled, opening: Mapping[str, Any], command: str, target: Path) -> None:
+    """Check that the journal belongs to the same conversion; an UnfinishedRunError names the differences.
+
+    `command` is the command line that resumes this run.
+    """
     if known.opening is None or known.opening == opening:
         return
-    raise UsageError(
+    clean = command_line("gemma4-moe", "clean", target)
+    raise UnfinishedRunError(
         "the run that was not finished is another one",
         file=target,
         found=_differences(known.opening, opening),
-        hint=f"give the same source and options, or remove it: {command_line('gemma4-moe', 'clean', target)}",
+        hint=f"remove it: {clean}"
+        if known.command in (None, command)  # then the source itself has changed
+        else f"resume it as it was begun: {known.command}; or remove it: {clean}",
     )
 
 
@@ -91,10 +100,24 @@ def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
         for key in sorted(old.keys() | new.keys()):
             yield from _changes(old.get(key), new.get(key), f"{name} {key}")
     elif old != new:
-        yield f"{name.strip()} was {old}, is {new}"
+        yield f"{_label(name.strip())} was {_shown(name, old)}, is {_shown(name, new)}"
 
 
-def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: Mapping[str, Any], memory: int) -> bool:
+def _label(name: str) -> str:
+    """Return the name of a fact as a user knows it: that of an option as it is typed."""
+    option = name.removeprefix("options ")
+    return name if option == name or " " in option else f"--{option.replace('_', '-')}"
+
+
+def _shown(name: str, value: object) -> str:
+    if value is None:
+        return "not given"
+    return exact_size(value) if name.endswith("max_shard_size") and isinstance(value, int) else str(value)
+
+
+def is_made_already(
+    target: Path, plan: Plan, checkpoint: Checkpoint, options: Mapping[str, Any], memory: int, progress: Progress | None
+) -> bool:
     """Return whether `target` is the complete result of the same conversion, by its manifest and its files' sizes.
 
     Another model of the same shapes has the same headers, so the source is hashed, with at most `memory` bytes of
@@ -122,7 +145,9 @@ def is_made_already(target: Path, plan: Plan, checkpoint: Checkpoint, options: M
     if not same or "commit" in options:
         return same
     reading = [block for block in blocks.blocks(plan) if block.tensor.source is not None]
-    found = hash_extents([block.source_extents() for block in reading], memory)
+    groups = [block.source_extents() for block in reading]
+    count = Count([sum(extent.end - extent.start for group in groups for extent in group)], progress)
+    found = hash_extents(groups, memory, hashed=count)
     digests = {block.place: digest for block, digest in zip(reading, found, strict=True)}
     return bool(said == described_source(plan, checkpoint, digests))
 

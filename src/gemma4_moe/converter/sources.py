@@ -10,6 +10,7 @@ from gemma4_moe.hub.source import open_source
 from gemma4_moe.target.preconditions import check_place
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import ExitStack
     from pathlib import Path
 
@@ -33,10 +34,13 @@ class Sources(NamedTuple):
         for each in self.opened:
             check_place(target, each.path)
 
-    def download(self, revision: str | None) -> None:
-        """Download those that are on the Hub; `revision` is the source's. Raises what `hub.remote.download` raises."""
+    def download(self, revision: str | None, told: Callable[[int], object]) -> None:
+        """Download those that are on the Hub; `revision` is the source's. Raises what `hub.remote.download` raises.
+
+        `told` is called with the bytes of each piece that has come.
+        """
         for each in self.opened:
-            download(each, revision if each is self.checkpoint else None)
+            download(each, revision if each is self.checkpoint else None, told)
 
 
 def open_sources(

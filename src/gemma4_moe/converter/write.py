@@ -12,6 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.blobs import check_blob
+from gemma4_moe.checkpoint.config_dtype import recast
 from gemma4_moe.checkpoint.file import OpenFile
 from gemma4_moe.checkpoint.hashing import Extent, hash_extents
 from gemma4_moe.checkpoint.storage import sync_directory
@@ -20,7 +21,9 @@ from gemma4_moe.converter import resume
 from gemma4_moe.converter.base import Unfolding, filled_in, given_back_scales, scales_with_base
 from gemma4_moe.converter.blocks import blocks, share
 from gemma4_moe.converter.steps import ConversionSteps, run
+from gemma4_moe.distributed.ranks import ranks_on_this_host
 from gemma4_moe.errors import Gemma4MoEError
+from gemma4_moe.kernels.choice import allowed_cores
 from gemma4_moe.target.journal import Journal, Ledger, read_journals
 from gemma4_moe.target.pieces import Count, wrong_pieces
 from gemma4_moe.target.writers import PageWriter, SafetensorsWriter
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from gemma4_moe.converter.base import Scales
     from gemma4_moe.converter.blocks import Block, Memory
     from gemma4_moe.converter.plan import Plan
+    from gemma4_moe.converter.sources import Sources
+    from gemma4_moe.distributed.ranks import Ranks
     from gemma4_moe.sizes import Progress
     from gemma4_moe.target.directory import TargetFiles
     from gemma4_moe.target.journal import Journalled
@@ -46,20 +51,35 @@ class Job:
     """A conversion that has begun.
 
     `options` are the arguments that decide the target's bytes. `scales` maps a target's name to the scale [E] that is
-    folded into it.
+    folded into it, and `command` is the command line that resumes the conversion.
     """
 
-    checkpoint: Checkpoint
-    base: Checkpoint | None
+    sources: Sources
     plan: Plan
     scales: Scales
     options: dict[str, Any]
     target: Path
     files: TargetFiles
     memory: Memory
-    workers: int
+    workers: int | None
     read_back: bool
     sha256: bool
+    command: str
+
+    @property
+    def threads(self) -> int:
+        """Threads of the kernel: `workers`, or else this rank's share of the cores."""
+        return self.workers or max(1, allowed_cores() // ranks_on_this_host())
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The source."""
+        return self.sources.checkpoint
+
+    @property
+    def base(self) -> Checkpoint | None:
+        """The base, if there is one."""
+        return self.sources.base
 
     def check_unchanged(self) -> None:
         """Check that source and base are as they were opened. Raises what `Checkpoint.check_unchanged` raises."""
@@ -68,7 +88,16 @@ class Job:
                 checkpoint.check_unchanged()
 
 
-def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progress | None) -> list[Piece]:
+def count_of(plan: Plan, ranks: Ranks, fetched: int, *, read_back: bool, progress: Progress | None) -> Count:
+    """Return the count of a rank's bytes: those `fetched` from the Hub, its share of the target, and its read-back.
+
+    A byte of the target is counted once, when it is written, or when it is found to be on the device already.
+    """
+    share = plan.target_bytes // ranks.world
+    return Count([fetched, share, share if read_back else 0], progress)
+
+
+def write_weights(job: Job, confirm: Callable[[], None] | None, count: Count) -> list[Piece]:
     """Write all blocks of a job that are not there yet, and return the pieces of all. All ranks must call.
 
     `confirm` is given on rank 0 alone. It is called before each journal entry, and raises if our lock was broken.
@@ -77,10 +106,10 @@ def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progre
     opening = resume.opening_record(job.plan, job.checkpoint, job.options, job.base)
     with ranks.together("read the journal"):
         known = read_journals(control)
-        resume.check_same_run(known, opening, job.target)
+        resume.check_same_run(known, opening, job.command, job.target)
     resume.check_same_source(ranks.everyones(opening))
     with ranks.together("check the pieces that are there"):
-        own = _true_pieces(known, job)
+        own = _true_pieces(known, job, count)
     pieces = list(chain(*ranks.everyones(own)))
     with ranks.together("make the target's files"):
         if ranks.is_first:
@@ -89,7 +118,6 @@ def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progre
     late = scales_with_base(job.plan.bases)
     soon = share((b for b in blocks(job.plan) if b.tensor.name not in late), done, ranks.rank, ranks.world)
     last = [b for b in blocks(job.plan) if b.tensor.name in late and b.place not in done and ranks.is_first]
-    count = Count(sum(block.end - block.start for block in soon + last), progress)
 
     def check() -> None:
         if confirm is not None:
@@ -100,7 +128,7 @@ def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progre
         with ranks.together("write the target"):
             journal = stack.enter_context(Journal(control, ranks.rank))
             sync_directory(control)
-            journal.append(opening=opening)
+            journal.append(opening=opening, command=job.command)
             ledger = Ledger(journal, known, check, count)
             own = _write(job, soon, {}, ledger)
         pieces += chain(*ranks.everyones(own))
@@ -109,13 +137,13 @@ def write_weights(job: Job, confirm: Callable[[], None] | None, progress: Progre
     return [*pieces, *chain(*ranks.everyones(own))]
 
 
-def _true_pieces(known: Journalled, job: Job) -> list[Piece]:
+def _true_pieces(known: Journalled, job: Job, count: Count) -> list[Piece]:
     """Return those journalled pieces of this rank's part that are on the device."""
     places = {block.place for block in blocks(job.plan)}
     journalled = [piece for place, piece in sorted(known.pieces.items()) if place in places]
     mine = journalled[job.files.ranks.rank :: job.files.ranks.world]
     sizes = {file.name: file.size for file in job.plan.files}
-    wrong = wrong_pieces(job.files.out, sizes, mine, job.memory.peak_bytes, buffered=job.files.buffered)
+    wrong = wrong_pieces(job.files.out, sizes, mine, job.memory.peak_bytes, buffered=job.files.buffered, hashed=count)
     return [piece for piece in mine if piece not in wrong]
 
 
@@ -134,10 +162,10 @@ def _write(job: Job, work: list[Block], given_back: Scales, ledger: Ledger) -> l
 
         base = [] if job.base is None else job.base.files.values()
         names = {block.file for block in work}
-        pool = stack.enter_context(ThreadPoolExecutor(job.workers, "gemma4-moe-unfolding"))
+        pool = stack.enter_context(ThreadPoolExecutor(job.threads, "gemma4-moe-unfolding"))
         steps = ConversionSteps(
             job.scales,
-            job.workers,
+            job.threads,
             readers={name: reading(file, in_order=True) for name, file in job.checkpoint.files.items()},
             writers={f.name: writing(job.files.out / f.name, f.size) for f in job.plan.files if f.name in names},
             ledger=ledger,
@@ -159,14 +187,17 @@ def _write(job: Job, work: list[Block], given_back: Scales, ledger: Ledger) -> l
     return steps.written
 
 
-def finish(job: Job, pieces: Sequence[Piece]) -> None:
+def finish(job: Job, pieces: Sequence[Piece], count: Count) -> None:
     """Write all files but the weights, whose pieces are given, and read every file back. All ranks must call."""
+    count.begin_next_stage()
     own = pieces if job.files.ranks.is_first else ()
     side_files = (*job.checkpoint.side_files, *filled_in(job.checkpoint, job.base))
     dtype = None if job.plan.cast is None else job.plan.cast.name
-    written = job.files.complete(own, side_files, lambda files: _manifest(job, files, pieces), dtype)
+    written = job.files.complete(
+        own, side_files, lambda files: _manifest(job, files, pieces), lambda: recast(side_files, dtype)
+    )
     if job.read_back:
-        job.files.read_back(written)
+        job.files.read_back(written, count)
 
 
 def _manifest(job: Job, files: dict[str, Any], pieces: Sequence[Piece]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def _verified(step: str, source: Path, target: Path) -> Check:
     result = verify(source, target)
     finding = "same bits as the verifier computes"
     if result.different:
-        finding = f"{result.tensors - result.equal} tensors differ; {result.different[0]}"
+        finding = f"{result.different_tensors} tensors differ; {result.different[0]}"
     return Check(step, finding, not result.different, result.tensors, *_on_disk(target))
 
 

@@ -22,10 +22,11 @@ from gemma4_moe.checkpoint.storage import FULL, temporary_directory, too_large
 from gemma4_moe.checkpoint.storage import refusals as disk_refusals
 from gemma4_moe.checkpoint.strict_json import is_unsigned
 from gemma4_moe.errors import SourceChangedError, StorageError
+from gemma4_moe.hub.bars import bar_that_tells
 from gemma4_moe.hub.requests import read_range, read_small, refusals, unreadable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _WEIGHTS = ".safetensors"
 
@@ -166,10 +167,17 @@ def _place(repository: str, commit: str) -> str:
     return f"{repository}@{commit[:12]}"
 
 
-def fetch(repository: str, revision: str | None = None, *, cached_only: bool = False) -> Path:
+def fetch(
+    repository: str,
+    revision: str | None = None,
+    *,
+    cached_only: bool = False,
+    told: Callable[[int], object] | None = None,
+) -> Path:
     """Download a model into the Hub's cache, and return its directory there.
 
-    If `cached_only`, no request is made: the cache must have the model.
+    If `cached_only`, no request is made: the cache must have the model. `told` is called with the bytes of each piece
+    that has come, in place of the bars of the Hub's client.
 
     Raises:
         InputError: There is no such model or revision, or not for this token.
@@ -185,6 +193,7 @@ def fetch(repository: str, revision: str | None = None, *, cached_only: bool = F
                 allow_patterns=[f"*{_WEIGHTS}", *_READ, *PATTERNS],
                 ignore_patterns=["*/*"],  # a checkpoint has no subdirectories, and a pattern's * would match a slash
                 local_files_only=cached_only,
+                tqdm_class=None if told is None else bar_that_tells(told),
             )
         except (OSError, RuntimeError) as error:  # RuntimeError: any failure of the client for Xet
             said = _OS_ERROR.search(str(error))
@@ -212,10 +221,10 @@ def commit_of(checkpoint: Checkpoint) -> str | None:
     return next((file.commit for file in _remote_files(checkpoint)), None)
 
 
-def download(checkpoint: Checkpoint, revision: str | None = None) -> None:
+def download(checkpoint: Checkpoint, revision: str | None = None, told: Callable[[int], object] | None = None) -> None:
     """Download a model opened on the Hub into its cache, and read the copy from now on.
 
-    A directory stays as it is. The cache remembers `revision`, with which the model was opened.
+    A directory stays as it is. The cache remembers `revision`, with which the model was opened. For `told` see `fetch`.
 
     Raises:
         SourceChangedError: The revision has moved to another commit since, or the cache has another file.
@@ -225,7 +234,7 @@ def download(checkpoint: Checkpoint, revision: str | None = None) -> None:
     if not remote:
         return
     repository, commit = remote[0].repository, remote[0].commit
-    directory = fetch(repository, revision)
+    directory = fetch(repository, revision, told=told)
     if directory.name != commit:
         problem, found = "the model on the Hub changed while it was read", f"commit {directory.name}"
         raise SourceChangedError(problem, file=repository, expected=f"commit {commit}", found=found, hint="start again")

@@ -63,7 +63,7 @@ def read_range(url: str, offset: int, destination: memoryview, *, file: object) 
             file=file,
             expected=f"status 206 and bytes {first}-{last}",
             found=f"status {response.status_code}, {found[0] if found else 'no range'}, and {count} bytes",
-            hint="try again; --resume goes on where this run has ended",
+            hint="start again; convert goes on from where it has ended if you give --resume",
         )
 
     return _receive(url, take, file=file, range=f"bytes={first}-{last}")

@@ -67,9 +67,9 @@ def _no_directory(source: str, error: HubUnreachableError) -> StorageError:
     return StorageError("no such directory", file=source, hint=hint)
 
 
-def check_streamed(source: str | Path, base: str | Path | None) -> None:
-    """Raise a UsageError if neither source nor base is on the Hub: nothing else can be streamed."""
-    if not is_hub_id(source) and not is_hub_id(base):
+def check_streamed(source: str | Path, *others: str | Path | None) -> None:
+    """Raise a UsageError if none of the checkpoints is on the Hub: nothing else can be streamed."""
+    if not any(map(is_hub_id, (source, *others))):
         raise UsageError("only a model on the Hub can be streamed", file=source, hint="leave --stream out")
 
 

@@ -1,4 +1,4 @@
-"""The files of a target, for `convert` and `save_hf`: made at full size, written in pieces, completed and read back."""
+"""The files of a target: made at full size, written in pieces, completed and read back."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.checkpoint.config import CONFIG_NAME, LONGEST_CONFIG
-from gemma4_moe.checkpoint.config_dtype import with_dtype
 from gemma4_moe.checkpoint.index import INDEX_NAME, write_index
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME
-from gemma4_moe.checkpoint.storage import read_whole, refusals, sync_directory, write_file
+from gemma4_moe.checkpoint.storage import refusals, sync_directory, write_file
 from gemma4_moe.errors import ParallelError, StorageError
 from gemma4_moe.target.manifest import FORMAT, described_files, encode_manifest
 from gemma4_moe.target.pieces import gaps, piece_of, wrong_pieces
@@ -18,7 +16,7 @@ from gemma4_moe.target.writers import SafetensorsWriter
 from gemma4_moe.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from gemma4_moe.distributed.ranks import Ranks
@@ -64,26 +62,25 @@ class TargetFiles:
         own: Iterable[Piece],
         side_files: Sequence[Path],
         describe: Callable[[dict[str, Any]], dict[str, Any]],
-        dtype: str | None = None,
+        documents: Callable[[], Mapping[str, bytes]] = dict,
     ) -> list[Piece]:
         """Write side files, index and manifest once the weights are on the device. All ranks must call.
 
         `own` are the pieces of this rank, without headers. `describe` is called on the first rank with the manifest's
-        `files`. It may add to them, and returns the manifest's other fields. If weights were cast, `dtype` is written
-        into config.json. The result has the pieces of all files, the manifest's too.
+        `files`. It may add to them, and returns the manifest's other fields. So is `documents`: it returns contents by
+        the names of files, which are written in the place of side files of these names, or beside them. The result has
+        the pieces of all files, the manifest's too.
         """
-        configs = [path for path in side_files if path.name == CONFIG_NAME and dtype is not None]
-        others = [path for path in side_files if path not in configs]
         weights = [piece_of(file.name, 0, file.header) for file in self.files]
         weights += [piece for pieces in self.ranks.everyones(list(own)) for piece in pieces]
         pieces: list[Piece] = []
         with self.ranks.together("write the manifest"):
             if self.ranks.is_first:
                 self._check_covered(weights)
-                pieces = [*weights, *copy_files(others, self.out), *self._write_index()]
-                for path in configs:
-                    raw = read_whole(path, LONGEST_CONFIG)
-                    pieces.append(self._write(CONFIG_NAME, with_dtype(raw, str(dtype))))
+                made = documents()
+                copied = [path for path in side_files if path.name not in made]
+                pieces = [*weights, *copy_files(copied, self.out), *self._write_index()]
+                pieces += [self._write(name, content) for name, content in made.items()]
                 files = described_files(pieces)
                 document = {"format": FORMAT, "gemma4_moe": __version__, **describe(files), "files": files}
                 pieces.append(self._write(MANIFEST_NAME, encode_manifest(document)))
@@ -91,14 +88,13 @@ class TargetFiles:
         (pieces, *_) = self.ranks.everyones(pieces)
         return pieces
 
-    def read_back(self, pieces: Sequence[Piece], confirm: Callable[[], None] | None = None) -> None:
+    def read_back(self, pieces: Sequence[Piece], hashed: Callable[[int], None] | None = None) -> None:
         """Compare the files on the device with the pieces of `complete`, each rank a part. All ranks must call.
 
-        `confirm` is called at every piece, and raises if our lock was broken.
+        `hashed` is told of the bytes of every piece. It may raise, such as if our lock was broken.
         """
         sizes = {name: said["bytes"] for name, said in described_files(pieces).items()}
         mine = pieces[self.ranks.rank :: self.ranks.world]
-        hashed = None if confirm is None else lambda _: confirm()
         with self.ranks.together("read back what was written"):
             wrong = wrong_pieces(self.out, sizes, mine, self.memory, buffered=self.buffered, hashed=hashed)
             if wrong:

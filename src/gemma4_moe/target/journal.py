@@ -36,9 +36,13 @@ _CHECKSUM = 16
 
 @dataclass(slots=True)
 class Journalled:
-    """The content of a target's journals: the conversion that they open with, and the pieces on the device by place."""
+    """The content of a target's journals: the conversion that they open with, and the pieces on the device by place.
+
+    `command` is the command line that resumes the conversion as it was begun.
+    """
 
     opening: dict[str, Any] | None = None
+    command: str | None = None
     pieces: dict[tuple[str, int, int], Piece] = field(default_factory=dict)
 
     def add(self, piece: Piece) -> None:
@@ -121,14 +125,18 @@ def read_journals(control: Path) -> Journalled:
     found = Journalled()
     for record in _records(control):
         found.opening = record.get("opening", found.opening)
+        found.command = found.command or record.get("command")
         for row in record.get("pieces", ()):
             found.add(Piece(*row))
     return found
 
 
-def can_go_on(control: Path) -> bool:
-    """Return whether the journals of a control directory vouch for any part of the target."""
-    return any(record.get("pieces") for record in _records(control))
+def recorded_command(control: Path) -> str | None:
+    """Return the command line that resumes a run, or None if its journals vouch for no part of the target."""
+    records = list(_records(control))
+    if not any(record.get("pieces") for record in records):
+        return None
+    return str(next(filter(None, (record.get("command") for record in records)), "gemma4-moe convert SRC DST --resume"))
 
 
 def as_rows(pieces: Iterable[Piece]) -> list[tuple[Any, ...]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.index import is_bare_name
-from gemma4_moe.checkpoint.side_files import MANIFEST_NAME
+from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, is_of_macos
 from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.checkpoint.values import is_document, value_notes
 from gemma4_moe.errors import CheckpointFormatError
@@ -103,7 +103,9 @@ class Recheck:
         directory: The directory.
         files: Number of files that the manifest names.
         nbytes: Their size in bytes.
-        wrong: One sentence for each difference between directory and manifest.
+        wrong: One sentence for each difference between directory and manifest. A file can have more than one.
+        equal: How many of the files are as the manifest says.
+        unknown: How many files the directory has that the manifest does not name.
         notes: Sentences on odd values of the source, as the manifest has them.
     """
 
@@ -111,11 +113,18 @@ class Recheck:
     files: int
     nbytes: int
     wrong: tuple[str, ...]
+    equal: int
+    unknown: int = 0
     notes: tuple[str, ...] = ()
+
+    @property
+    def different(self) -> int:
+        """How many of the files are missing or not as the manifest says."""
+        return self.files - self.equal
 
     def __repr__(self) -> str:
         size = f"{self.files} files, {format_size(self.nbytes)}"
-        return f"<Recheck of {self.directory}: {size}, {len(self.wrong)} wrong>"
+        return f"<Recheck of {self.directory}: {size}, {self.different} different>"
 
 
 def check_manifest(directory: Path, *, max_memory: int = 64 * 2**20, progress: Progress | None = None) -> Recheck:
@@ -124,14 +133,17 @@ def check_manifest(directory: Path, *, max_memory: int = 64 * 2**20, progress: P
     files, values = manifest["files"], manifest.get("values", {})
     sizes = {name: file["bytes"] for name, file in files.items()}
     total = sum(sizes.values())
-    wrong = wrong_pieces(directory, sizes, pieces_of(files), max_memory, hashed=Count(total, progress))
+    wrong = wrong_pieces(directory, sizes, pieces_of(files), max_memory, hashed=Count([total], progress))
     with refusals("list the directory", directory):
-        unknown = {path.name for path in directory.iterdir()} - files.keys() - {MANIFEST_NAME}
+        there = {path.name for path in directory.iterdir() if not is_of_macos(path.name)}
+        unknown = there - files.keys() - {MANIFEST_NAME}
     sentences = [*wrong.values(), *(f"{name}: the manifest does not name it" for name in sorted(unknown))]
     return Recheck(
         directory,
         len(files),
         total,
         tuple(dict.fromkeys(sentences)),
-        value_notes(values) if is_document(values) else (),
+        len(files.keys() - {piece.file for piece in wrong}),
+        len(unknown),
+        value_notes(values, {}) if is_document(values) else (),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.file import OpenFile
@@ -51,16 +51,26 @@ def gaps(pieces: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]]:
 
 
 class Count:
-    """Adds up bytes, and tells a progress callback."""
+    """Adds up the bytes of a run's stages, and tells a progress callback the sum and the total of all stages.
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
+    A stage that counts more bytes than were expected stays at its end until the next one begins.
+    """
+
+    def __init__(self, stages: Sequence[int], progress: Progress | None) -> None:
+        """Begin the first stage; `stages` are the bytes that each is expected to count."""
+        self._ends = list(accumulate(stages))
+        self._stage, self._done, self._progress = 0, 0, progress
 
     def __call__(self, nbytes: int) -> None:
         """Add `nbytes`."""
-        self._done += nbytes
+        self._done = min(self._done + nbytes, self._ends[self._stage])
         if self._progress is not None:
-            self._progress(self._done, self._total)
+            self._progress(self._done, self._ends[-1])
+
+    def begin_next_stage(self) -> None:
+        """Count from the end of this stage on, whatever it has counted."""
+        self._done = self._ends[self._stage]
+        self._stage += 1
 
 
 def wrong_pieces(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
+from gemma4_moe.checkpoint.parents import is_checkpoint
+from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import refusals, resolved
 from gemma4_moe.errors import InputError, UsageError, command_line
 
@@ -13,6 +16,24 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
     """Check that `target` may be made from `source`. Raises what `check_place` and `check_existing` raise."""
     check_place(target, source)
     check_existing(target, overwrite=overwrite)
+
+
+def check_order(source: str | Path, target: Path) -> None:
+    """Check that the arguments were not exchanged: the target is no checkpoint if the source is not on this machine.
+
+    Raises:
+        UsageError: It is one, and the source is missing.
+    """
+    with refusals("look at source and target", target):
+        exchanged = not expanded(source).exists() and is_checkpoint(target)
+    if exchanged:
+        raise UsageError(
+            "no such directory, and the target is a checkpoint already",
+            file=source,
+            found=f"a checkpoint in {target}",
+            hint=f"if SRC and DST are exchanged: {command_line('gemma4-moe', 'convert', target, Path(source))}; "
+            "or name another directory",
+        )
 
 
 def check_place(target: Path, source: Path) -> None:
@@ -54,11 +75,14 @@ def check_existing(target: Path, *, overwrite: bool) -> None:
             )
         if not any(target.iterdir()):
             return
-    if not overwrite:
-        raise UsageError(
-            "the target exists", file=target, hint="name another directory, or give --overwrite to replace it"
-        )
-    _check_replaceable(target)
+    if overwrite:
+        _check_replaceable(target)
+        return
+    hint = "name another directory"
+    with suppress(UsageError):
+        _check_replaceable(target)
+        hint += ", or give --overwrite to replace it"
+    raise UsageError("the target exists", file=target, hint=hint)
 
 
 def _check_replaceable(target: Path) -> None:

@@ -14,7 +14,7 @@ from gemma4_moe.checkpoint.directory import control_directory
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import refusals, resolved, sync_directory
 from gemma4_moe.errors import CheckpointFormatError, TargetBusyError, command_line
-from gemma4_moe.target.journal import can_go_on, journals
+from gemma4_moe.target.journal import journals, recorded_command
 from gemma4_moe.target.locking import Lock
 
 if TYPE_CHECKING:
@@ -33,16 +33,16 @@ _OWNER = "owner"
 
 
 class Remains(NamedTuple):
-    """The directory of an unfinished run's work, its size on the disk, and whether a later run can resume it."""
+    """The directory of an unfinished run's work, its size on the disk, and the command that resumes it, if one can."""
 
     path: Path
     nbytes: int
-    resumable: bool
+    command: str | None
 
 
 def take_lock(control: Path, *, break_lock: bool = False) -> Lock:
     """Make the control directory, if it is not there, and take its lock. Raises what `Lock` raises."""
-    with refusals("make the directory", control):
+    with refusals("make the target in the directory", control.parent):
         control.mkdir(exist_ok=True)
     return Lock(control / _OWNER, break_lock=break_lock)
 
@@ -52,7 +52,7 @@ def remains(target: Path) -> Remains | None:
     control = control_directory(resolved(target))
     with refusals("look at the directory", control):
         is_there = control.is_dir()
-    return Remains(control, size_on_disk(control), can_go_on(control)) if is_there else None
+    return Remains(control, size_on_disk(control), recorded_command(control)) if is_there else None
 
 
 def heal(target: Path) -> None:
@@ -85,13 +85,14 @@ def check_published(directory: Path) -> None:
     """Check that no conversion to `directory` was interrupted while it was published. Nothing on the disk changes."""
     control = control_directory(resolved(directory))
     if _is_publishing(control):
+        command = recorded_command(control)
         raise CheckpointFormatError(
             "a conversion to this directory was interrupted while it was published",
             file=directory,
             expected="a directory whose conversion has ended",
             found=control,
-            hint=f"{command_line('gemma4-moe', 'clean', directory)}, "
-            "or finish it: the same gemma4-moe convert again with --resume",
+            hint=command_line("gemma4-moe", "clean", directory)
+            + ("" if command is None else f"; or finish it: {command}"),
         )
 
 
@@ -126,7 +127,7 @@ def _published_inode(control: Path) -> int | None:
 
 def leave(control: Path, lock: Lock) -> None:
     """Release the lock. Keep the work if a later run can resume it or finish publishing it; otherwise delete it."""
-    if can_go_on(control) or (control / OLD).exists():
+    if recorded_command(control) is not None or (control / OLD).exists():
         lock.release()
     else:
         remove(control, lock)

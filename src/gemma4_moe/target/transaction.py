@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Self
 
 from gemma4_moe.checkpoint.directory import control_directory
 from gemma4_moe.checkpoint.storage import refusals, resolved, sync_directory, write_file
-from gemma4_moe.errors import StorageError, UsageError, command_line
+from gemma4_moe.errors import StorageError, UnfinishedRunError, UsageError, command_line
 from gemma4_moe.sizes import format_size
-from gemma4_moe.target.journal import can_go_on
+from gemma4_moe.target.journal import recorded_command
 from gemma4_moe.target.recovery import OLD, OUT, PUBLISHING, heal, leave, remove, remove_work, size_on_disk, take_lock
 from gemma4_moe.target.renaming import exchange
 
@@ -80,18 +80,18 @@ class Transaction:
             error.add_note(str(trouble))
 
     def _prepare(self) -> None:
-        begun = can_go_on(self.control)
-        if begun and not self._resume:
+        begun = recorded_command(self.control)
+        if begun is not None and not self._resume:
             clean = command_line("gemma4-moe", "clean", self.target)
-            raise UsageError(
+            raise UnfinishedRunError(
                 "an earlier run to this target was not finished",
                 file=self.control,
                 found=f"{format_size(size_on_disk(self.control))} on the disk",
-                hint=f"give --resume to go on with it, or remove it: {clean}",
+                hint=f"resume it: {begun}; or remove it: {clean}",
             )
         with refusals("make the directory", self.out):
             (self.control / PUBLISHING).unlink(missing_ok=True)
-            if not begun:
+            if begun is None:
                 remove_work(self.control)
             self.out.mkdir(exist_ok=True)
         sync_directory(self.control)

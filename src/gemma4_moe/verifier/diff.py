@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.checkpoint.recognition import layout_of
 from gemma4_moe.errors import UnsupportedCheckpointError, command_line
-from gemma4_moe.hub.source import locate
+from gemma4_moe.hub.source import check_streamed
 from gemma4_moe.sizes import parse_size
-from gemma4_moe.target.recovery import check_published
-from gemma4_moe.verifier.comparison import DEFAULT_MEMORY, by_current_name, compare
+from gemma4_moe.verifier.comparison import DEFAULT_MEMORY, by_current_name, compare, open_side
 from gemma4_moe.verifier.expected import Expectation
 
 if TYPE_CHECKING:
@@ -21,13 +20,19 @@ if TYPE_CHECKING:
 
 
 def diff(
-    a: str | Path, b: str | Path, *, max_memory: int | str = DEFAULT_MEMORY, progress: Progress | None = None
+    a: str | Path,
+    b: str | Path,
+    *,
+    stream: bool = False,
+    max_memory: int | str = DEFAULT_MEMORY,
+    progress: Progress | None = None,
 ) -> Verification:
     """Compare the tensors of checkpoint `b` with those of `a`, bit by bit; other files are not compared.
 
     Args:
         a: The checkpoint that says what should be: a directory, or a Hub id.
         b: The checkpoint that is judged, likewise.
+        stream: Read models on the Hub there, without a copy in the Hub's cache.
         max_memory: The most bytes of buffers, or text such as "512MiB".
         progress: Called with the bytes of `b` that were compared so far and with their total.
 
@@ -35,22 +40,22 @@ def diff(
         InputError: One of them is not a checkpoint, its publish was interrupted, or their layouts differ.
         StorageError: The disk or its permissions refused.
         SourceChangedError: A file changed while it was read.
-        UsageError: The memory budget is too small or no size.
+        UsageError: The memory budget is too small or no size; or neither of two that are to be streamed is on the Hub.
     """
     memory = parse_size(max_memory)
-    a, b = locate(a), locate(b)
-    check_published(a)
-    check_published(b)
-    with open_checkpoint(a) as one, open_checkpoint(b) as other:
+    if stream:
+        check_streamed(a, b)
+    with ExitStack() as stack:
+        one, other = (open_side(stack, each, stream=stream) for each in (a, b))
         layout, its_layout = (layout_of(checkpoint.tensors, checkpoint.path) for checkpoint in (one, other))
         if layout is not its_layout:
             raise UnsupportedCheckpointError(
                 "two checkpoints of different layouts",
-                file=b,
+                file=other.path,
                 expected=f"the {layout} layout, as in {a}",
                 found=f"the {its_layout} layout",
-                hint=command_line("gemma4-moe", "verify", a, b),
+                hint=command_line("gemma4-moe", "verify", *(["--stream"] if stream else []), a, b),
             )
         expected = {name: Expectation(tensor, tensor.shape) for name, tensor in by_current_name(one, layout).items()}
         found = by_current_name(other, layout)
-        return compare(one, other, expected, found, may_cast=False, max_memory=memory, progress=progress)
+        return compare(one, other, expected, found, cast=None, max_memory=memory, progress=progress)

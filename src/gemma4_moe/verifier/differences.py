@@ -1,4 +1,4 @@
-"""A difference between two checkpoints: collected from pieces of a tensor, and shown."""
+"""A difference between two checkpoints: collected from pieces of a tensor, folded over layers, and shown."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from gemma4_moe.layout.names import fold_names
 from gemma4_moe.verifier.arithmetic import element_bits, widen
+from gemma4_moe.verifier.distances import worst
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gemma4_moe.layout.dtypes import DType
     from gemma4_moe.verifier.arithmetic import Bits
+    from gemma4_moe.verifier.distances import Distance, Distances
+
+Kind = Literal["missing", "extra", "shape", "dtype", "values", "fold", "file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +37,18 @@ class Difference:
         ulps: The distance of its two values in units in the last place: the number of steps from one value of the
             compared dtype to the next. None if one value is NaN, or the dtype has no such steps.
         max_ulps: The largest of these distances over all elements that differ and have one.
+        distance: For floats, the distance of all elements. None for other dtypes, and if values were not compared.
     """
 
     name: str
-    kind: Literal["missing", "extra", "shape", "dtype", "values", "fold", "file"]
+    kind: Kind
     expected: str | None
     found: str | None
     count: int | None = None
     index: tuple[int, ...] | None = None
     ulps: int | None = None
     max_ulps: int | None = None
+    distance: Distance | None = None
 
     def __str__(self) -> str:
         if self.index is None:
@@ -52,7 +61,45 @@ class Difference:
             text += f", distance in ulps: {self.ulps:,}"
         if self.max_ulps is not None:
             text += f"\n  largest distance in ulps: {self.max_ulps:,}"
+        if self.distance is not None:
+            text += f"\n  {self.distance}"
         return text
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedDifference:
+    """The differences of one kind in tensors whose names differ in their numbers alone.
+
+    Attributes:
+        name: The names of the tensors, folded: layers.{0...29}.
+        kind: As in `Difference`.
+        tensors: How many tensors differ so.
+        count: How many of their elements differ, or None if values were not compared.
+        max_ulps: The largest `max_ulps` of all, or None.
+        distance: The largest differences, the least cosine and the sums of the counts of all, or None.
+    """
+
+    name: str
+    kind: Kind
+    tensors: int
+    count: int | None
+    max_ulps: int | None
+    distance: Distance | None
+
+
+def fold_differences(differences: Sequence[Difference]) -> list[FoldedDifference]:
+    """Return the differences of tensors folded over layers, in the order of the first of each. Files are left out."""
+    folded = []
+    for kind in dict.fromkeys(difference.kind for difference in differences if difference.kind != "file"):
+        named = {difference.name: difference for difference in differences if difference.kind == kind}
+        for name, names in fold_names(named).items():
+            own = [named[each] for each in names]
+            counts = [difference.count for difference in own if difference.count is not None]
+            ulps = [difference.max_ulps for difference in own if difference.max_ulps is not None]
+            distance = worst([difference.distance for difference in own if difference.distance is not None])
+            total = sum(counts) if counts else None
+            folded.append(FoldedDifference(name, kind, len(own), total, max(ulps, default=None), distance))
+    return folded
 
 
 class Mismatches:
@@ -91,8 +138,8 @@ class Mismatches:
         if other._max_ulps is not None:
             self._max_ulps = max(other._max_ulps, self._max_ulps or 0)
 
-    def difference(self, name: str, kind: Literal["values", "fold"] = "values") -> list[Difference]:
-        """Return the difference of tensor `name`, if there is one."""
+    def difference(self, name: str, distances: Distances, kind: Kind = "values") -> list[Difference]:
+        """Return the difference of tensor `name`, if there is one, with the distance of all its elements."""
         if self._first is None:
             return []
         position, *values = self._first
@@ -102,7 +149,7 @@ class Mismatches:
         index = tuple(int(axis) for axis in np.unravel_index(element, self._shape))
         first = int(ulps[0]) if ulps.size else None
         texts = _text(expected, self._dtype), _text(found, self._dtype)
-        return [Difference(name, kind, *texts, self.count, index, first, self._max_ulps)]
+        return [Difference(name, kind, *texts, self.count, index, first, self._max_ulps, distances.distance())]
 
 
 def _ulps(expected: Bits, found: Bits, dtype: DType) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, overload
 from gemma4_moe.checkpoint.blobs import check_blobs
 from gemma4_moe.checkpoint.config import CONFIG_NAME, LONGEST_CONFIG
 from gemma4_moe.checkpoint.config_dtype import with_dtype
-from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.checkpoint.recognition import layout_of, recognise, wrong_tensors
 from gemma4_moe.checkpoint.scales import with_scales
 from gemma4_moe.checkpoint.storage import open_regular, read_whole, refusals, regular_status
-from gemma4_moe.hub.source import locate
+from gemma4_moe.errors import UsageError
+from gemma4_moe.hub.source import check_streamed, locate
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.manifest import Recheck, check_manifest
 from gemma4_moe.target.recovery import check_published
-from gemma4_moe.verifier.comparison import DEFAULT_MEMORY, Verification, by_current_name, compare
+from gemma4_moe.verifier.comparison import DEFAULT_MEMORY, Verification, by_current_name, compare, open_side
 from gemma4_moe.verifier.differences import Difference
 from gemma4_moe.verifier.expected import common_dtype, expectations
 
@@ -55,6 +55,7 @@ def verify(
     /,
     *,
     revision: str | None = None,
+    stream: bool = ...,
     strip_wrappers: bool = ...,
     scale: str | None = ...,
     scale_from: str | Path | None = ...,
@@ -69,6 +70,7 @@ def verify(
     /,
     *,
     revision: str | None = None,
+    stream: bool = False,
     strip_wrappers: bool = False,
     scale: str | None = None,
     scale_from: str | Path | None = None,
@@ -88,6 +90,7 @@ def verify(
         first: The source, or the target if there is no second argument: a directory, or a Hub id.
         second: The target, likewise.
         revision: Branch, tag or commit of the first argument, if it is a Hub id.
+        stream: Read models on the Hub there, without a copy in the Hub's cache.
         strip_wrappers: Compare under the source's names without wrappers and doubled prefixes, as `convert` does.
         scale: "ones", if the source was converted so: see `convert`.
         scale_from: The checkpoint with the scales that the source has lost: see `convert`.
@@ -102,29 +105,35 @@ def verify(
             manifest, its publish was interrupted, or a file in the Hub's cache is damaged.
         StorageError: The disk or its permissions refused.
         SourceChangedError: A file changed while it was read.
-        UsageError: The memory budget is too small or no size; or a directory was given a revision.
+        UsageError: The memory budget is too small or no size; a directory was given a revision; a target alone was
+            given an option that needs a source; or none of the checkpoints that are to be streamed is on the Hub.
     """
     memory = parse_size(max_memory)
-    source = locate(first, revision)
     if second is None:
-        check_published(source)
-        return check_manifest(source, max_memory=memory, progress=progress)
-    target = locate(second)
-    check_published(target)
-    with open_checkpoint(source) as opened, open_checkpoint(target) as judged, ExitStack() as stack:
+        options = {"stream": stream, "strip-wrappers": strip_wrappers, "scale": scale, "scale-from": scale_from}
+        if given_options := ", ".join(f"--{name}" for name, value in options.items() if value):
+            hint = f"name SRC and DST, or leave {given_options} out"
+            raise UsageError("a target alone is only hashed", file=first, found=given_options, hint=hint)
+        alone = locate(first, revision)
+        check_published(alone)
+        return check_manifest(alone, max_memory=memory, progress=progress)
+    if stream:
+        check_streamed(first, second, scale_from)
+    with ExitStack() as stack:
+        opened = open_side(stack, first, revision, stream=stream)
+        judged = open_side(stack, second, stream=stream)
+        origin = None if scale_from is None else open_side(stack, scale_from, stream=stream)
         given = opened.without_wrappers() if strip_wrappers else opened
-        origin = None if scale_from is None else stack.enter_context(open_checkpoint(locate(scale_from)))
         given = with_scales(given, scale, origin)
         check_blobs([*opened.files.values(), *judged.files.values()], memory)
         layout, names = _understand(given)
-        to = layout_of(judged.tensors, target)
+        to = layout_of(judged.tensors, judged.path)
         expected = expectations(given, names, layout, to)
         found = by_current_name(judged, to)
-        result = compare(
-            given, judged, expected, found, may_cast=layout is not to, max_memory=memory, progress=progress
-        )
         cast = common_dtype(expected, found) if layout is not to else None
-        return replace(result, different=(*result.different, *_compare_side_files(given, judged, cast)))
+        result = compare(given, judged, expected, found, cast=cast, max_memory=memory, progress=progress)
+        wrong_files = _compare_side_files(given, judged, cast)
+        return replace(result, different=(*result.different, *wrong_files), files=len(given.side_files))
 
 
 def _understand(source: Checkpoint) -> tuple[Layout, dict[str, MoEName | None]]:

@@ -1,0 +1,150 @@
+"""An adapter of NeMo's own modules gives the same logits in every form: in NeMo, by PEFT, and by vLLM's rule."""
+
+import copy
+import importlib
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gemma4_moe import Gemma4MoEStateDictAdapter, convert_lora
+from gemma4_moe.demo.small_models import build_model, logits, save_model
+from support import peer
+from support.adapters import PREFIX, native_config, write_adapter
+
+R, ALPHA = 3, 7
+LAYERS = "model.language_model.layers."
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A base on disk, NeMo's model of it with LoRA on experts and attention, and the adapter's directory."""
+    root = tmp_path_factory.mktemp("lora")
+    source = build_model("multimodal", seed=4)
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for name, tensor in source.state_dict().items():
+            if name.endswith("per_expert_scale"):
+                tensor.uniform_(0.3, 3.0, generator=generator)
+    save_model(source, root / "base")
+    model = peer.model(source.config)
+    adapter = Gemma4MoEStateDictAdapter(source.config.text_config, None, None, dtype=torch.float32)
+    model.load_state_dict(adapter.from_hf(source.state_dict()), strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lora = importlib.import_module("nemo_automodel.components._peft.lora_experts")
+    for name, module in list(model.named_modules()):
+        if name.endswith("moe.experts"):
+            new = lora.GroupedExpertsLoRA(module, lora_dim=R, alpha=ALPHA)
+            model.get_submodule(name.rpartition(".")[0]).experts = new
+    state = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+            state[PREFIX + name] = parameter.detach().clone()
+    for layer in (0, 1):  # NeMo's linear LoRA needs a GPU: the weight has it merged
+        projection = model.get_submodule(f"{LAYERS}{layer}.self_attn.q_proj")
+        a = torch.randn(R, projection.in_features, generator=generator) / 10
+        b = torch.randn(projection.out_features, R, generator=generator) / 10
+        state |= {f"{PREFIX}{LAYERS}{layer}.self_attn.q_proj.lora_{s}.weight": t for s, t in (("A", a), ("B", b))}
+        projection.weight.data += ALPHA / R * (b @ a)
+    write_adapter(root / "native", state, native_config(R, ALPHA), {"dropout": 0.5})
+    convert_lora(root / "native", root / "peft", to="peft", base=root / "base")
+    convert_lora(root / "native", root / "vllm", to="vllm", base=root / "base")
+    return source, logits(model), root
+
+
+def close_to(found, expected):
+    return (found - expected).abs().max() <= 5e-6 * expected.abs().max()
+
+
+def merged_by_the_rule_of_vllm(source, adapter):
+    """A copy of a model, each expert's matrices multiplied and added with the one scaling of the config."""
+    model = copy.deepcopy(source)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    weights = dict(model.named_parameters())
+    I = source.config.text_config.moe_intermediate_size  # noqa: E741
+    with torch.no_grad():
+        for name, a in tensors.items():
+            if not name.endswith("lora_A.weight"):
+                continue
+            change = ALPHA / R * (tensors[name.replace("lora_A", "lora_B")] @ a)
+            module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            path, _, rest = module.partition(".experts.")
+            if not rest:
+                weights[f"{module}.weight"] += change
+                continue
+            expert, projection = rest.split(".")
+            if projection == "down_proj":
+                weights[f"{path}.experts.down_proj"][int(expert)] += change
+            else:
+                rows = slice(I, None) if projection == "up_proj" else slice(I)
+                weights[f"{path}.experts.gate_up_proj"][int(expert), rows] += change
+    return model
+
+
+def test_the_names_are_those_of_nemos_own_modules(trained):
+    names = set(load_file(trained[2] / "native" / "adapter_model.safetensors"))
+    assert {name.rpartition(".")[2] for name in names if "experts" in name} == {
+        "lora_gate_and_up_A",
+        "lora_gate_and_up_B",
+        "lora_down_A",
+        "lora_down_B",
+    }
+
+
+def test_by_the_rule_of_vllm_the_logits_are_those_of_nemo(trained):
+    source, expected, root = trained
+    assert not close_to(logits(source), expected)
+    assert close_to(logits(merged_by_the_rule_of_vllm(source, root / "vllm")), expected)
+
+
+def test_without_the_division_they_differ_by_more_than_a_hundredth(trained, tmp_path):
+    source, expected, root = trained
+    ones = {f"{LAYERS}{n}.router.per_expert_scale": torch.ones(6) for n in (0, 1)}
+    convert_lora(root / "native", tmp_path / "undivided", to="vllm", base=ones)
+    found = logits(merged_by_the_rule_of_vllm(source, tmp_path / "undivided"))
+    assert (found - expected).abs().max() > 1e-2
+
+
+def load_by_peft(source, directory):
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return peft.PeftModel.from_pretrained(copy.deepcopy(source), directory)
+
+
+def test_loaded_by_peft_they_are_those_of_nemo_merged_or_not(trained):
+    source, expected, root = trained
+    model = load_by_peft(source, root / "peft")
+    assert close_to(logits(model), expected)
+    assert close_to(logits(model.merge_and_unload()), expected)
+
+
+def test_what_peft_has_made_is_read_with_its_patterns(trained, tmp_path):
+    source = trained[0]
+    peft = pytest.importorskip("peft")
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    options = {"rank_pattern": {"experts.gate_up_proj": 2}, "alpha_pattern": {"experts.gate_up_proj": 3}}
+    config = peft.LoraConfig(
+        r=4, lora_alpha=9, target_modules=[f"{LAYERS}0.self_attn.q_proj"], target_parameters=parameters, **options
+    )
+    model = peft.get_peft_model(copy.deepcopy(source), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    expected = dict(model.merge_and_unload().named_parameters())
+    convert_lora(tmp_path / "peft", tmp_path / "old", to="peft", legacy_layout=True)
+    convert_lora(tmp_path / "old", tmp_path / "vllm", to="vllm")
+    found = load_file(tmp_path / "vllm" / "adapter_model.safetensors")
+    own = dict(source.named_parameters())
+    for layer in (0, 1):
+        for e in range(6):
+            pair = [found[f"{PREFIX}{LAYERS}{layer}.experts.{e}.down_proj.lora_{s}.weight"] for s in "BA"]
+            weight = f"{LAYERS}{layer}.experts.down_proj"
+            assert torch.allclose(expected[weight][e] - own[weight][e], pair[0] @ pair[1] * 9 / 4, atol=1e-6)
+            pair = [found[f"{PREFIX}{LAYERS}{layer}.experts.{e}.gate_proj.lora_{s}.weight"] for s in "BA"]
+            weight = f"{LAYERS}{layer}.experts.gate_up_proj"
+            assert torch.allclose(expected[weight][e][:24] - own[weight][e][:24], pair[0] @ pair[1] * 9 / 4, atol=1e-6)
