@@ -1,4 +1,4 @@
-"""Ctrl-C ends a comparison at once, however large its tensors are and however slow the disk is."""
+"""Ctrl-C ends a command at once, however large its tensors are and however slow the disk is."""
 
 import signal
 import subprocess
@@ -51,7 +51,7 @@ def interrupted(seconds, *arguments):
     return took, said.replace("reading\n", "").strip()
 
 
-@pytest.mark.parametrize("command", ["verify hf nemo", "diff hf hf", "verify nemo"])
+@pytest.mark.parametrize("command", ["convert hf new", "verify hf nemo", "diff hf hf", "verify nemo"])
 def test_a_read_that_hangs_is_not_waited_for(command, source, tmp_path):
     convert(source, tmp_path / "nemo")
     name, *places = command.split()

@@ -14,7 +14,7 @@ from gemma4_moe import convert
 from gemma4_moe.checkpoint.side_files import is_side_file
 from gemma4_moe.demo.small_models import build_model, save_model
 from support.formulas import assert_same_tensors
-from support.hub_server import FILE_PATH, serving
+from support.hub_server import environment, serving
 from support.models import read_directory
 
 PAGE = (Path(__file__).parents[2] / "docs/publish.md").read_text()
@@ -47,15 +47,9 @@ def place(tmp_path):
 
 def shell(place, line):
     where, hub = place
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "HF_ENDPOINT": hub.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + FILE_PATH,
-        "HF_HOME": str(where / "home"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    done = subprocess.run(line, shell=True, cwd=where, env=environment, capture_output=True, text=True, check=False)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | environment(hub, where) | {"PATH": path, "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(line, shell=True, cwd=where, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

@@ -12,7 +12,7 @@ from gemma4_moe.layout.dtypes import BFLOAT16
 from gemma4_moe.layout.table import RULES
 from support.command import run
 from support.documents import DOCUMENTS, ROOT, blocks
-from support.hub_server import FILE_PATH, serving
+from support.hub_server import environment, serving
 from support.sparse import real_config, real_names_and_shapes, write_sparse_checkpoint
 
 README = (ROOT / "README.md").read_text()
@@ -46,12 +46,7 @@ def hub(tmp_path):
     """A Hub that has the real model's headers, for the command in a process of its own."""
     write_sparse_checkpoint(tmp_path / "published", real_names_and_shapes(), BFLOAT16, real_config())
     with serving("google/gemma-4-26B-A4B", tmp_path / "published") as hub:
-        yield {
-            "HF_ENDPOINT": hub.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + FILE_PATH,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "0",
-        }
+        yield environment(hub, tmp_path)
 
 
 def normal(line):

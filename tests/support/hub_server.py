@@ -38,6 +38,7 @@ class Hub:
     longer: int = 0  # bytes that answers have beyond the range
     broken: int = 0  # so many answers break off in the middle first
     stalled: int = 0  # so many requests get no answer for a while first
+    silent: float = 0  # for so many seconds a request for a whole file of weights gets no answer, and then none at all
     whole: bool = False  # ranges are ignored
     shift: int = 0  # bytes by which the answer to a range begins late
     encodes: bool = False  # files are compressed for a client that accepts that, and ranges are of the compressed file
@@ -152,6 +153,10 @@ class _CdnHandler(_Handler):
             threading.Event().wait(2)
             self.close_connection = True
             return
+        if self.hub.silent and asked is None and name.endswith(".safetensors"):
+            threading.Event().wait(self.hub.silent)
+            self.close_connection = True
+            return
         first, last = (0, size - 1) if asked is None else map(int, asked.removeprefix("bytes=").split("-"))
         if self.hub.whole:
             first, last, asked = 0, size - 1, None
@@ -201,9 +206,9 @@ def _running(hub, handler):
             thread.join()
 
 
-def start(hub, home, *arguments, **more):
-    """Run the command in a process of its own, below `home`, with `hub` for the Hub and its cache in `home/cache`."""
-    environment = {
+def environment(hub, home):
+    """The variables with which a process has `hub` for the Hub, and its cache in `home/cache`."""
+    return {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(home / "home"),
@@ -211,4 +216,8 @@ def start(hub, home, *arguments, **more):
         "HF_TOKEN": "hf_small",
         "TMPDIR": str(home),
     }
-    return run(*arguments, cwd=home, **environment | more)
+
+
+def start(hub, home, *arguments, **more):
+    """Run the command in a process of its own, below `home`, with its variables."""
+    return run(*arguments, cwd=home, **environment(hub, home) | more)

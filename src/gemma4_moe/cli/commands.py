@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from gemma4_moe.cli import lora_commands, options
-from gemma4_moe.cli.exit_statuses import status_of, terminate_by_exception
+from gemma4_moe.cli.exit_statuses import end, status_of, terminate_by_exception
 from gemma4_moe.cli.help import Group
 from gemma4_moe.distributed.ranks import launched_as_one_of_several
 from gemma4_moe.errors import DifferenceError, InputError, StorageError, command_line
@@ -161,9 +161,8 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
     output.give(report.conversion(done), is_faultless=True)
     if done.plan.target_layout is Layout.NEMO:
         output.say("loaded by torch's dcp.load and read by gemma4-moe; NeMo AutoModel, transformers and vLLM want hf")
-    given = {name: arguments[name] for name in ("revision", "strip_wrappers", "scale", "scale_from") if arguments[name]}
-    compared = [target] if arguments["stream"] else [*option_words(given), Path(source), target]
-    output.say(f"next: {command_line('gemma4-moe', 'verify', *compared)}")
+    given = {p.name: arguments[p.name] for p in verify.params if arguments.get(p.name)}
+    output.say(f"next: {command_line('gemma4-moe', 'verify', *option_words(given), Path(source), target)}")
 
 
 @cli.command(examples=["gemma4-moe verify gemma-4-26B-A4B gemma-4-nemo", "gemma4-moe verify gemma-4-nemo"])
@@ -289,4 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal can't encode is still shown
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--format=json" in given or ("--format", "json") in pairwise(given)
-    sys.exit(status_of(lambda: cli.main(given, prog_name="gemma4-moe", standalone_mode=False), as_json=as_json))
+    status = status_of(lambda: cli.main(given, prog_name="gemma4-moe", standalone_mode=False), as_json=as_json)
+    if arguments is None:
+        end(status)
+    sys.exit(status)  # the process is the caller's

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
@@ -88,3 +89,13 @@ def failure(error: Gemma4MoEError) -> dict[str, object]:
 def _print_json(error: dict[str, object]) -> None:
     with suppress(OSError):  # stdout may be what failed; stderr has the error
         click.echo(json.dumps({"error": error}, indent=1))
+
+
+def end(status: int) -> NoReturn:
+    """End the process; after an interrupt at once, although threads may still wait for the disk or the network."""
+    if status in (INTERRUPTED, TERMINATED) and threading.active_count() > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(status)  # the interpreter would first join the threads of the Hub's client
+    sys.exit(status)

@@ -7,11 +7,10 @@ buffers. A failure in one thread, or an interrupt of the caller, stops the other
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from threading import Event, Lock
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,13 +18,14 @@ from blake3 import blake3
 
 from gemma4_moe import kernels
 from gemma4_moe.checkpoint.readers import PAGE, allocate
+from gemma4_moe.checkpoint.threads import run_in_threads
 from gemma4_moe.checkpoint.values import Oddities
 from gemma4_moe.converter.blocks import extent_of, room_for
 from gemma4_moe.layout.table import transposes
 from gemma4_moe.target.pieces import piece_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from gemma4_moe.checkpoint.readers import Reader
     from gemma4_moe.converter.base import Scales, Unfolding
@@ -140,49 +140,36 @@ class ConversionSteps:
         self.written.append(piece)
 
 
-class Stopped(Exception):  # noqa: N818 - a signal between threads, not an error
-    """Another thread has failed, or the caller was interrupted."""
-
-
 def run(blocks: Iterable[Block], steps: ConversionSteps, memory: Memory) -> None:
     """Take every block through its four steps; blocks are read in their order. Raises the first error of a step."""
-    waiting, stopped = iter(blocks), Event()
+    waiting = iter(blocks)
     reading, computing, hashing, writing = Lock(), Lock(), Lock(), Lock()
 
-    @contextmanager
-    def turn(step: Lock) -> Iterator[None]:
-        with step:
-            if stopped.is_set():
-                raise Stopped
-            yield
+    def work(check: Callable[[], None]) -> None:
+        @contextmanager
+        def turn(step: Lock) -> Iterator[None]:
+            with step:
+                check()
+                yield
 
-    def work() -> None:
         source, target = allocate(memory.buffer_bytes), allocate(memory.buffer_bytes)
-        try:
-            while True:
-                with turn(reading):
-                    if (block := next(waiting, None)) is None:
-                        return
-                    found = steps.read(block, source)
-                with turn(computing):
-                    facts = steps.compute(block, found, target)
-                with turn(hashing):
-                    piece = steps.digest(block, target, facts)
-                with turn(writing):
-                    steps.write(block, target, piece)
-        except BaseException:
-            stopped.set()
-            raise
+        while True:
+            with turn(reading):
+                if (block := next(waiting, None)) is None:
+                    return
+                found = steps.read(block, source)
+            with turn(computing):
+                facts = steps.compute(block, found, target)
+            with turn(hashing):
+                piece = steps.digest(block, target, facts)
+            with turn(writing):
+                steps.write(block, target, piece)
 
-    with ThreadPoolExecutor(memory.buffers, "gemma4-moe") as threads:
-        try:
-            futures = [threads.submit(work) for _ in range(memory.buffers)]
-            wait(futures)  # each that fails stops the others
-        finally:
-            stopped.set()
-        failures = [failure for future in futures if (failure := future.exception()) is not None]
-        for failure in sorted(failures, key=lambda failure: isinstance(failure, Stopped)):
-            raise failure
+    try:
+        run_in_threads(memory.buffers, work)
+    finally:
+        with writing:  # an interrupt leaves threads alone; a write that has begun ends before its file is closed
+            pass
 
 
 def can_overflow(source: DType, target: DType) -> bool:

@@ -8,11 +8,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def bar_that_tells(told: Callable[[int], object]) -> Any:
+def bar_that_checks(check: Callable[[], object]) -> Any:
+    """Return a class for the client's bars, with which a download ends once `check` raises an error."""
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> None:
+            check()
+            super().update(n)
+
+    return Bar
+
+
+def bar_that_tells(told: Callable[[int], object], check: Callable[[], object]) -> Any:
     """Return a class for the client's bars that shows nothing, and calls `told` with the bytes that have come.
 
     The client has several bars in bytes, such as one of the bytes that the network brought and one of those that are
-    on the disk. The bar that is ahead counts.
+    on the disk. The bar that is ahead counts. A download ends once `check` raises an error.
     """
     from tqdm import tqdm  # the Hub's client brings it
 
@@ -26,6 +38,7 @@ def bar_that_tells(told: Callable[[int], object]) -> Any:
 
         def update(self, n: float | None = 1) -> None:
             nonlocal furthest
+            check()
             if self._bytes is not None:
                 self._bytes += int(n or 0)
                 if self._bytes > furthest:

@@ -21,8 +21,9 @@ from gemma4_moe.checkpoint.side_files import LARGEST_SIDE_FILE, PATTERNS, is_sid
 from gemma4_moe.checkpoint.storage import FULL, temporary_directory, too_large
 from gemma4_moe.checkpoint.storage import refusals as disk_refusals
 from gemma4_moe.checkpoint.strict_json import is_unsigned
+from gemma4_moe.checkpoint.threads import run_in_threads
 from gemma4_moe.errors import SourceChangedError, StorageError
-from gemma4_moe.hub.bars import bar_that_tells
+from gemma4_moe.hub.bars import bar_that_checks, bar_that_tells
 from gemma4_moe.hub.requests import read_range, read_small, refusals, unreadable
 
 if TYPE_CHECKING:
@@ -186,15 +187,21 @@ def fetch(
     with refusals(repository):
         from huggingface_hub import snapshot_download
 
-        try:
+        places = []
+
+        def work(check: Callable[[], None]) -> None:
             place = snapshot_download(
                 repository,
                 revision=revision,
                 allow_patterns=[f"*{_WEIGHTS}", *_READ, *PATTERNS],
                 ignore_patterns=["*/*"],  # a checkpoint has no subdirectories, and a pattern's * would match a slash
                 local_files_only=cached_only,
-                tqdm_class=None if told is None else bar_that_tells(told),
+                tqdm_class=bar_that_checks(check) if told is None else bar_that_tells(told, check),
             )
+            places.append(Path(place))
+
+        try:
+            run_in_threads(1, work)  # an interrupt of the client itself waits for all files that it has begun
         except (OSError, RuntimeError) as error:  # RuntimeError: any failure of the client for Xet
             said = _OS_ERROR.search(str(error))
             code = int(said[1]) if said else getattr(error, "errno", None)
@@ -209,7 +216,7 @@ def fetch(
             if isinstance(error, OSError):
                 raise
             raise unreadable(repository, error) from error
-    return Path(place)
+    return places[0]
 
 
 def _remote_files(checkpoint: Checkpoint) -> list[RemoteFile]:
