@@ -7,6 +7,7 @@ and to no checkpoint.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 from gemma4_moe.errors import DuplicateTensorError
@@ -65,4 +66,10 @@ def is_extra_state(name: str) -> bool:
 
 def plain_state(state: Mapping[str, T]) -> dict[str, T]:
     """Return a state dict under names without wrappers, and without extra state. Errors are those of `unwrapped`."""
-    return {plain: state[name] for plain, name in unwrapped(name for name in state if not is_extra_state(name)).items()}
+    return {plain: state[name] for plain, name in _plain_names(tuple(state))}
+
+
+@lru_cache(maxsize=8)  # a stream asks for those of one state on every pass
+def _plain_names(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Return each name without wrappers, and as it was given; extra state is left out."""
+    return tuple(unwrapped(name for name in names if not is_extra_state(name)).items())

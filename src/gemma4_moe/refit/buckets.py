@@ -65,7 +65,9 @@ class Batch:
 class PlannedBucket:
     """The plan of one bucket."""
 
-    batches: tuple[Batch, ...]
+    batches: tuple[
+        Batch, ...
+    ]  # of each mapping of the state the largest first: while a GPU works on it, the host launches the rest
     entries: tuple[BucketEntry, ...]
     size: int  # in bytes, a multiple of `ALIGNMENT`
 
@@ -174,7 +176,9 @@ def _planned(group: Sequence[Item]) -> PlannedBucket:
             batch = last[(item.origin.name, item.part.slot)] = []
             batches.append(batch)
         batch.append((item, entry))
-    return PlannedBucket(tuple(Batch.of(*zip(*batch, strict=True)) for batch in batches), tuple(entries), offset)
+    planned = [Batch.of(*zip(*batch, strict=True)) for batch in batches]
+    planned.sort(key=lambda batch: (batch.items[0].origin.mapping, -sum(entry.nbytes for entry in batch.entries)))
+    return PlannedBucket(tuple(planned), tuple(entries), offset)
 
 
 def _continues(batch: Sequence[tuple[Item, BucketEntry]], item: Item, entry: BucketEntry) -> bool:

@@ -80,7 +80,7 @@ class TensorFacts(NamedTuple):
 
     def fit(self, tensor: torch.Tensor) -> bool:
         """Return whether they are those of a tensor."""
-        if tensor.shape != self.shape or _dtype(tensor.dtype) != self.dtype:
+        if tensor.shape != self.shape or _dtype(tensor.dtype) is not self.dtype:  # one object for each dtype
             return False
         if not isinstance(tensor, DTensor):
             return self.mesh is None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.dlpack import from_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from gemma4_moe.errors import UsageError
 
@@ -25,7 +25,7 @@ class Loan:
     """
 
     def __init__(self, buffer: _Buffer, nbytes: int) -> None:
-        self.memory = from_dlpack(buffer.base)[:nbytes]
+        self.memory = from_dlpack(to_dlpack(buffer.base))[:nbytes]  # the capsule is made without a look at streams
         self._buffer = buffer
 
     def shareable(self) -> torch.Tensor:
