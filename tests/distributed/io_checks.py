@@ -11,7 +11,7 @@ from distributed.placement_checks import CASES, is_expert, same, shard
 from gemma4_moe import Gemma4MoEStateDictAdapter, load_hf, save_hf
 from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.errors import ParallelError, StorageError
-from support import forms
+from support import forms, published
 from support.checkpoints import flip_bit
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
@@ -147,7 +147,7 @@ def whole(tensor):
 def check_form(world, source, form):
     """A made-up form is loaded into every placement, from the directory and by `from_hf`."""
     forms.register()
-    state = forms.FORMS[form](random_hf_state_dict(E=E, H=H, I=I, layers=2))
+    state = (forms.FORMS | published.FORMS)[form](random_hf_state_dict(E=E, H=H, I=I, layers=2))
     adapter = Gemma4MoEStateDictAdapter(None, MoEConfig(E, H, I), None, MODEL)
     for shape, placements, names in CASES[world]:
         mesh = init_device_mesh("cpu", shape)

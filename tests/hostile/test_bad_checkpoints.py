@@ -61,6 +61,7 @@ def per_expert(state):
     for expert, rows in enumerate(fused):
         state[f"{P}experts.{expert}.gate_proj.weight"] = rows[:7].clone()
         state[f"{P}experts.{expert}.up_proj.weight"] = rows[7:].clone()
+    del state[f"{P}experts.4.up_proj.weight"]
 
 
 def text(**changes):
@@ -87,12 +88,12 @@ STATES = {
     "nemo names among hf names": (added("moe.gate.scale", 10), "both layouts"),
     "experts outside a layer": (added("experts.down_proj", 6, 10, 7, prefix=""), "outside a layer", IN_A_LAYER),
     "float8 experts": (as_float8, P + "experts.", "float8_e4m3fn", "bfloat16"),
-    "per expert": (per_expert, "per-expert", f"{P}experts."),
+    "an expert missing": (per_expert, "part of gate_up missing", f"{P}experts.4.up_proj.weight"),
     "FP8": (added("experts.0.down_proj.weight_scale", 10), "compressed-tensors FP8"),
     "NVFP4": (added("mlp.down_proj.weight_packed", 10), "compressed-tensors NVFP4"),
     "ModelOpt": (added("experts.0.down_proj.weight_scale_2", 1), "ModelOpt NVFP4"),
-    "MLX": (added("experts.switch_glu.down_proj.weight", 6, 10, 7), "MLX"),
-    "DiffusionGemma": (added("layers.0.router.scale", 10, prefix="model.decoder."), "DiffusionGemma"),
+    "MLX quantised": (added("experts.switch_glu.down_proj.scales", 6, 10, 7), "MLX quantised"),
+    "MLX beside it": (added("experts.switch_glu.down_proj.weight", 6, 10, 7), "two spellings"),
     "LoRA": (added("self_attn.q_proj.lora_A.weight", 3, 10), "LoRA"),
 }
 

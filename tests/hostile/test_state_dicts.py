@@ -113,18 +113,23 @@ def test_one_name_twice_in_an_iterator_is_refused(hf, name):
 @pytest.mark.parametrize(
     "rest",
     [
-        "experts.0.gate_proj.weight",
         "experts.0.down_proj.weight_scale",
         "experts.5.up_proj.weight_packed",
         "experts.5.up_proj.weight_scale_2",
-        "moe.experts.3.down_proj.weight",
         "experts.base_layer.lora_A.weight",
         "experts.lora_B.weight",
     ],
 )
-def test_quantised_per_expert_and_lora_keys_do_not_pass_unconverted(hf, rest):
+def test_quantised_and_lora_keys_do_not_pass_unconverted(hf, rest):
     with pytest.raises(UnknownTensorError) as raised:
         adapter().from_hf(hf | {LAYER + rest: torch.ones(7, 10)})
+    assert raised.value.facts["tensor"] == LAYER + rest
+
+
+@pytest.mark.parametrize("rest", ["experts.0.gate_proj.weight", "moe.experts.3.down_proj.weight"])
+def test_a_single_expert_beside_the_fused_ones_is_refused(hf, rest):
+    with pytest.raises(DuplicateTensorError, match="two spellings") as raised:
+        adapter().from_hf(hf | {LAYER + rest: torch.ones(7, 10, dtype=torch.bfloat16)})
     assert raised.value.facts["tensor"] == LAYER + rest
 
 

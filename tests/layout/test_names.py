@@ -78,6 +78,9 @@ def test_other_names_are_the_same_in_both_layouts(name, layout):
 @pytest.mark.parametrize(("layout", "rest"), ROWS)
 def test_a_name_that_only_begins_like_a_row_is_refused(layout, rest, suffix):
     name = f"model.layers.0.{rest}{suffix}"
+    if layout is Layout.HF and rest.startswith("experts.") and suffix == ".weight":
+        assert lookup(name, layout).hf == f"model.layers.0.{rest}"  # a form of its own
+        return
     with pytest.raises(UnknownTensorError) as raised:
         parse(name, layout)
     assert raised.value.facts["tensor"] == name.encode("unicode_escape").decode()

@@ -88,7 +88,7 @@ def test_targets_are_in_natural_order_whatever_the_order_of_the_sources():
 
 
 def test_reads_say_where_each_byte_goes(monkeypatch):
-    monkeypatch.setattr(spellings, "SPELLINGS", (*spellings.SPELLINGS, forms.UNFUSED, forms.SINGLE))
+    monkeypatch.setattr(spellings, "SPELLINGS", (*spellings.SPELLINGS, forms.BANKS, forms.SINGLE))
 
     def gate_up(tensors):
         return planned([*tensors, *HF[1:]], Layout.HF)[LAYER + "moe.experts.gate_and_up_projs"]

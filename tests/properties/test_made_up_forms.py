@@ -29,7 +29,7 @@ E, H, I = 6, 10, 7  # noqa: E741
 HF = random_hf_state_dict()
 LAYER = "model.language_model.layers.1."
 #: For each form: a tensor of expert 3 (or of all), and another name of what it holds.
-PARTS = {"unfused": ("ffn.bank.up", "experts.gate_up_proj"), "single": ("moe.w3.three", "ffn.bank.gate")}
+PARTS = {"banks": ("ffn.bank.up", "experts.gate_up_proj"), "single": ("moe.w3.three", "ffn.bank.gate")}
 
 
 @pytest.fixture(autouse=True)

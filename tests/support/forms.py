@@ -1,13 +1,13 @@
 """Two published forms that nobody has published, and the tensors of a model in each, cut with plain torch.
 
-`UNFUSED` stores gate and up apart, all experts in one tensor; `SINGLE` stores each expert in tensors of its own.
+`BANKS` stores gate and up apart, all experts in one tensor; `SINGLE` stores each expert in tensors of its own.
 """
 
 from gemma4_moe.layout import spellings
 from gemma4_moe.layout.spellings.base import Spelling
 from gemma4_moe.layout.table import DOWN, GATE_UP, SCALE
 
-UNFUSED = Spelling("unfused", {GATE_UP: ("ffn.bank.gate", "ffn.bank.up"), DOWN: ("ffn.bank.down",)})
+BANKS = Spelling("banks", {GATE_UP: ("ffn.bank.gate", "ffn.bank.up"), DOWN: ("ffn.bank.down",)})
 
 SINGLE = Spelling(
     "single", {GATE_UP: ("moe.w{}.one", "moe.w{}.three"), DOWN: ("moe.w{}.two.weight",), SCALE: ("moe.alpha",)}
@@ -16,11 +16,11 @@ SINGLE = Spelling(
 
 def register():
     """Add both forms to the registry of this process, if they aren't there."""
-    spellings.SPELLINGS = (*(form for form in spellings.SPELLINGS if form not in (UNFUSED, SINGLE)), UNFUSED, SINGLE)
+    spellings.SPELLINGS = (*(form for form in spellings.SPELLINGS if form not in (BANKS, SINGLE)), BANKS, SINGLE)
 
 
-def unfused(hf):
-    """An hf state dict in current spelling, in the form `UNFUSED`."""
+def banks(hf):
+    """An hf state dict in current spelling, in the form `BANKS`."""
     found = {}
     for name, tensor in hf.items():
         path, _, last = name.rpartition("experts.")
@@ -55,4 +55,4 @@ def single(hf):
     return found
 
 
-FORMS = {"unfused": unfused, "single": single}
+FORMS = {"banks": banks, "single": single}

@@ -17,6 +17,7 @@ from gemma4_moe.distributed.placements import placed_on, whole_shape
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.names import LayerKey, MoEName, lookup
+from gemma4_moe.layout.prefix_forms import decoder_read
 from gemma4_moe.layout.spellings import WHOLE
 from gemma4_moe.layout.table import EXPERT_RULES, Layout, Operation
 
@@ -90,6 +91,8 @@ def _one_by_one(pairs: Iterable[tuple[str, Any]], inventory: Inventory, mesh: De
 def check(name: str, value: Any, inventory: Inventory, mesh: DeviceMesh | None = None) -> Entry:
     """Return one entry with its name, shape and dtype checked. Errors are those of `checked`."""
     is_lazy, layout = _is_lazy(value), inventory.layout
+    if layout is Layout.HF:
+        name = decoder_read(name)
     if not is_lazy and not isinstance(value, torch.Tensor) and lookup(name, layout) is not None:
         expected = "a torch tensor, or a lazy slice of safetensors"
         raise TensorShapeError("a value that is no tensor", tensor=name, expected=expected, found=type(value).__name__)

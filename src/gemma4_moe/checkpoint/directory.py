@@ -21,6 +21,7 @@ from gemma4_moe.checkpoint.parents import refuse_parent
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, is_of_macos, side_files_of
 from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, command_line
+from gemma4_moe.layout.prefix_forms import PrefixForm, prefix_form
 from gemma4_moe.layout.prefixes import fitted
 from gemma4_moe.layout.wrappers import unwrapped
 
@@ -67,6 +68,7 @@ class Checkpoint:
         side_files: The files that a conversion copies unchanged, sorted.
         skipped: Names of all other entries but our manifest, sorted; those of directories end in "/".
         wrong_size: The `total_size` of the index if it is not the size of all tensors in bytes, else None.
+        prefix_form: The form whose prefixes the tensors have in the files, if they are read under others.
     """
 
     path: Path
@@ -75,6 +77,7 @@ class Checkpoint:
     side_files: tuple[Path, ...]
     skipped: tuple[str, ...]
     wrong_size: int | None = None
+    prefix_form: PrefixForm | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -104,7 +107,11 @@ class Checkpoint:
             DuplicateTensorError: Two names become one.
         """
         kind = self.read_config().model_type
-        plain = unwrapped(self.tensors, lambda name: fitted(name, kind))
+        return self.renamed(lambda name: fitted(name, kind))
+
+    def renamed(self, name_of: Callable[[str], str]) -> Self:
+        """Return the same open checkpoint under other names. A DuplicateTensorError if two become one."""
+        plain = unwrapped(self.tensors, name_of)
         return replace(self, tensors={own: replace(self.tensors[name], name=own) for own, name in plain.items()})
 
     def check_unchanged(self) -> None:
@@ -156,7 +163,9 @@ def open_checkpoint(
     known = {*opened, INDEX_NAME, MANIFEST_NAME, *(side_file.name for side_file in side_files)}
     skipped = tuple(sorted({*files, *directories} - known))
     wrong_size = None if claimed == sum(tensor.nbytes for tensor in tensors.values()) else claimed
-    return Checkpoint(path, opened, tensors, side_files, skipped, wrong_size)
+    checkpoint = Checkpoint(path, opened, tensors, side_files, skipped, wrong_size)
+    form = prefix_form(tensors)
+    return checkpoint if form is None else replace(checkpoint.renamed(form.read), prefix_form=form)
 
 
 def _entries(path: Path) -> tuple[list[str], list[str]]:

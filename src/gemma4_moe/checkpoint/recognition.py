@@ -14,6 +14,7 @@ from gemma4_moe.errors import ConfigError, IncompleteExpertsError, InputError, U
 from gemma4_moe.layout.foreign import FOREIGN
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.layout.names import lookup
+from gemma4_moe.layout.prefix_forms import DIFFUSION_TYPES
 from gemma4_moe.layout.spellings import CURRENT
 from gemma4_moe.layout.table import CHECKPOINT_RULES, GATE_UP, Layout
 from gemma4_moe.layout.targets import problems, targets_of
@@ -24,10 +25,16 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoint.config import ConfigFile
     from gemma4_moe.layout.dtypes import DType
+    from gemma4_moe.layout.spellings import Spelling
+    from gemma4_moe.layout.table import Rule
     from gemma4_moe.layout.targets import Described, T, Target
 
 #: `model_type` of the models that have these layers, and what each is called.
-SUPPORTED_MODELS = {"gemma4": "multimodal Gemma 4", "gemma4_text": "text-only Gemma 4"}
+SUPPORTED_MODELS = {
+    "gemma4": "multimodal Gemma 4",
+    "gemma4_text": "text-only Gemma 4",
+    **dict.fromkeys(DIFFUSION_TYPES, "DiffusionGemma"),
+}
 
 #: What `inspect` calls a model without experts.
 DENSE = "dense"
@@ -38,7 +45,7 @@ class Recognition(NamedTuple):
 
     Attributes:
         layout: The layout, or None if it is neither or can't be told.
-        spelling: "current", "legacy", "current and legacy", a foreign form's name, "wrapped" or "none".
+        spelling: The name of its form, or of several with "and"; of a foreign form; "wrapped" or "none".
         refusal: The reason not to convert it.
     """
 
@@ -69,9 +76,15 @@ def recognise(names: Collection[str], config: ConfigFile) -> Recognition:
         refused = _relative(config) or (_dense(config) if config.is_dense else None) or error
         return Recognition(None, refused.form or "none", refused)
     known = [found for name in names if (found := lookup(name, layout)) is not None]
-    spellings = {found.spelling.name for found in known if found.rule in found.spelling.names}
+    seen = {(found.spelling, found.rule) for found in known if found.rule in found.spelling.names}
+    spellings = {form.name for form, rule in seen if not any(_shares(other, form, rule) for other, _ in seen)}
     refusal = _wrong_model(config) or _no_experts(config) or misfit(names, config)
     return Recognition(layout, " and ".join(sorted(spellings)) or CURRENT.name, refusal)
+
+
+def _shares(other: Spelling, form: Spelling, rule: Rule) -> bool:
+    """Return whether another form has the names that a role has in this one: they then don't tell this one."""
+    return other is not form and other.names.get(rule) == form.names[rule]
 
 
 def layout_of(names: Collection[str], directory: Path, model_type: str | None = None) -> Layout:

@@ -69,33 +69,35 @@ def with_scales(checkpoint: Checkpoint, scale: str | None, origin: Checkpoint | 
             file=checkpoint.path,
             hint="leave --scale and --scale-from out",
         )
-    given = {}
+    downs: dict[str, list[str]] = {}
     for name, parsed in named.items():
         if parsed is not None and parsed.rule is DOWN:
-            wanted = parsed.sibling(SCALE).hf
-            if wanted not in given:
-                down = checkpoint.tensors[name]
-                given[wanted] = _ones(wanted, down) if origin is None else _of_origin(parsed, down, origin)
+            downs.setdefault(parsed.sibling(SCALE).hf, []).append(name)
+    given = {}
+    for wanted, names in downs.items():
+        layer, down = named[names[0]], checkpoint.tensors[names[0]]
+        assert layer is not None, "a name of down_proj"
+        count = len(names) if layer.part.expert is not None else down.shape[0]
+        given[wanted] = _ones(wanted, down.dtype, count) if origin is None else _of_origin(layer, count, origin)
     return replace(checkpoint, tensors=checkpoint.tensors | given)
 
 
-def _ones(name: str, down: StoredTensor) -> StoredTensor:
-    count = down.shape[0]
-    return StoredTensor(name, down.dtype, (count,), 0, count * down.dtype.itemsize, _Ones(down.dtype))
+def _ones(name: str, dtype: DType, count: int) -> StoredTensor:
+    return StoredTensor(name, dtype, (count,), 0, count * dtype.itemsize, _Ones(dtype))
 
 
-def _of_origin(layer: MoEName, down: StoredTensor, origin: Checkpoint) -> StoredTensor:
+def _of_origin(layer: MoEName, count: int, origin: Checkpoint) -> StoredTensor:
     """Return the scale of a layer in the checkpoint that has it, under the current name."""
     wanted = layer.sibling(SCALE).hf
     for name, stored in origin.tensors.items():
         found = lookup(name, Layout.HF)
         if found is not None and found.hf == wanted:
-            if stored.shape != down.shape[:1]:
+            if stored.shape != (count,):
                 raise TensorShapeError(
                     "the scale is of another number of experts",
                     tensor=name,
                     file=stored.file.path,
-                    expected=list(down.shape[:1]),
+                    expected=[count],
                     found=list(stored.shape),
                     hint="name the checkpoint that the model was trained from",
                 )

@@ -18,7 +18,6 @@ from gemma4_moe.checkpoint.hashing import Extent, hash_extents
 from gemma4_moe.checkpoint.readers import SLACK, allocate
 from gemma4_moe.layout.dtypes import BFLOAT16, BY_NAME, FLOAT16, FLOAT32
 from gemma4_moe.layout.names import fold_names, lookup
-from gemma4_moe.layout.spellings import WHOLE
 from gemma4_moe.layout.table import SCALE, Layout
 
 if TYPE_CHECKING:
@@ -140,14 +139,17 @@ def scan_checkpoint(checkpoint: Checkpoint, layout: Layout | None, memory: int) 
     buffer = allocate(memory)
     for tensor in checkpoint.tensors.values():
         name = None if layout is None else lookup(tensor.name, layout)
-        is_experts = name is not None and name.rule.is_matrices and name.part == WHOLE and tensor.shape[:1] > (0,)
-        row = tensor.nbytes // tensor.shape[0] if is_experts else max(1, tensor.dtype.itemsize)
+        own = None
+        if name is not None and name.rule.is_matrices and tensor.nbytes and tensor.shape:
+            own = name.part.experts(tensor.shape[0])
+        row = max(1, tensor.dtype.itemsize) if own is None else tensor.nbytes // (own[1] - own[0])
         step = max(1, (memory - SLACK) // max(1, row))
         with closing(tensor.file.reader(buffered=True)) as reader:
             for first in range(0, tensor.nbytes // max(1, row), step):
                 last = min(first + step, tensor.nbytes // row)
                 piece = reader.read(tensor.start + first * row, (last - first) * row, buffer)
-                found.scan(tensor.name, piece, tensor.dtype, (first, last) if is_experts else None)
+                experts = None if own is None else (own[0] + first, own[0] + last)
+                found.scan(tensor.name, piece, tensor.dtype, experts)
     found.compare(checkpoint.tensors, memory, buffered=True)
     return found
 

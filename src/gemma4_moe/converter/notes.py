@@ -21,11 +21,15 @@ def plan_notes(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def index_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return that an index claims a wrong size of all tensors."""
+    """Return that prefixes are read as others, and that an index claims a wrong size of all tensors."""
+    prefixes = () if checkpoint.prefix_form is None else (checkpoint.prefix_form.note,)
     if checkpoint.wrong_size is None:
-        return ()
+        return prefixes
     own = sum(entry.nbytes for file in checkpoint.files.values() for entry in file.header.entries)
-    return (f"total_size in {INDEX_NAME} is {checkpoint.wrong_size:,}, and the tensors have {own:,} bytes",)
+    return (
+        *prefixes,
+        f"total_size in {INDEX_NAME} is {checkpoint.wrong_size:,}, and the tensors have {own:,} bytes",
+    )
 
 
 def uncalled_notes(names: Iterable[str]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ only for the values and for the disk.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from gemma4_moe.checkpoint.completeness import uncalled
@@ -16,6 +16,7 @@ from gemma4_moe.converter.base import find_base
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.dtypes import target_dtype
+from gemma4_moe.layout.prefix_forms import DIFFUSION_TYPES, decoder_written
 from gemma4_moe.layout.table import Layout, Operation
 from gemma4_moe.sizes import format_size, parse_size
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE, PlannedFile, layout_files
@@ -85,6 +86,9 @@ def make_plan(
     layout = recognition.accepted()
     _check_direction(layout, to, base)
     targets = checkpoint_targets(checkpoint.tensors.values(), layout, config, cast, complete=True)
+    if layout is Layout.NEMO and config.model_type in DIFFUSION_TYPES:
+        named = (replace(target, name=decoder_written(name)) for name, target in targets.items())
+        targets = {target.name: target for target in named}
     downs = {name: target for name, target in targets.items() if target.operation is Operation.TRANSPOSE_SCALE}
     casts = [(target.source.dtype, target.dtype) for target in targets.values() if target.source is not None]
     return Plan(

@@ -75,26 +75,9 @@ FOREIGN = (
     Foreign("compressed-tensors FP8", _DEQUANTISE, tensor=_pattern(r".*\.weight_scale")),
     Foreign("MXFP4", _DEQUANTISE, tensor=_pattern(r".*_proj_(blocks|scales)"), quant_methods=("mxfp4",)),
     Foreign(
-        "MLX",
-        "MLX has its own layout: start from the Hugging Face checkpoint",
-        tensor=_pattern(r".*\.switch_(glu|mlp)\..*"),
-    ),
-    Foreign(
-        "vLLM's fused names",
-        "these are parameters of a running engine: start from the checkpoint that it has loaded",
-        tensor=_pattern(r".*\.experts\.(routed_experts\.)?w(13|2)_weight"),
-    ),
-    Foreign(
-        "DiffusionGemma",
-        "use it as it is: NeMo AutoModel loads the published directory by its own model of DiffusionGemma",
-        tensor=_pattern(r"model\.(decoder\.layers\.\d+\.(router|experts|moe)\..*|encoder\.language_model\..*)"),
-        model_types=("diffusion_gemma", "diffusion_gemma_text"),
-        reason="DiffusionGemma shares these layers, but it is another model, which is not converted",
-    ),
-    Foreign(
-        "per-expert",
-        "one two-dimensional tensor an expert is not converted: start from the checkpoint with fused experts",
-        tensor=_pattern(r".*layers\.\d+\.(moe\.)?experts\.\d+\.(gate_proj|up_proj|down_proj)(\.weight)?"),
+        "MLX quantised",
+        "dequantise it with its own tool, mlx_lm.convert --dequantize (or mlx_vlm.convert), and name the result",
+        tensor=_pattern(r".*\.(scales|biases)"),
     ),
     Foreign("LoRA adapter", _MERGE, tensor=_pattern(LORA_NAME)),
     Foreign(

@@ -74,7 +74,7 @@ class Inventory:
         parsed = parse(name, self.layout)
         if parsed is not None:
             parts = self.layers.setdefault(parsed.layer_key, {}).setdefault(parsed.rule, {})
-            _check_single(name, parsed.part, parts)
+            self._check_single(name, parsed, parts)
             parts[parsed.part] = name, dtype
             if shape is not None and not self._is_free(parsed.rule):
                 self._check_shape(name, parsed, tuple(shape))
@@ -135,6 +135,22 @@ class Inventory:
                 hint=_COMPLETE,
             )
 
+    def _check_single(self, name: str, parsed: MoEName, parts: Parts) -> None:
+        """Check that a tensor has the spelling of the role's others, and that none of them holds a value that it holds.
+
+        Tensors of one role in two spellings may be of two models, even if each expert is there once.
+        """
+        if not parts:
+            return
+        first, _ = next(iter(parts.values()))
+        known, _ = parts.get(parsed.part, (None, None))
+        seen = self.names.get(first)
+        if known is None and seen is not None and seen.spelling is not parsed.spelling:
+            known = first
+        if known is not None:
+            found = f"also {known}"
+            raise DuplicateTensorError("two spellings of one tensor", tensor=name, found=found, hint="keep one of them")
+
     def _is_free(self, rule: Rule) -> bool:
         """Return whether a tensor of this row may have any shape."""
         return not rule.axes(self.layout) or (self._any_router and rule.operation is Operation.KEEP)
@@ -162,16 +178,6 @@ class Inventory:
                 hint="check that the config and the tensors belong to the same model, and that this is the "
                 f"{self.layout} layout",
             )
-
-
-def _check_single(name: str, part: Part, parts: Parts) -> None:
-    """Check that no other tensor of the role holds any value that `part` holds."""
-    first = next(iter(parts), part)
-    alike = first.slots == part.slots and (first.expert is None) == (part.expert is None)
-    known = parts.get(part) if alike else parts[first]
-    if known is not None:
-        found = f"also {known[0]}"
-        raise DuplicateTensorError("two spellings of one tensor", tensor=name, found=found, hint="keep one of them")
 
 
 def _check_same_dtype(name: str, dtype: str, parts: Parts) -> None:

@@ -147,7 +147,7 @@ def _unknown(name: str, rest: str, layout: Layout) -> UnknownTensorError:
         if layout is Layout.NEMO and is_lora(name):
             problem = "LoRA on experts, which is not converted"
             hint = "leave the experts out of the adapter: name linear modules alone in its target_modules"
-    expected = f"one of {', '.join(_known(layout))}"
+    expected = f"one of {', '.join(rule.name(layout) for rule in RULES if rule.axes(layout))}"
     return UnknownTensorError(problem, tensor=name, expected=expected, found=rest, hint=hint)
 
 

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.directory import open_checkpoint
 from gemma4_moe.errors import DifferenceError
-from gemma4_moe.layout.names import MoEName, layer_of, lookup
+from gemma4_moe.layout.names import lookup
+from gemma4_moe.layout.spellings import WHOLE
 from gemma4_moe.layout.spellings.per_expert import PER_EXPERT
-from gemma4_moe.layout.table import DOWN, Layout
+from gemma4_moe.layout.spellings.unfused import UNFUSED
+from gemma4_moe.layout.table import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from gemma4_moe.layout.names import MoEName
     from gemma4_moe.refit.items import Planned
 
 #: Shapes by name; None where only the name is known.
@@ -59,8 +62,17 @@ def _shapes(reference: str | Path | Iterable[Any]) -> Shapes:
     for entry in reference:
         name, shape = (entry, None) if isinstance(entry, str) else (entry[0], tuple(entry[1]))
         parsed = lookup(name, Layout.HF)
-        found[name if parsed is None else parsed.hf] = shape
+        found[name if parsed is None else _current(parsed)] = shape
     return found
+
+
+def _current(name: MoEName) -> str:
+    """Return a name in current spelling; that of one expert's tensor in the form that engines load."""
+    rule, part = name.rule, name.part
+    if part == WHOLE:
+        return name.hf
+    form = UNFUSED if part.expert is None else PER_EXPERT
+    return name.layer_path + form.templates(rule)[part.slot].format(part.expert)
 
 
 def _by_expert(shapes: Shapes) -> Shapes:
@@ -78,6 +90,5 @@ def _by_expert(shapes: Shapes) -> Shapes:
 
 def _is_single(name: str) -> bool:
     """Return whether a name is that of one expert's tensor."""
-    key = layer_of(name)
-    found = None if key is None else PER_EXPERT.find(name.removeprefix(MoEName(*key, DOWN).layer_path))
-    return found is not None and found[1].expert is not None
+    found = lookup(name, Layout.HF)
+    return found is not None and found.part.expert is not None

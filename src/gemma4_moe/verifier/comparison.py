@@ -15,8 +15,10 @@ from gemma4_moe.errors import DuplicateTensorError, UsageError
 from gemma4_moe.hub.remote import commit_of
 from gemma4_moe.hub.source import is_hub_id, locate, open_source
 from gemma4_moe.layout.names import lookup
+from gemma4_moe.layout.spellings import WHOLE
 from gemma4_moe.layout.table import Layout
 from gemma4_moe.target.recovery import check_published
+from gemma4_moe.verifier.assembled import assembled
 from gemma4_moe.verifier.differences import fold_differences
 from gemma4_moe.verifier.expected import compare_headers
 from gemma4_moe.verifier.values import comparisons
@@ -25,9 +27,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import ExitStack
 
-    from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+    from gemma4_moe.checkpoint.directory import Checkpoint
     from gemma4_moe.layout.dtypes import DType
+    from gemma4_moe.layout.spellings import Part
     from gemma4_moe.sizes import Progress
+    from gemma4_moe.verifier.assembled import Values
     from gemma4_moe.verifier.differences import Difference, FoldedDifference
     from gemma4_moe.verifier.expected import Expectation
     from gemma4_moe.verifier.values import Comparison
@@ -106,7 +110,7 @@ def compare(
     source: Checkpoint,
     target: Checkpoint,
     expected: Mapping[str, Expectation],
-    found: Mapping[str, StoredTensor],
+    found: Mapping[str, Values],
     *,
     cast: DType | None,
     max_memory: int,
@@ -169,23 +173,24 @@ def compare_all(pending: Sequence[Comparison], max_memory: int, progress: Progre
     return [difference for found in differences for difference in found]
 
 
-def by_current_name(checkpoint: Checkpoint, layout: Layout) -> dict[str, StoredTensor]:
+def by_current_name(checkpoint: Checkpoint, layout: Layout) -> dict[str, Values]:
     """Return a checkpoint's tensors by their names in the layout's current spelling.
 
     Raises:
         DuplicateTensorError: A tensor is in the checkpoint in two spellings.
     """
-    tensors: dict[str, StoredTensor] = {}
-    for tensor in checkpoint.tensors.values():
-        explained = lookup(tensor.name, layout)
-        name = tensor.name if explained is None else explained.name(layout)
-        if tensors.setdefault(name, tensor) is not tensor:
+    names = {name: lookup(name, layout) for name in checkpoint.tensors}
+    places: dict[tuple[str, Part], str] = {}
+    for own, explained in names.items():
+        place = (own, WHOLE) if explained is None else (explained.name(layout), explained.part)
+        if (first := places.setdefault(place, own)) != own:
             raise DuplicateTensorError(
                 "two spellings of one tensor",
-                tensor=tensor.name,
-                file=tensor.file.path,
+                tensor=own,
+                file=checkpoint.tensors[own].file.path,
                 expected="each tensor in one spelling",
-                found=f"also {tensors[name].name}",
+                found=f"also {first}",
                 hint="get the checkpoint again, or save it again with the library that wrote it",
             )
-    return tensors
+    found = assembled(checkpoint.tensors, names, layout)
+    return {own if name is None else name.name(layout): tensor for own, (name, tensor) in found.items()}

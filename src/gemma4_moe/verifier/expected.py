@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES, DType
 from gemma4_moe.layout.table import DOWN, SCALE, Layout
+from gemma4_moe.verifier.assembled import assembled
 from gemma4_moe.verifier.differences import Difference
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.layout.names import MoEName
+    from gemma4_moe.verifier.assembled import Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Expectation:
         scale_name: The target's tensor that multiplies its experts and should be ones, or None.
     """
 
-    source: StoredTensor | None
+    source: Values | None
     shape: tuple[int, ...]
     transposed: bool = False
     scale: StoredTensor | None = None
@@ -54,8 +56,7 @@ def expectations(
     """
     scales = {name.layer_key: source.tensors[own] for own, name in names.items() if name and name.rule is SCALE}
     expected = {}
-    for own, name in names.items():
-        stored = source.tensors[own]
+    for own, (name, stored) in assembled(source.tensors, names, layout).items():
         if name is None or layout is to or name.rule.hf_axes == name.rule.nemo_axes:
             expected[own if name is None else name.name(to)] = Expectation(stored, stored.shape)
         elif name.rule.in_nemo:
@@ -72,15 +73,15 @@ def expectations(
     return expected
 
 
-def common_dtype(expected: Mapping[str, Expectation], found: Mapping[str, StoredTensor]) -> DType | None:
+def common_dtype(expected: Mapping[str, Expectation], found: Mapping[str, Values]) -> DType | None:
     """Return the dtype, or None for no cast, that explains the dtypes of most of the target's tensors."""
     pairs = [(tensor, found[name].dtype) for name, tensor in expected.items() if name in found]
     return max((None, *EXPERT_DTYPES), key=lambda cast: sum(dtype in tensor.dtypes(cast) for tensor, dtype in pairs))
 
 
 def compare_headers(
-    expected: Mapping[str, Expectation], found: Mapping[str, StoredTensor], cast: DType | None
-) -> tuple[list[Difference], dict[str, StoredTensor]]:
+    expected: Mapping[str, Expectation], found: Mapping[str, Values], cast: DType | None
+) -> tuple[list[Difference], dict[str, Values]]:
     """Compare names, dtypes and shapes.
 
     Returns:

@@ -10,15 +10,16 @@ import numpy as np
 
 from gemma4_moe.layout.dtypes import FLOAT32
 from gemma4_moe.verifier.arithmetic import element_bits, reference, widen
+from gemma4_moe.verifier.assembled import rows_of
 from gemma4_moe.verifier.differences import Mismatches
 from gemma4_moe.verifier.distances import Distances
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.checkpoint.values import Oddities
     from gemma4_moe.verifier.arithmetic import Bits
+    from gemma4_moe.verifier.assembled import Values
     from gemma4_moe.verifier.differences import Difference
     from gemma4_moe.verifier.expected import Expectation
 
@@ -60,7 +61,7 @@ class Comparison(NamedTuple):
 
 
 def comparisons(
-    expected: Mapping[str, Expectation], found: Mapping[str, StoredTensor], odd: Oddities
+    expected: Mapping[str, Expectation], found: Mapping[str, Values], odd: Oddities
 ) -> Iterator[Comparison]:
     """Yield the comparisons of the values of `found`; what they read of the source is scanned into `odd`."""
     with_experts = {expected[name].scale_name for name in found}
@@ -85,7 +86,7 @@ def comparisons(
 
 
 def _compare_elements(
-    odd: Oddities, source: StoredTensor, target: StoredTensor, memory: int, check: Check
+    odd: Oddities, source: Values, target: Values, memory: int, check: Check
 ) -> list[Difference]:
     """Compare two tensors of one shape, the first cast to the dtype of the second."""
 
@@ -99,7 +100,7 @@ def _compare_elements(
 
 
 def _compare_experts(
-    odd: Oddities, source: StoredTensor, target: StoredTensor, scale: StoredTensor | None, memory: int, check: Check
+    odd: Oddities, source: Values, target: Values, scale: Values | None, memory: int, check: Check
 ) -> list[Difference]:
     """Compare target [E, C, R] with source [E, R, C], each expert times its scale."""
     factors = [1.0] * target.shape[0] if scale is None else _factors(scale)
@@ -114,7 +115,7 @@ def _compare_experts(
     return _compare_pieces(target, pieces)
 
 
-def _compare_pieces(target: StoredTensor, pieces: Pieces) -> list[Difference]:
+def _compare_pieces(target: Values, pieces: Pieces) -> list[Difference]:
     """Compare all pieces of a target.
 
     Only a tensor that differs is measured: from its first difference on, and then from its start to there.
@@ -139,7 +140,7 @@ class _Pair:
     the scale is the wrong one.
     """
 
-    def __init__(self, source: StoredTensor, target: StoredTensor, scale: StoredTensor) -> None:
+    def __init__(self, source: Values, target: Values, scale: Values) -> None:
         self._source, self._target, self._scale = source, target, scale
         self._values = Mismatches(target.shape, target.dtype)
         self._folds = Mismatches(target.shape, source.dtype)
@@ -197,34 +198,36 @@ class _Pair:
         return one, reference(two, self._target.dtype, self._source.dtype, self._factors[expert])
 
 
-def _compare_ones(scale: StoredTensor, _memory: int, _check: Check) -> list[Difference]:
+def _compare_ones(scale: Values, _memory: int, _check: Check) -> list[Difference]:
     """Compare a scale [E] of the target with ones, if its experts can't be compared with it."""
     return _compare_scale(scale, _ones(scale.shape[0], scale), _read(scale))
 
 
-def _compare_scale(scale: StoredTensor, expected: Bits, found: Bits) -> list[Difference]:
+def _compare_scale(scale: Values, expected: Bits, found: Bits) -> list[Difference]:
     values, distances = Mismatches(scale.shape, scale.dtype), Distances(scale.dtype)
     values.compare(expected[None], found[None], 0)
     distances.add(expected, found)
     return values.difference(scale.name, distances)
 
 
-def _scan_expert(odd: Oddities, source: StoredTensor, expert: int, content: Bits) -> None:
-    odd.scan(source.name, content.reshape(-1).view(np.uint8), source.dtype, (expert, expert + 1))
+def _scan_expert(odd: Oddities, source: Values, expert: int, content: Bits) -> None:
+    """Take in the values [R, C] of one expert, under the names of the tensors that store them."""
+    for name, rows in rows_of(source, expert):
+        odd.scan(name, content[rows].reshape(-1).view(np.uint8), source.dtype, (expert, expert + 1))
 
 
-def _ones(count: int, scale: StoredTensor) -> Bits:
+def _ones(count: int, scale: Values) -> Bits:
     return reference(np.ones(count, np.float32).view(np.uint32), FLOAT32, scale.dtype)
 
 
-def _factors(scale: StoredTensor) -> list[float]:
+def _factors(scale: Values) -> list[float]:
     """Return the values of a scale [E]."""
     values: list[float] = widen(_read(scale), scale.dtype).tolist()
     return values
 
 
 def _elements(
-    source: StoredTensor, target: StoredTensor, memory: int, check: Check
+    source: Values, target: Values, memory: int, check: Check
 ) -> Iterator[tuple[int, Bits, Bits]]:
     """Yield pieces of two tensors after the number of their first element, both valid until the next step."""
     old_size, new_size = (element_bits(tensor.dtype).itemsize for tensor in (source, target))
@@ -240,7 +243,7 @@ def _elements(
             yield first + begin, old[begin : begin + _PIECE], new[begin : begin + _PIECE]
 
 
-def _experts(source: StoredTensor, target: StoredTensor, memory: int, check: Check) -> Iterator[tuple[int, Bits, Bits]]:
+def _experts(source: Values, target: Values, memory: int, check: Check) -> Iterator[tuple[int, Bits, Bits]]:
     """Yield each expert's number, its source [R, C] and its target [C, R], both valid until the next step."""
     count, columns, rows = target.shape
     old_bytes, new_bytes = source.nbytes // count, target.nbytes // count
@@ -265,12 +268,12 @@ def _tiles(expert: int, source: Bits, target: Bits, check: Check) -> Iterator[tu
             yield ((expert * columns + column) * rows + row, rows), one, two
 
 
-def _read(tensor: StoredTensor) -> Bits:
+def _read(tensor: Values) -> Bits:
     """Return the elements of a whole tensor."""
     return _read_into(np.empty(tensor.nbytes, np.uint8), tensor, 0)
 
 
-def _read_into(buffer: Bits, tensor: StoredTensor, start: int) -> Bits:
+def _read_into(buffer: Bits, tensor: Values, start: int) -> Bits:
     """Fill a buffer with a tensor's bytes from byte `start` on, and return the buffer as elements."""
     tensor.read_into(memoryview(buffer.data), start)
     return buffer.view(element_bits(tensor.dtype))

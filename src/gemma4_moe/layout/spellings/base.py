@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemma4_moe.layout.table import RULES, Rule
@@ -51,6 +51,9 @@ class Part:
 #: All of a tensor.
 WHOLE = Part()
 
+#: The number of an expert in a name.
+NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])", re.ASCII)
+
 
 @dataclass(frozen=True, eq=False)
 class Spelling:
@@ -66,37 +69,24 @@ class Spelling:
 
     name: str
     names: Mapping[Rule, tuple[str, ...]]
-    readable: bool = True
     writable: bool = True
-    _fixed: dict[str, tuple[Rule, Part]] = field(init=False, repr=False, default_factory=dict)
-    _numbered: list[tuple[re.Pattern[str], Rule, int, int]] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
+        known: set[str] = set()
         for rule in RULES:
             templates = self.templates(rule)
             numbered = {"{}" in template for template in templates}
             halves = len(templates) == 2 and rule.hf_axes[1:2] == ("2I",)
             if len(numbered) != 1 or not (len(templates) == 1 or halves) or (True in numbered and not rule.is_matrices):
                 raise AssertionError(f"{self.name} can't store {rule.role} as {', '.join(templates)}")
-            for slot, template in enumerate(templates):
-                if template in self._fixed:
+            for template in templates:
+                if template in known:
                     raise AssertionError(f"two tensors of {self.name} are called {template}")
-                if "{}" in template:
-                    pattern = re.escape(template).replace(r"\{\}", "(0|[1-9][0-9]{0,8})")
-                    self._numbered.append((re.compile(pattern, re.ASCII), rule, slot, len(templates)))
-                else:
-                    self._fixed[template] = rule, Part(None, slot, len(templates))
+                known.add(template)
 
     def templates(self, rule: Rule) -> tuple[str, ...]:
         """Return REST of each run of a role's rows; "{}" stands for an expert's number."""
         return self.names.get(rule, (rule.hf,))
-
-    def find(self, rest: str) -> tuple[Rule, Part] | None:
-        """Return the role that the tensor REST belongs to, and its share; None if the form has no such tensor."""
-        for pattern, rule, slot, slots in self._numbered:
-            if (match := pattern.fullmatch(rest)) is not None:
-                return rule, Part(int(match[1]), slot, slots)
-        return self._fixed.get(rest)
 
     def parts(self, rule: Rule, experts: int) -> Iterator[tuple[str, Part]]:
         """Yield REST and contents of every tensor of a role with this number of experts, by experts and rows."""

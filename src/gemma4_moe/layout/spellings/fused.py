@@ -1,4 +1,4 @@
-"""Experts in one three-dimensional tensor a role, under the names of today and under the names of the first files."""
+"""Experts in one three-dimensional tensor a role: the names of today, of the first files, and with a `.weight`."""
 
 from __future__ import annotations
 
@@ -12,4 +12,8 @@ LEGACY = Spelling(
     "legacy",
     {GATE_UP: ("moe.gate_up_proj",), DOWN: ("moe.down_proj",), SCALE: ("moe.per_expert_scale",)},
     writable=False,
+)
+
+WITH_WEIGHT = Spelling(
+    "fused with .weight", {GATE_UP: (f"{GATE_UP.hf}.weight",), DOWN: (f"{DOWN.hf}.weight",)}, writable=False
 )
