@@ -8,8 +8,7 @@ import torch
 
 from gemma4_moe import Gemma4MoEStateDictAdapter, kernels
 from gemma4_moe.errors import DuplicateTensorError
-from gemma4_moe.layout import names
-from gemma4_moe.layout.spellings.base import WHOLE
+from gemma4_moe.layout import names, spellings
 from gemma4_moe.layout.spellings.fused import LEGACY
 from gemma4_moe.layout.table import ROUTER_SCALE
 from properties import test_adapter_laws as laws
@@ -112,7 +111,8 @@ def test_a_prefix_that_is_rewritten_breaks_its_law(monkeypatch):
 
 
 def test_a_legacy_spelling_that_means_another_row_breaks_its_law(monkeypatch):
-    monkeypatch.setitem(LEGACY._fixed, "moe.down_proj", (ROUTER_SCALE, WHOLE))
+    monkeypatch.setattr(names, "_lookup", names._lookup.__wrapped__)
+    monkeypatch.setitem(spellings._known(spellings.SPELLINGS), "moe.down_proj", (LEGACY, ROUTER_SCALE, 0, 1))
     with pytest.raises(DuplicateTensorError):
         laws.the_legacy_spelling_means_the_same(NARROW)
 

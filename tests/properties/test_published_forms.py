@@ -1,5 +1,7 @@
 """Every published form is read at every entrance, and gives the bits that the fused form gives."""
 
+import time
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -8,11 +10,13 @@ from distributed import io_checks
 from gemma4_moe import Gemma4MoEStateDictAdapter, convert, inspect, load_hf, plan, verify
 from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.errors import DuplicateTensorError, IncompleteExpertsError, TensorShapeError, UnknownTensorError
+from gemma4_moe.layout.dtypes import BFLOAT16
 from support import published, ranks
 from support.checkpoints import config_of, contents, write_checkpoint
 from support.formulas import assert_same_tensors, nemo_from_hf
 from support.models import random_hf_state_dict, read_directory
 from support.published import FORMS
+from support.sparse import real_config, real_names_and_shapes, write_sparse_checkpoint
 
 E, H, I = 6, 10, 7  # noqa: E741
 HF = random_hf_state_dict() | {"model.vision_tower.std_bias": torch.arange(3.0)}
@@ -243,3 +247,40 @@ def test_one_expert_of_another_shape_or_dtype_is_named(tmp_path):
         (tmp_path / str(number)).mkdir()
         errors = refused(FORMS[SINGLE](HF) | {name: changed}, TensorShapeError, words, tmp_path / str(number))
         assert name in str(errors[0])
+
+
+def real_headers(form):
+    """Names and shapes of the 26B model's tensors in a form."""
+
+    class Shape:
+        """A shape that is cut as its tensor would be."""
+
+        def __init__(self, *sizes):
+            self.shape = sizes
+
+        def __len__(self):
+            return self.shape[0]
+
+        def __getitem__(self, index):
+            if isinstance(index, int):
+                return Shape(*self.shape[1:])
+            *leading, last = index if isinstance(index, tuple) else (index,)
+            size = len(range(*last.indices(self.shape[len(leading)])))
+            return Shape(*self.shape[: len(leading)], size, *self.shape[len(leading) + 1 :])
+
+        def contiguous(self):
+            return self
+
+    found = FORMS[form]({name: Shape(*shape) for name, shape in real_names_and_shapes().items()})
+    return {name: list(shape.shape) for name, shape in found.items()}
+
+
+@pytest.mark.parametrize("form", [("per-expert", "moe weight"), ("unfused", "plain"), ("MLX", "")], ids=" ".join)
+def test_the_real_model_is_planned_within_two_seconds(form, tmp_path):
+    headers = real_headers(form)
+    write_sparse_checkpoint(tmp_path / "real", headers, BFLOAT16, real_config())
+    assert len(headers) == (1013 + 30 * (128 * 3 - 2) if form[0] == "per-expert" else 1013 + 30)
+    begin = time.process_time()
+    found = plan(tmp_path / "real")
+    assert time.process_time() - begin < 2
+    assert (found.plan.spelling, len(found.plan.tensors)) == (form[0], 1013 - 30)

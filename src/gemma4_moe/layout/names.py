@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,11 @@ class MoEName:
 
 def lookup(name: str, layout: Layout) -> MoEName | None:
     """Return the row that explains `name` in `layout` and its layer, or None if no row does."""
+    return _lookup(name, layout, spellings.SPELLINGS)
+
+
+@lru_cache(maxsize=2**15)  # every check of a checkpoint asks for all of its names, and single experts are 11,520
+def _lookup(name: str, layout: Layout, _forms: tuple[Spelling, ...]) -> MoEName | None:
     match = _IN_LAYER.fullmatch(name)
     if match is None:
         return None
