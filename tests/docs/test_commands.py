@@ -16,8 +16,8 @@ from gemma4_moe.cli.commands import cli
 from support.checkpoints import contents
 from support.documents import DOCUMENTS, ROOT, blocks, without_blocks
 
-#: Options in the text that are those of a benchmark.
-OTHERS = {"--fresh-memory"}
+#: Options in the text that are those of a benchmark, and of MLX.
+OTHERS = {"--fresh-memory", "--quantize"}
 
 
 def typed(text):

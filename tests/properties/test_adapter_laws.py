@@ -174,7 +174,7 @@ def _has_experts(name):
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 PREFIXES = st.one_of(
     st.sampled_from(
-        ["model.language_model.", "model.", "language_model.", "", "base_model.model.model.", "model.decoder."]
+        ["model.language_model.", "model.", "language_model.", "", "base_model.model.model.", "model.encoder."]
     ),
     st.text(min_size=1, max_size=20).filter(lambda text: "layers." not in text).map(lambda text: text + "."),
 )

@@ -85,9 +85,7 @@ def comparisons(
                 yield Comparison(partial(_Pair(source, target, scale).compare, odd), nbytes, one_expert)
 
 
-def _compare_elements(
-    odd: Oddities, source: Values, target: Values, memory: int, check: Check
-) -> list[Difference]:
+def _compare_elements(odd: Oddities, source: Values, target: Values, memory: int, check: Check) -> list[Difference]:
     """Compare two tensors of one shape, the first cast to the dtype of the second."""
 
     def pieces(*, scan: bool) -> Iterator[Piece]:
@@ -226,9 +224,7 @@ def _factors(scale: Values) -> list[float]:
     return values
 
 
-def _elements(
-    source: Values, target: Values, memory: int, check: Check
-) -> Iterator[tuple[int, Bits, Bits]]:
+def _elements(source: Values, target: Values, memory: int, check: Check) -> Iterator[tuple[int, Bits, Bits]]:
     """Yield pieces of two tensors after the number of their first element, both valid until the next step."""
     old_size, new_size = (element_bits(tensor.dtype).itemsize for tensor in (source, target))
     count = target.nbytes // new_size
