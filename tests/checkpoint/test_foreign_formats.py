@@ -19,7 +19,6 @@ ARRAYS = {"a": np.arange(3, dtype=np.float32)}
         (["manifest.ocdbt", "_METADATA", "d/"], "Orbax"),
         ([".metadata", "__0_0.distcp", "__1_0.distcp"], "torch.distributed.checkpoint"),
         ([".metadata", "model.safetensors"], "torch.distributed.checkpoint"),
-        (["shard-00001-model-00001-of-00001.safetensors"], "NeMo's unconsolidated step directory"),
         (["model_world_size_8_rank_0.pt", "model_world_size_8_rank_1.pt", "config.json"], "rank files of verl"),
         (["pytorch_model_fsdp_0/", "optimizer_0/", "config.json"], "a sharded state of Accelerate"),
         (["global_step200/", "latest", "zero_to_fp32.py", "config.json"], "DeepSpeed ZeRO"),
@@ -43,13 +42,6 @@ def test_other_formats_are_refused_by_name_with_a_next_step(tmp_path, names, for
     assert caught.value.facts["found"] in names
     assert caught.value.hint is not None
     assert "{" not in caught.value.hint
-
-
-def test_files_that_hold_parts_of_tensors_say_so_in_their_metadata(tmp_path):
-    save_file(ARRAYS, tmp_path / "model.safetensors", {"DCP_SHARDING_INFO": '{"a": {"saved_offsets": [0]}}'})
-    with pytest.raises(UnsupportedCheckpointError, match="parts of tensors") as caught:
-        open_checkpoint(tmp_path)
-    assert caught.value.facts["found"] == "DCP_SHARDING_INFO in model.safetensors"
 
 
 def test_a_single_foreign_file_is_named_too(tmp_path):

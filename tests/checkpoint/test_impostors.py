@@ -70,7 +70,7 @@ def test_weights_beside_a_model_are_the_users_and_moved_by_the_hint(name, source
     assert contents(tmp_path / "hf-other-files") == {name: kept}
 
 
-def test_a_directory_of_checkpoints_lists_them_the_consolidated_first(source, tmp_path):
+def test_a_directory_of_checkpoints_lists_them(source, tmp_path):
     run = tmp_path / "run"
     for place in ("epoch_0_step_9", "epoch_0_step_10"):
         (run / place).mkdir(parents=True)
@@ -84,13 +84,6 @@ def test_a_directory_of_checkpoints_lists_them_the_consolidated_first(source, tm
     with pytest.raises(InputError, match="holds checkpoints, and is none itself") as caught:
         open_checkpoint(run)
     assert caught.value.facts["found"] == "epoch_0_step_9/other, export"
-    step = run / "epoch_0_step_10"
-    (step / "model").mkdir()
-    source.rename(step / "model" / "consolidated")
-    (step / "optim.pt").write_bytes(b"")
-    with pytest.raises(InputError, match="holds checkpoints") as caught:
-        open_checkpoint(step)
-    assert caught.value.facts["found"] == "model/consolidated"
     words = shlex.split(caught.value.hint.rpartition(": ")[2])
-    assert words == ["gemma4-moe", "inspect", str(step / "model" / "consolidated")]
+    assert words == ["gemma4-moe", "inspect", str(run / "epoch_0_step_9" / "other")]
     assert inspect(words[-1]).problems == ()

@@ -178,7 +178,7 @@ def exported_like(base, expected):
     return {name: tensor.to(dtype) for name, tensor in hf_from_nemo(expected).items()}
 
 
-def parallelized(sizes, base, target, dtype):
+def parallelized(sizes, base, target, dtype, **changes):
     """NeMo's model of a checkpoint's config, sharded by NeMo's parallelizer over NeMo's meshes, and a Checkpointer."""
     from nemo_automodel.components.distributed.config import FSDP2Config
     from nemo_automodel.components.distributed.mesh import MeshContext, ParallelismSizes
@@ -192,7 +192,7 @@ def parallelized(sizes, base, target, dtype):
         mesh = MeshContext.build(FSDP2Config(), ParallelismSizes(**sizes), world_size=world)
         parallelize_model(model, mesh.device_mesh, mesh.moe_mesh, **mesh.parallelize_axis_kwargs())
         moe_mesh = mesh.moe_mesh
-    options = {"model_repo_id": str(base), "save_consolidated": True}
+    options = {"model_repo_id": str(base), "save_consolidated": True} | changes
     return model, peer.checkpointer(target, dist.get_rank(), moe_mesh, **options)
 
 

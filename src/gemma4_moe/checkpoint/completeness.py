@@ -118,6 +118,15 @@ def _called(config: ConfigFile) -> dict[str, tuple[int, ...]] | str:
         return error.facts["expected"]
 
 
+def known_shapes(config: ConfigFile) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a config calls for, by the names in both layouts; none where `unsaid` names a field."""
+    called = _called(config)
+    if not isinstance(called, dict):
+        return {}
+    names = [name for each in called if (name := lookup(each, Layout.HF)) is not None and name.rule.in_nemo]
+    return {name.nemo: shape_of(name.rule, Layout.NEMO, config.sizes) for name in names} | called
+
+
 def _hf_shapes(tensors: Iterable[Described], inventory: Inventory) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a checkpoint's tensors by hf name, current spelling."""
     shapes: dict[str, tuple[int, ...]] = {}

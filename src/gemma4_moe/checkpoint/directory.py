@@ -1,6 +1,7 @@
-"""An open checkpoint directory: its safetensors files, checked against its index, and its other files.
+"""An open checkpoint directory: its named tensors, each with a way to read its bytes by ranges, and its other files.
 
-Only the directory's own entries count: subdirectories, `.cache` among them, are no part of a checkpoint.
+A tensor is in one file, or in parts of several (`parts`). A training run or a step means the model in it (`runs`). Only
+the directory's own entries count: subdirectories are no part of a checkpoint, but for the config of a step in parts.
 """
 
 from __future__ import annotations
@@ -8,16 +9,21 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from gemma4_moe.checkpoint.completeness import known_shapes
 from gemma4_moe.checkpoint.config import ConfigFile, read_config
 from gemma4_moe.checkpoint.file import SafetensorsFile
-from gemma4_moe.checkpoint.foreign_formats import refuse_foreign_files, refuse_partial_tensors
+from gemma4_moe.checkpoint.foreign_formats import refuse_foreign_files
 from gemma4_moe.checkpoint.header import TensorEntry
 from gemma4_moe.checkpoint.impostors import ENOUGH, check_genuine
 from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, claimed_size, parse_index
+from gemma4_moe.checkpoint.nemo_step import holds_parts, is_part, parts_of, side_directory
 from gemma4_moe.checkpoint.parents import refuse_parent
+from gemma4_moe.checkpoint.parts import FileOfParts, whole_shape
+from gemma4_moe.checkpoint.runs import taken
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, is_of_macos, side_files_of
 from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, command_line
@@ -30,6 +36,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from gemma4_moe.checkpoint.readers import Readable
+
 _SUFFIX = ".safetensors"
 
 _DIRECTORY = "a directory of safetensors files"
@@ -39,9 +47,9 @@ _AGAIN = "get the index again, and the file that is not as it says"
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor(TensorEntry):
-    """One tensor of a checkpoint: its entry in a header, and that header's file."""
+    """One tensor of a checkpoint: its name and form, and its bytes (start, end) in a file, or joined from parts."""
 
-    file: SafetensorsFile
+    file: Readable
 
     def read(self) -> np.ndarray[Any, np.dtype[Any]]:
         """Return all elements with their own bits, in the tensor's shape. Raises what `read_into` raises."""
@@ -63,12 +71,15 @@ class Checkpoint:
     """An open checkpoint. Use it as a context manager, or call `close`.
 
     Attributes:
+        path: Its own directory; of a run or a step, that of the model.
         files: The safetensors files by name, sorted.
         tensors: The tensors by name, in the order of the files and of their data.
         side_files: The files that a conversion copies unchanged, sorted.
         skipped: Names of all other entries but our manifest, sorted; those of directories end in "/".
         wrong_size: The `total_size` of the index if it is not the size of all tensors in bytes, else None.
         prefix_form: The form whose prefixes the tensors have in the files, if they are read under others.
+        config_directory: The directory of config.json, if it is not `path`.
+        note: A sentence that names the model if the path that was given is a run or a step.
     """
 
     path: Path
@@ -78,6 +89,8 @@ class Checkpoint:
     skipped: tuple[str, ...]
     wrong_size: int | None = None
     prefix_form: PrefixForm | None = None
+    config_directory: Path | None = None
+    note: str | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -97,7 +110,7 @@ class Checkpoint:
 
     def read_config(self) -> ConfigFile:
         """Read config.json. Raises what `config.read_config` raises."""
-        return read_config(self.path)
+        return read_config(self.config_directory or self.path)
 
     def without_wrappers(self) -> Self:
         """Return the same open checkpoint, its tensors' names without wrappers and under the model's own prefixes.
@@ -126,16 +139,17 @@ def open_checkpoint(
     """Open a directory of safetensors files, and check it without reading a tensor.
 
     Args:
-        path: The directory.
+        path: The directory; or a training run, or a step of one, whose model is opened.
         elsewhere: Weight files that belong to it but are not in it: by name, the function that opens the file.
 
     Raises:
         CheckpointFormatError: The directory, its index or a header breaks a rule; or files, index and headers disagree.
-        DuplicateTensorError: A tensor is in two files, or twice in one.
+        ConfigError: The tensors are in parts, and the config, which tells their shapes, can't be read.
+        DuplicateTensorError: A tensor, or a part of one, is in two files, or twice in one.
         TensorShapeError: A shape and dtype don't make the bytes that a header claims.
         UnsupportedCheckpointError: It is a known format of another kind.
     """
-    path, elsewhere = Path(path), elsewhere or {}
+    (path, note), elsewhere = taken(Path(path)), elsewhere or {}
     files, directories = _entries(path)
     files = sorted({*files, *(name for name in elsewhere if not is_of_macos(name))})
     weights = [name for name in files if name.endswith(_SUFFIX)]
@@ -149,21 +163,26 @@ def open_checkpoint(
         check_genuine(raw[:ENOUGH], path / INDEX_NAME)
         weight_map, claimed = parse_index(raw, file=path / INDEX_NAME), claimed_size(raw)
         _compare_names(path / INDEX_NAME, set(weight_map.values()), set(weights), files)
-    else:
-        _require_single_file(path, weights)
-    side_files = side_files_of(path, files)
+    elif len(weights) != 1 and not any(map(is_part, weights)):
+        raise _no_single_file(path, weights)
+    config_directory, side_files = None, side_files_of(path, files)
     with ExitStack() as stack:
         openers = {name: partial(SafetensorsFile, path / name) for name in weights} | dict(elsewhere)
         opened = {name: stack.enter_context(openers[name]()) for name in weights}
-        refuse_partial_tensors(path, opened)
-        tensors = _collect(opened)
+        if holds_parts(opened):
+            config_directory = side_directory(path)
+            side_files = side_files_of(config_directory, _entries(config_directory)[0])
+            tensors = _join(opened, read_config(config_directory))
+        else:
+            tensors = _collect(opened)
         if weight_map is not None:
             _compare_tensors(path / INDEX_NAME, weight_map, tensors)
         stack.pop_all()
     known = {*opened, INDEX_NAME, MANIFEST_NAME, *(side_file.name for side_file in side_files)}
+    known |= set() if config_directory is None else {f"{config_directory.name}/"}
     skipped = tuple(sorted({*files, *directories} - known))
     wrong_size = None if claimed == sum(tensor.nbytes for tensor in tensors.values()) else claimed
-    checkpoint = Checkpoint(path, opened, tensors, side_files, skipped, wrong_size)
+    checkpoint = Checkpoint(path, opened, tensors, side_files, skipped, wrong_size, None, config_directory, note)
     form = prefix_form(tensors)
     return checkpoint if form is None else replace(checkpoint.renamed(form.read), prefix_form=form)
 
@@ -190,16 +209,15 @@ def _entries(path: Path) -> tuple[list[str], list[str]]:
     return [name for name, is_directory in entries.items() if not is_directory], directories
 
 
-def _require_single_file(path: Path, weights: list[str]) -> None:
+def _no_single_file(path: Path, weights: list[str]) -> CheckpointFormatError:
     if not weights:
         expected = f"{INDEX_NAME} and the files that it names, or one {_SUFFIX} file"
         hint = "name the directory that holds the weights"
-        raise CheckpointFormatError("no safetensors file in the directory", file=path, expected=expected, hint=hint)
-    if len(weights) > 1:
-        problem = "several safetensors files, and no index that says which belong together"
-        others = [name for name in weights if name != f"model{_SUFFIX}"]
-        hint = "get the index, or keep elsewhere what is not the checkpoint: " + _move(path, others or weights[1:])
-        raise CheckpointFormatError(problem, file=path, expected=INDEX_NAME, found=_some(weights), hint=hint)
+        return CheckpointFormatError("no safetensors file in the directory", file=path, expected=expected, hint=hint)
+    problem = "several safetensors files, and no index that says which belong together"
+    others = [name for name in weights if name != f"model{_SUFFIX}"]
+    hint = "get the index, or keep elsewhere what is not the checkpoint: " + _move(path, others or weights[1:])
+    return CheckpointFormatError(problem, file=path, expected=INDEX_NAME, found=_some(weights), hint=hint)
 
 
 def _compare_names(index: Path, named: set[str], present: set[str], files: Collection[str]) -> None:
@@ -245,6 +263,19 @@ def _collect(files: dict[str, SafetensorsFile]) -> dict[str, StoredTensor]:
                     hint="one file is of another checkpoint, such as an older save: save this one again, into an empty "
                     "directory",
                 )
+    return tensors
+
+
+def _join(files: dict[str, SafetensorsFile], config: ConfigFile) -> dict[str, StoredTensor]:
+    """Return the tensors whose parts are in files. The config tells their shapes, so that no part is missing."""
+    called, tensors = known_shapes(config), {}
+    for name, parts in parts_of(files).items():
+        shape, dtype = whole_shape(name, parts, called.get(name)), parts[0].dtype
+        nbytes = prod(shape) * dtype.bits // 8
+        if len(parts) == 1:
+            tensors[name] = StoredTensor(name, dtype, shape, parts[0].start, parts[0].start + nbytes, parts[0].file)
+        else:
+            tensors[name] = StoredTensor(name, dtype, shape, 0, nbytes, FileOfParts(parts, shape))
     return tensors
 
 

@@ -66,6 +66,10 @@ class OpenFile:
         """Return a reader of large pieces, past the page cache unless `buffered`."""
         return PageReader(self, buffered=buffered)
 
+    def quickest_reader(self) -> Reader:
+        """Return a reader of large pieces in the quicker of two ways, which leaves none in the cache."""
+        return QuickerReader(PageReader(self), PageReader(self, buffered=True))
+
     def close(self) -> None:
         """Close the file. Further calls do nothing."""
         descriptor, self._descriptor = self._descriptor, -1
@@ -108,10 +112,6 @@ class SafetensorsFile(OpenFile):
     def size(self) -> int:
         """The file's size in bytes when it was opened."""
         return self.identity.size
-
-    def quickest_reader(self) -> Reader:
-        """Return a reader of large pieces in the quicker of two ways, which leaves none in the cache."""
-        return QuickerReader(PageReader(self), PageReader(self, buffered=True))
 
     def check_unchanged(self) -> None:
         """Check that the open file, and the one that its path names now, have not changed.

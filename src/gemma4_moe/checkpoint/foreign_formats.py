@@ -7,16 +7,11 @@ from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.index import INDEX_NAME
 from gemma4_moe.errors import UnsupportedCheckpointError
-from gemma4_moe.layout.foreign import FOREIGN, PARTS, Foreign
+from gemma4_moe.layout.foreign import FOREIGN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from pathlib import Path
-
-    from gemma4_moe.checkpoint.file import SafetensorsFile
-
-#: Key of the header metadata with which torch.distributed.checkpoint marks files that hold parts of tensors.
-_SHARDING_INFO = "DCP_SHARDING_INFO"
 
 
 def refuse_foreign_files(directory: Path, names: Iterable[str]) -> None:
@@ -31,23 +26,11 @@ def refuse_foreign_files(directory: Path, names: Iterable[str]) -> None:
         own = [name for name in names if form.file.fullmatch(name)]
         others = [name for name in names if name not in own and name.endswith((".safetensors", INDEX_NAME))]
         if own and (form.always or not others):
-            raise _refusal(form, form.name, directory, "Hugging Face or NeMo safetensors", own[0])
-
-
-def refuse_partial_tensors(directory: Path, files: Mapping[str, SafetensorsFile]) -> None:
-    """Raise an UnsupportedCheckpointError if a header says that its file holds parts of tensors."""
-    for name, file in files.items():
-        if _SHARDING_INFO in file.header.metadata:
-            kind = "parts of tensors, one file for each rank"
-            raise _refusal(PARTS, kind, directory, "whole tensors", f"{_SHARDING_INFO} in {name}")
-
-
-def _refusal(form: Foreign, kind: str, directory: Path, expected: str, found: str) -> UnsupportedCheckpointError:
-    return UnsupportedCheckpointError(
-        f"a checkpoint of another format: {kind}",
-        form=form.name,
-        file=directory,
-        expected=expected,
-        found=found,
-        hint=form.hint.format(shlex.quote(str(directory))),
-    )
+            raise UnsupportedCheckpointError(
+                f"a checkpoint of another format: {form.name}",
+                form=form.name,
+                file=directory,
+                expected="Hugging Face or NeMo safetensors",
+                found=own[0],
+                hint=form.hint.format(shlex.quote(str(directory))),
+            )

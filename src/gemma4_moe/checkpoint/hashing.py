@@ -14,7 +14,7 @@ from gemma4_moe.checkpoint.threads import SharedIterator, run_in_threads
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from gemma4_moe.checkpoint.file import OpenFile
+    from gemma4_moe.checkpoint.readers import Readable
 
 #: The most bytes that a thread reads at once.
 _READ_BYTES = 8 * 2**20
@@ -35,7 +35,7 @@ def blake3_of(contents: Iterable[bytes | memoryview]) -> str:
 class Extent:
     """Bytes (start, end) of an open file."""
 
-    file: OpenFile
+    file: Readable
     start: int
     end: int
 

@@ -13,9 +13,6 @@ from gemma4_moe.layout.names import natural_key
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: The place, below a training step, of a checkpoint that is ready to use.
-_CONSOLIDATED = ("model", "consolidated")
-
 #: How many checkpoints a message names.
 _SHOWN = 8
 
@@ -36,14 +33,11 @@ def refuse_parent(path: Path) -> None:
 
 
 def checkpoints_below(path: Path) -> list[Path]:
-    """Return the checkpoints one or two levels below a directory, those of `model/consolidated` first.
-
-    A link to a directory below is not followed.
-    """
+    """Return the checkpoints one or two levels below a directory. A link to a directory below is not followed."""
     with refusals("list the directory", path):
         places = [place for pattern in ("*", "*/*") for place in path.glob(pattern) if not _is_hidden(place, path)]
         found = [place for place in places if place.is_dir() and not place.is_symlink() and is_checkpoint(place)]
-    return sorted(found, key=lambda place: (place.parts[-2:] != _CONSOLIDATED, natural_key(str(place))))
+    return sorted(found, key=lambda place: natural_key(str(place)))
 
 
 def _is_hidden(place: Path, path: Path) -> bool:

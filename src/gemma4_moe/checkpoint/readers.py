@@ -50,6 +50,16 @@ class ReadAt(Protocol):
         """Fill `destination` with the bytes from `offset` on."""
 
 
+class Readable(ReadAt, Protocol):
+    """Bytes that are read at positions or in large pieces: of one file, or of a tensor in parts of several."""
+
+    def reader(self, *, buffered: bool = False) -> Reader:
+        """Return a reader of large pieces, past the page cache unless `buffered`."""
+
+    def quickest_reader(self) -> Reader:
+        """Return a reader of large pieces in the quicker of two ways, which leaves none in the cache."""
+
+
 def allocate(nbytes: int) -> memoryview:
     """Return memory that starts on a page; it is taken when it is first written."""
     return memoryview(mmap.mmap(-1, max(1, nbytes)))

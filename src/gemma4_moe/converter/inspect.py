@@ -13,7 +13,7 @@ from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, claimed_size,
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.recognition import recognise, wrong_tensors
 from gemma4_moe.checkpoint.storage import read_whole
-from gemma4_moe.converter.notes import index_notes, uncalled_notes
+from gemma4_moe.converter.notes import opening_notes, uncalled_notes
 from gemma4_moe.errors import CheckpointFormatError, ConfigError, InputError, UnsupportedCheckpointError
 from gemma4_moe.hub.source import is_hub_id, open_source
 from gemma4_moe.layout.inventory import Inventory
@@ -131,7 +131,7 @@ def _of_index(index: Path, problem: CheckpointFormatError) -> Inspection:
 
 def _inspect(source: Path, checkpoint: Checkpoint, *, values: bool) -> Inspection:
     problems: list[InputError] = []
-    notes = [*index_notes(checkpoint)]
+    notes = [*opening_notes(checkpoint)]
     try:
         config = checkpoint.read_config()
     except ConfigError as error:

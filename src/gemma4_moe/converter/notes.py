@@ -16,20 +16,18 @@ if TYPE_CHECKING:
 
 
 def plan_notes(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return what index, headers and config tell: a wrong size, tensors that the config has not, then `cast_notes`."""
-    return (*index_notes(checkpoint), *uncalled_notes(plan.uncalled), *cast_notes(plan))
+    """Return what is known from headers alone: `opening_notes`, tensors that the config has not, then `cast_notes`."""
+    return (*opening_notes(checkpoint), *uncalled_notes(plan.uncalled), *cast_notes(plan))
 
 
-def index_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return that prefixes are read as others, and that an index claims a wrong size of all tensors."""
-    prefixes = () if checkpoint.prefix_form is None else (checkpoint.prefix_form.note,)
+def opening_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return which model of a run was taken, that prefixes are read as others, and that an index claims a wrong size of all tensors."""
+    notes = () if checkpoint.note is None else (checkpoint.note,)
+    notes += () if checkpoint.prefix_form is None else (checkpoint.prefix_form.note,)
     if checkpoint.wrong_size is None:
-        return prefixes
+        return notes
     own = sum(entry.nbytes for file in checkpoint.files.values() for entry in file.header.entries)
-    return (
-        *prefixes,
-        f"total_size in {INDEX_NAME} is {checkpoint.wrong_size:,}, and the tensors have {own:,} bytes",
-    )
+    return (*notes, f"total_size in {INDEX_NAME} is {checkpoint.wrong_size:,}, and the tensors have {own:,} bytes")
 
 
 def uncalled_notes(names: Iterable[str]) -> tuple[str, ...]:

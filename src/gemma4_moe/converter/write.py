@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-    from gemma4_moe.checkpoint.directory import Checkpoint
-    from gemma4_moe.checkpoint.file import SafetensorsFile
-    from gemma4_moe.checkpoint.readers import Reader
+    from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+    from gemma4_moe.checkpoint.readers import Readable, Reader
     from gemma4_moe.converter.base import Scales
     from gemma4_moe.converter.blocks import Block, Memory
     from gemma4_moe.converter.plan import Plan
     from gemma4_moe.converter.sources import Sources
     from gemma4_moe.distributed.ranks import Ranks
+    from gemma4_moe.layout.targets import Source
     from gemma4_moe.sizes import Progress
     from gemma4_moe.target.directory import TargetFiles
     from gemma4_moe.target.journal import Journalled
@@ -152,7 +152,7 @@ def _write(job: Job, work: list[Block], given_back: Scales, ledger: Ledger) -> l
     buffered = job.files.buffered
     with ExitStack() as stack:
 
-        def reading(file: SafetensorsFile, *, in_order: bool) -> Reader:
+        def reading(file: Readable, *, in_order: bool) -> Reader:
             quickest = in_order and not buffered
             return stack.enter_context(closing(file.quickest_reader() if quickest else file.reader(buffered=buffered)))
 
@@ -160,19 +160,20 @@ def _write(job: Job, work: list[Block], given_back: Scales, ledger: Ledger) -> l
             file = stack.enter_context(SafetensorsWriter.reopen(path, size))
             return stack.enter_context(closing(PageWriter(file, buffered=buffered)))
 
-        base = [] if job.base is None else job.base.files.values()
         names = {block.file for block in work}
+        sources = _files(tensor.source for tensor in job.plan.tensors.values())
+        bases = _files(base.weights for base in job.plan.bases.values())
         pool = stack.enter_context(ThreadPoolExecutor(job.threads, "gemma4-moe-unfolding"))
         steps = ConversionSteps(
             job.scales,
             job.threads,
-            readers={name: reading(file, in_order=True) for name, file in job.checkpoint.files.items()},
+            readers={file: reading(file, in_order=True) for file in sources},
             writers={f.name: writing(job.files.out / f.name, f.size) for f in job.plan.files if f.name in names},
             ledger=ledger,
             unfolding=Unfolding(
                 job.plan.bases,
                 job.memory.base_bytes,
-                readers={file.path: reading(file, in_order=False) for file in base},
+                readers={file: reading(file, in_order=False) for file in bases},
                 pool=pool,
             ),
             given_back=given_back,
@@ -185,6 +186,12 @@ def _write(job: Job, work: list[Block], given_back: Scales, ledger: Ledger) -> l
             raise
         ledger.flush()
     return steps.written
+
+
+def _files(sources: Iterable[Source[StoredTensor] | None]) -> list[Readable]:
+    """Return the files that sources are read from, each once."""
+    read = [part.stored.file for source in sources if source is not None for part in source.parts]
+    return list(dict.fromkeys(read))
 
 
 def finish(job: Job, pieces: Sequence[Piece], count: Count) -> None:

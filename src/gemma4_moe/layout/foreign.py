@@ -93,13 +93,6 @@ FOREIGN = (
         reason="an MTP drafter never holds experts",
     ),
     Foreign(
-        "NeMo's unconsolidated step directory",
-        "name its subdirectory model/consolidated, which NeMo writes at the end of training; for another step, train "
-        "with save_consolidated",
-        file=_pattern(r"shard-\d+-model-.*\.safetensors"),
-        always=True,
-    ),
-    Foreign(
         "rank files of verl",
         "merge them: python3 -m verl.model_merger merge --backend fsdp --local_dir {} --target_dir MERGED",
         file=_pattern(r"model_world_size_\d+_rank_\d+\.pt"),
@@ -134,9 +127,6 @@ FOREIGN = (
         file=_pattern(r".*\.(bin|pt|pth|ckpt|pkl)"),
     ),
 )
-
-#: The form of files whose headers say that they hold parts of tensors.
-PARTS = next(form for form in FOREIGN if form.name == "NeMo's unconsolidated step directory")
 
 
 def foreign_spelling(name: str) -> Foreign | None:
