@@ -24,16 +24,16 @@ def run(source, tmp_path):
 def test_the_last_step_of_a_run_is_that_of_the_highest_number(run):
     found = taken(run)
     assert found.path == run / "epoch_0_step_100" / "model"
-    assert found.note == f"of {run}, the model in {found.path} was taken: its last complete step of 3"
+    assert found.notes == (f"of {run}, the model in {found.path} was taken: its last complete step of 3",)
 
 
 def test_latest_decides_if_it_is_complete(run):
     (run / "LATEST").symlink_to("epoch_1_step_20")
     assert taken(run).path == run / "epoch_1_step_20" / "model"
-    assert "its LATEST of 3" in taken(run).note
+    assert "its LATEST of 3" in taken(run).notes[0]
     (run / "epoch_1_step_20" / ".incomplete").touch()
     assert taken(run).path == run / "epoch_0_step_100" / "model"
-    assert taken(run).note.endswith("its last complete step of 3; 1 were interrupted")
+    assert taken(run).notes[0].endswith("its last complete step of 3; 1 were interrupted")
 
 
 @pytest.mark.parametrize("name", ["LATEST", "LOWEST_VAL"])
@@ -44,15 +44,15 @@ def test_a_pointer_is_followed_as_a_link_or_as_text(run, name, as_text):
     else:
         (run / name).symlink_to("epoch_0_step_9")
     assert taken(run / name).path.resolve() == run / "epoch_0_step_9" / "model"
-    assert "epoch_0_step_9" in taken(run / name).note
+    assert "epoch_0_step_9" in taken(run / name).notes[0]
 
 
 def test_a_consolidated_model_of_a_step_comes_first(run, source):
     step = run / "epoch_0_step_9"
     source.rename(step / "model" / "consolidated")
     assert taken(step).path == step / "model" / "consolidated"
-    assert taken(step / "model") == (step / "model", None), "the parts themselves were named"
-    assert taken(step / "model" / "consolidated") == (step / "model" / "consolidated", None)
+    assert taken(step / "model") == (step / "model", ()), "the parts themselves were named"
+    assert taken(step / "model" / "consolidated") == (step / "model" / "consolidated", ())
     assert inspect(step).notes[0] == f"of {step}, the model in {step / 'model' / 'consolidated'} was taken"
 
 
@@ -75,4 +75,4 @@ def test_a_run_of_interrupted_steps_is_refused(run):
 
 def test_other_directories_mean_themselves(run, source, tmp_path):
     for path in (source, tmp_path / "absent", tmp_path, run / "LATEST"):
-        assert taken(path) == (path, None)
+        assert taken(path) == (path, ())

@@ -83,3 +83,18 @@ def test_a_step_in_parts_is_a_source(step, tmp_path):
     model = {name: torch.full_like(tensor, float("nan"), dtype=torch.float32) for name, tensor in trained.items()}
     load_hf(model, place)
     assert_same_tensors(model, native(exported, torch.float32))
+
+
+@pytest.mark.parametrize("placement", ["one process", "ep 2", "FSDP 3, one rank empty", "ep 2 x ep_shard 2"])
+def test_a_step_of_torch_save_is_a_source_with_the_config_of_its_base(placement, bases, tmp_path):
+    world, sizes, experts, ours = PLACEMENTS[placement]
+    base, step = bases[experts], tmp_path / "run" / "epoch_1_step_12"
+    ranks.run(world, save_torch, sizes, base, step, ours)
+    trained = native(read_directory(base), torch.bfloat16)
+    convert(step, tmp_path / "nemo", config_from=base)
+    assert_same_tensors(read_directory(tmp_path / "nemo"), trained)
+    assert verify(step, tmp_path / "nemo", config_from=base).different == ()
+
+
+def save_torch(sizes, base, step, ours):
+    save(sizes, base, step, ours, model_save_format="torch_save")

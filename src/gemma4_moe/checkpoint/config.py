@@ -23,6 +23,8 @@ LONGEST_CONFIG = 10 * 2**20
 #: The largest size that a config may claim: no axis of a tensor that this package converts comes near.
 LARGEST_SIZE = 2**20
 
+_GET_IT = "get the checkpoint's own config.json, or give --config-from BASE, the checkpoint that it was trained from"
+
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
@@ -82,7 +84,8 @@ def _read_object(path: Path) -> dict[str, Any]:
         check_genuine(raw[:ENOUGH], path)
     except CheckpointFormatError as error:
         expected, found = error.facts.get("expected"), error.facts.get("found")
-        raise _unusable(path, f"{CONFIG_NAME} can't be used: {error.problem}", expected, found, error.hint) from error
+        hint = error.hint if path.is_symlink() or path.exists() else None
+        raise _unusable(path, f"{CONFIG_NAME} can't be used: {error.problem}", expected, found, hint) from error
     try:
         document = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
@@ -114,5 +117,5 @@ def _senseless(path: Path, field: str, expected: str, value: object) -> ConfigEr
 def _unusable(
     path: Path, problem: str, expected: str | None, found: str | None, hint: str | None = None
 ) -> ConfigError:
-    hint = hint or "get the checkpoint's own config.json; it tells which sizes its tensors should have"
+    hint = hint or _GET_IT
     return ConfigError(problem, file=path, expected=expected, found=found, hint=hint)

@@ -13,8 +13,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from gemma4_moe.checkpoint.agreement import SUFFIX, compare_names, compare_tensors, no_single_file
 from gemma4_moe.checkpoint.completeness import known_shapes
-from gemma4_moe.checkpoint.config import ConfigFile, read_config
+from gemma4_moe.checkpoint.config import CONFIG_NAME, ConfigFile, read_config
+from gemma4_moe.checkpoint.dcp import METADATA_NAME, open_dcp
 from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.checkpoint.foreign_formats import refuse_foreign_files
 from gemma4_moe.checkpoint.header import TensorEntry
@@ -27,22 +29,21 @@ from gemma4_moe.checkpoint.runs import taken
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, is_of_macos, side_files_of
 from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, command_line
-from gemma4_moe.layout.prefix_forms import PrefixForm, prefix_form
+from gemma4_moe.layout.prefix_forms import prefix_form
 from gemma4_moe.layout.prefixes import fitted
 from gemma4_moe.layout.wrappers import unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
 
+    from gemma4_moe.checkpoint.file import IdentifiedFile
+    from gemma4_moe.checkpoint.parts import Part
     from gemma4_moe.checkpoint.readers import Readable
 
-_SUFFIX = ".safetensors"
 
 _DIRECTORY = "a directory of safetensors files"
-
-_AGAIN = "get the index again, and the file that is not as it says"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +73,25 @@ class Checkpoint:
 
     Attributes:
         path: Its own directory; of a run or a step, that of the model.
-        files: The safetensors files by name, sorted.
+        files: The files that hold or describe its tensors, by name.
         tensors: The tensors by name, in the order of the files and of their data.
         side_files: The files that a conversion copies unchanged, sorted.
         skipped: Names of all other entries but our manifest, sorted; those of directories end in "/".
         wrong_size: The `total_size` of the index if it is not the size of all tensors in bytes, else None.
-        prefix_form: The form whose prefixes the tensors have in the files, if they are read under others.
+        in_parts: Whether each rank of a training run has saved its own parts.
         config_directory: The directory of config.json, if it is not `path`.
-        note: A sentence that names the model if the path that was given is a run or a step.
+        notes: Sentences on the model that was taken from a run or a step, and on what was left out of it.
     """
 
     path: Path
-    files: dict[str, SafetensorsFile]
+    files: Mapping[str, IdentifiedFile]
     tensors: dict[str, StoredTensor]
     side_files: tuple[Path, ...]
     skipped: tuple[str, ...]
     wrong_size: int | None = None
-    prefix_form: PrefixForm | None = None
+    in_parts: bool = False
     config_directory: Path | None = None
-    note: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -111,6 +112,12 @@ class Checkpoint:
     def read_config(self) -> ConfigFile:
         """Read config.json. Raises what `config.read_config` raises."""
         return read_config(self.config_directory or self.path)
+
+    def with_config_of(self, other: Checkpoint) -> Self:
+        """Return the same open checkpoint with the config.json of another one, which must stay open."""
+        own = [file for file in self.side_files if file.name != CONFIG_NAME]
+        config = [file for file in other.side_files if file.name == CONFIG_NAME]
+        return replace(self, config_directory=other.config_directory or other.path, side_files=(*config, *own))
 
     def without_wrappers(self) -> Self:
         """Return the same open checkpoint, its tensors' names without wrappers and under the model's own prefixes.
@@ -149,10 +156,12 @@ def open_checkpoint(
         TensorShapeError: A shape and dtype don't make the bytes that a header claims.
         UnsupportedCheckpointError: It is a known format of another kind.
     """
-    (path, note), elsewhere = taken(Path(path)), elsewhere or {}
+    (path, notes), elsewhere = taken(Path(path)), elsewhere or {}
     files, directories = _entries(path)
     files = sorted({*files, *(name for name in elsewhere if not is_of_macos(name))})
-    weights = [name for name in files if name.endswith(_SUFFIX)]
+    weights = [name for name in files if name.endswith(SUFFIX)]
+    if METADATA_NAME in files and not elsewhere:
+        return _open_dcp(path, files, directories, notes)
     if not weights and INDEX_NAME not in files:
         refuse_parent(path)
     refuse_foreign_files(path, [*files, *directories])
@@ -162,9 +171,9 @@ def open_checkpoint(
         raw = read_whole(path / INDEX_NAME, LONGEST_INDEX)
         check_genuine(raw[:ENOUGH], path / INDEX_NAME)
         weight_map, claimed = parse_index(raw, file=path / INDEX_NAME), claimed_size(raw)
-        _compare_names(path / INDEX_NAME, set(weight_map.values()), set(weights), files)
+        compare_names(path / INDEX_NAME, set(weight_map.values()), set(weights), files)
     elif len(weights) != 1 and not any(map(is_part, weights)):
-        raise _no_single_file(path, weights)
+        raise no_single_file(path, weights)
     config_directory, side_files = None, side_files_of(path, files)
     with ExitStack() as stack:
         openers = {name: partial(SafetensorsFile, path / name) for name in weights} | dict(elsewhere)
@@ -176,15 +185,16 @@ def open_checkpoint(
         else:
             tensors = _collect(opened)
         if weight_map is not None:
-            _compare_tensors(path / INDEX_NAME, weight_map, tensors)
+            compare_tensors(path / INDEX_NAME, weight_map, {name: t.file.path for name, t in tensors.items()})
         stack.pop_all()
     known = {*opened, INDEX_NAME, MANIFEST_NAME, *(side_file.name for side_file in side_files)}
     known |= set() if config_directory is None else {f"{config_directory.name}/"}
     skipped = tuple(sorted({*files, *directories} - known))
     wrong_size = None if claimed == sum(tensor.nbytes for tensor in tensors.values()) else claimed
-    checkpoint = Checkpoint(path, opened, tensors, side_files, skipped, wrong_size, None, config_directory, note)
-    form = prefix_form(tensors)
-    return checkpoint if form is None else replace(checkpoint.renamed(form.read), prefix_form=form)
+    in_parts, form = config_directory is not None, prefix_form(tensors)
+    notes = notes if form is None else (*notes, form.note)
+    found = Checkpoint(path, opened, tensors, side_files, skipped, wrong_size, in_parts, config_directory, notes)
+    return found if form is None else found.renamed(form.read)
 
 
 def _entries(path: Path) -> tuple[list[str], list[str]]:
@@ -209,44 +219,6 @@ def _entries(path: Path) -> tuple[list[str], list[str]]:
     return [name for name, is_directory in entries.items() if not is_directory], directories
 
 
-def _no_single_file(path: Path, weights: list[str]) -> CheckpointFormatError:
-    if not weights:
-        expected = f"{INDEX_NAME} and the files that it names, or one {_SUFFIX} file"
-        hint = "name the directory that holds the weights"
-        return CheckpointFormatError("no safetensors file in the directory", file=path, expected=expected, hint=hint)
-    problem = "several safetensors files, and no index that says which belong together"
-    others = [name for name in weights if name != f"model{_SUFFIX}"]
-    hint = "get the index, or keep elsewhere what is not the checkpoint: " + _move(path, others or weights[1:])
-    return CheckpointFormatError(problem, file=path, expected=INDEX_NAME, found=_some(weights), hint=hint)
-
-
-def _compare_names(index: Path, named: set[str], present: set[str], files: Collection[str]) -> None:
-    if absent := sorted(named - present):
-        begun = [name for name in files if name.endswith(".incomplete") and name.startswith(tuple(absent))]
-        raise CheckpointFormatError(
-            "the index names a file that is not there",
-            file=index,
-            expected=_some(absent),
-            found=f"{_some(begun)}, whose download has not ended" if begun else _some(present) or "no safetensors file",
-            hint=f"fetch {_some(absent)} from where the checkpoint came from, into {index.parent}",
-        )
-    if extra := sorted(present - named):
-        raise CheckpointFormatError(
-            "a safetensors file that the index does not name",
-            file=index,
-            expected="every safetensors file of the directory in the index",
-            found=_some(extra),
-            hint=f"some readers would take it for the model; keep it elsewhere: {_move(index.parent, extra)}",
-        )
-
-
-def _move(directory: Path, names: Collection[str]) -> str:
-    """Return the command that moves files of a user out of a checkpoint, into a new directory beside it."""
-    aside = directory.with_name(f"{directory.name}-other-files")
-    move = command_line("mv", "--", *(directory / name for name in names), aside)
-    return f"{command_line('mkdir', '--', aside)} && {move}"
-
-
 def _collect(files: dict[str, SafetensorsFile]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for name, file in files.items():
@@ -268,33 +240,29 @@ def _collect(files: dict[str, SafetensorsFile]) -> dict[str, StoredTensor]:
 
 def _join(files: dict[str, SafetensorsFile], config: ConfigFile) -> dict[str, StoredTensor]:
     """Return the tensors whose parts are in files. The config tells their shapes, so that no part is missing."""
-    called, tensors = known_shapes(config), {}
-    for name, parts in parts_of(files).items():
-        shape, dtype = whole_shape(name, parts, called.get(name)), parts[0].dtype
-        nbytes = prod(shape) * dtype.bits // 8
-        if len(parts) == 1:
-            tensors[name] = StoredTensor(name, dtype, shape, parts[0].start, parts[0].start + nbytes, parts[0].file)
-        else:
-            tensors[name] = StoredTensor(name, dtype, shape, 0, nbytes, FileOfParts(parts, shape))
-    return tensors
+    called = known_shapes(config)
+    return {name: _joined(name, parts, called.get(name)) for name, parts in parts_of(files).items()}
 
 
-def _compare_tensors(index: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
-    for name, file in weight_map.items():
-        place = tensors[name].file.path.name if name in tensors else "in no file"
-        if place != file:
-            problem = "the index and the files disagree on where a tensor is"
-            raise CheckpointFormatError(problem, tensor=name, file=index, expected=file, found=place, hint=_AGAIN)
-    for name, tensor in tensors.items():
-        if name not in weight_map:
-            problem, expected = "a tensor that the index does not name", f"every tensor in {INDEX_NAME}"
-            raise CheckpointFormatError(problem, tensor=name, file=tensor.file.path, expected=expected, hint=_AGAIN)
+def _open_dcp(path: Path, files: list[str], directories: list[str], notes: tuple[str, ...]) -> Checkpoint:
+    """Open a directory of torch.distributed.checkpoint. Its config is beside it, or that of another checkpoint."""
+    with ExitStack() as stack:
+        found = open_dcp(path, stack.enter_context)
+        tensors = {name: _joined(name, parts, shape) for name, (shape, parts) in found.tensors.items()}
+        side_files = side_files_of(path, files)
+        stack.pop_all()
+    skipped = {*files, *directories} - {*found.files, *(side_file.name for side_file in side_files)}
+    notes = notes if found.left_out is None else (*notes, found.left_out)
+    return Checkpoint(path, found.files, tensors, side_files, tuple(sorted(skipped)), in_parts=True, notes=notes)
 
 
-def _some(names: Collection[str]) -> str:
-    """Name a few of `names`, and how many more there are."""
-    shown = sorted(names)[:5]
-    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+def _joined(name: str, parts: Sequence[Part], called: tuple[int, ...] | None) -> StoredTensor:
+    """Return the tensor that parts are, after the checks of `whole_shape`."""
+    shape, dtype = whole_shape(name, parts, called), parts[0].dtype
+    nbytes = prod(shape) * dtype.bits // 8
+    if len(parts) == 1:
+        return StoredTensor(name, dtype, shape, parts[0].start, parts[0].start + nbytes, parts[0].file)
+    return StoredTensor(name, dtype, shape, 0, nbytes, FileOfParts(parts, shape))
 
 
 def control_directory(target: Path) -> Path:

@@ -85,25 +85,16 @@ class OpenFile:
         read_at(self._descriptor, self.path, offset, destination)
 
 
-class SafetensorsFile(OpenFile):
-    """An open file whose header has been checked. Use it as a context manager, or call `close`."""
+class IdentifiedFile(OpenFile):
+    """An open file that can tell that it was changed."""
 
-    header: Header
     identity: FileIdentity  # when it was opened
 
-    def __init__(self, path: Path) -> None:
-        """Open the file and read its header.
-
-        Raises:
-            CheckpointFormatError: It is missing, no regular file, or breaks a rule of the format.
-            DuplicateTensorError: Its header has two entries of one name.
-            TensorShapeError: A shape and dtype don't make the bytes that the header claims.
-        """
+    def __init__(self, path: Path, header_digest: str) -> None:
+        """Open a file of another format; the digest is that of whatever describes its content."""
         super().__init__(path)
         try:
-            with refusals("look at the file", path):
-                status = os.fstat(self._descriptor)
-            self._read_header(status.st_size, status.st_mtime_ns, status.st_ino)
+            self.identity = FileIdentity(*self._status(), header_digest)
         except BaseException:
             self.close()
             raise
@@ -140,6 +131,36 @@ class SafetensorsFile(OpenFile):
             found=found,
             hint="let nothing write the source, and start again",
         )
+
+    def _status(self) -> tuple[int, int, int]:
+        """Return the size, the time of writing and the inode."""
+        with refusals("look at the file", self.path):
+            status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns, status.st_ino
+
+    def _header_digest(self) -> str:
+        return self.identity.header_digest
+
+
+class SafetensorsFile(IdentifiedFile):
+    """An open file whose header has been checked. Use it as a context manager, or call `close`."""
+
+    header: Header
+
+    def __init__(self, path: Path) -> None:
+        """Open the file and read its header.
+
+        Raises:
+            CheckpointFormatError: It is missing, no regular file, or breaks a rule of the format.
+            DuplicateTensorError: Its header has two entries of one name.
+            TensorShapeError: A shape and dtype don't make the bytes that the header claims.
+        """
+        OpenFile.__init__(self, path)
+        try:
+            self._read_header(*self._status())
+        except BaseException:
+            self.close()
+            raise
 
     def _read_header(self, size: int, mtime_ns: int, inode: int) -> None:
         prefix = self._read(min(LENGTH.size, size))

@@ -36,7 +36,7 @@ class Taken(NamedTuple):
     """The model's directory that a path means, and a sentence that names it if the path is another one."""
 
     path: Path
-    note: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def taken(path: Path) -> Taken:
@@ -65,7 +65,7 @@ def taken(path: Path) -> Taken:
             model = model / _CONSOLIDATED
     if not model.is_dir():
         return Taken(path)
-    return Taken(model, None if model == path else f"of {path}, the model in {model} was taken{why}")
+    return Taken(model, () if model == path else (f"of {path}, the model in {model} was taken{why}",))
 
 
 def _steps(run: Path) -> list[Path]:

@@ -86,6 +86,7 @@ def inspect(output: Output, *, source: str, revision: str | None, tensors: bool,
 @options.strip_wrappers
 @options.scale
 @options.scale_from
+@options.config_from
 @options.common
 def plan(output: Output, *, source: str, **arguments: Any) -> None:
     """Show what convert would do: files, bytes, space and memory.
@@ -130,6 +131,7 @@ def plan(output: Output, *, source: str, **arguments: Any) -> None:
 @options.strip_wrappers
 @options.scale
 @options.scale_from
+@options.config_from
 @options.common
 def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read_back: bool, **arguments: Any) -> None:
     """Convert SRC into the new directory DST.
@@ -175,6 +177,7 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
 @options.strip_wrappers
 @options.scale
 @options.scale_from
+@options.config_from
 @options.common
 def verify(output: Output, *, first: str, second: str | None, revision: str | None, **arguments: Any) -> None:
     """Compute every tensor of DST again from SRC, and compare bits.

@@ -132,6 +132,13 @@ scale_from = click.option(
     type=Checkpoint(),
     help="For an hf SRC that has lost per_expert_scale: the hf checkpoint that has it, a directory or a Hub id.",
 )
+config_from = click.option(
+    "--config-from",
+    metavar="CHECKPOINT",
+    type=Checkpoint(),
+    help="For a SRC without config.json, or with another one than DST should have: the checkpoint, a directory or a "
+    "Hub id, whose config.json is used and copied.",
+)
 break_lock = click.option(
     "--break-lock", is_flag=True, help="Take DST from a process on another host, which must no longer run."
 )

@@ -14,7 +14,7 @@ from gemma4_moe.sizes import exact_size, parse_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-_PLACES = ("source", "target", "base", "scale_from")
+_PLACES = ("source", "target", "base", "scale_from", "config_from")
 
 _SIZES = ("max_shard_size", "max_memory")
 

@@ -9,8 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gemma4_moe.checkpoint.config import CONFIG_NAME, LONGEST_CONFIG
+from gemma4_moe.checkpoint.hashing import blake3_of
 from gemma4_moe.checkpoint.paths import expanded
-from gemma4_moe.checkpoint.storage import resolved
+from gemma4_moe.checkpoint.storage import read_whole, resolved
 from gemma4_moe.checkpoint.values import value_notes
 from gemma4_moe.converter.base import filled_in
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
@@ -91,6 +93,7 @@ def convert(
     strip_wrappers: bool = False,
     scale: str | None = None,
     scale_from: str | Path | None = None,
+    config_from: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert the checkpoint `source` into the new directory `target`.
@@ -123,6 +126,8 @@ def convert(
             config's kind of model (`layout.prefixes`).
         scale: "ones" for an hf source that has lost each `per_expert_scale` because it was folded into the weights.
         scale_from: The hf checkpoint, a directory or a Hub id, that has the scales which a source has lost.
+        config_from: The checkpoint, a directory or a Hub id, whose config.json is used and copied in place of the
+            source's; that of a step has none, or one that was written anew.
         progress: Called with the bytes that are done so far and with their total: of downloads, of the target as it is
             written or found written, and of the target as it is read back.
 
@@ -141,6 +146,7 @@ def convert(
         with ranks.together("plan the conversion"):
             _check_arguments(source, target, base, resume=resume, stream=stream)
             forms: dict[str, Any] = {"strip_wrappers": strip_wrappers, "scale": scale, "scale_from": scale_from}
+            forms["config_from"] = config_from
             sources = open_sources(stack, source, revision, base, in_place=stream, **forms)
             sources.check_place(target)
             checkpoint, origin = sources.checkpoint, sources.base
@@ -156,7 +162,8 @@ def convert(
             count.begin_next_stage()
             folded = {name: t.scale.read() for name, t in plan.tensors.items() if t.scale is not None}
             options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
-            options |= _identities(sources, stream=stream, strip_wrappers=strip_wrappers, scale=scale)
+            read_as: dict[str, Any] = {"strip_wrappers": strip_wrappers, "scale": scale}
+            options |= _identities(sources, stream=stream, has_config=config_from is not None, **read_as)
         transaction = None
         with ranks.together("take the target"):
             if ranks.is_first:
@@ -198,17 +205,24 @@ def _carry_out(job: Job, transaction: Transaction | None, count: Count, *, overw
             transaction.publish(overwrite=overwrite)
 
 
-def _identities(sources: Sources, *, stream: bool, strip_wrappers: bool, scale: str | None) -> dict[str, Any]:
+def _identities(
+    sources: Sources, *, stream: bool, has_config: bool, strip_wrappers: bool, scale: str | None
+) -> dict[str, Any]:
     """Return the options that say which checkpoints were read, and how: commits of a stream, headers of all others."""
     source, base, scales = sources
     commits = {"commit": commit_of(source), "base_commit": base and commit_of(base)} if stream else {}
     headers = {"base": base and _headers(base), "scale_from": scales and _headers(scales)}
-    said = {**commits, **headers, "strip_wrappers": strip_wrappers or None, "scale": scale}
+    config = (
+        blake3_of([read_whole((source.config_directory or source.path) / CONFIG_NAME, LONGEST_CONFIG)])
+        if has_config
+        else None
+    )
+    said = {**commits, **headers, "config_from": config, "strip_wrappers": strip_wrappers or None, "scale": scale}
     return {name: value for name, value in said.items() if value is not None}
 
 
 def _headers(checkpoint: Checkpoint) -> dict[str, str]:
-    return {name: file.header.digest for name, file in checkpoint.files.items()}
+    return {name: file.identity.header_digest for name, file in checkpoint.files.items()}
 
 
 def _check_room(space: Space, target: Path) -> None:

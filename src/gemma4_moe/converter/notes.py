@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.checkpoint.index import INDEX_NAME
 from gemma4_moe.layout.names import fold_names
 from gemma4_moe.layout.table import Layout
@@ -21,12 +22,12 @@ def plan_notes(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def opening_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return which model of a run was taken, that prefixes are read as others, and that an index claims a wrong size of all tensors."""
-    notes = () if checkpoint.note is None else (checkpoint.note,)
-    notes += () if checkpoint.prefix_form is None else (checkpoint.prefix_form.note,)
+    """Return what was taken, left out or renamed when it was opened, and that an index claims a wrong size."""
+    notes = checkpoint.notes
     if checkpoint.wrong_size is None:
         return notes
-    own = sum(entry.nbytes for file in checkpoint.files.values() for entry in file.header.entries)
+    files = (file for file in checkpoint.files.values() if isinstance(file, SafetensorsFile))
+    own = sum(entry.nbytes for file in files for entry in file.header.entries)
     return (*notes, f"total_size in {INDEX_NAME} is {checkpoint.wrong_size:,}, and the tensors have {own:,} bytes")
 
 

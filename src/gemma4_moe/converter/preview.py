@@ -81,6 +81,7 @@ def plan(
     strip_wrappers: bool = False,
     scale: str | None = None,
     scale_from: str | Path | None = None,
+    config_from: str | Path | None = None,
     mesh: Mapping[str, int] | str | None = None,
 ) -> Preview:
     """Return what `convert` would do, from headers alone: of a model on the Hub, no weights are fetched.
@@ -99,6 +100,7 @@ def plan(
         strip_wrappers: See `convert`.
         scale: See `convert`.
         scale_from: See `convert`.
+        config_from: See `convert`.
         mesh: Ranks by dimension, or text such as "ep_shard=2,ep=8": also preview the share of each of these ranks, if
             they load the source into the nemo layout.
 
@@ -114,6 +116,7 @@ def plan(
         check_streamed(source, base)
     with ExitStack() as stack:
         forms: dict[str, Any] = {"strip_wrappers": strip_wrappers, "scale": scale, "scale_from": scale_from}
+        forms["config_from"] = config_from
         sources = open_sources(stack, source, revision, base, in_place=False, **forms)
         checkpoint = sources.checkpoint
         planned = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=sources.base)

@@ -162,7 +162,7 @@ def described_source(plan: Plan, checkpoint: Checkpoint, digests: Mapping[tuple[
     return {
         "layout": plan.source_layout,
         "spelling": plan.spelling,
-        "files": {name: {"bytes": file.size, "header_sha256": file.header.digest} for name, file in files},
+        "files": {name: {"bytes": file.size, "header_sha256": file.identity.header_digest} for name, file in files},
         "block_bytes": blocks.BLOCK_BYTES,
         "blocks": {name: found[name] for name in plan.tensors if name in found},
     }

@@ -53,6 +53,7 @@ def open_sources(
     strip_wrappers: bool,
     scale: str | None,
     scale_from: str | Path | None,
+    config_from: str | Path | None,
 ) -> Sources:
     """Open the checkpoints of a conversion, as `convert` names them, on a stack that closes them.
 
@@ -62,6 +63,8 @@ def open_sources(
         UsageError, InputError, StorageError: As `open_source`, `Checkpoint.without_wrappers` and `with_scales` do.
     """
     checkpoint = stack.enter_context(open_source(source, revision, stream=in_place))
+    if config_from is not None:
+        checkpoint = checkpoint.with_config_of(stack.enter_context(open_source(config_from)))
     named = checkpoint.without_wrappers() if strip_wrappers else checkpoint
     origin, scales = (
         None if each is None else stack.enter_context(open_source(each, stream=in_place)) for each in (base, scale_from)

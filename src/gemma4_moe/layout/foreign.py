@@ -99,7 +99,8 @@ FOREIGN = (
     ),
     Foreign(
         "a sharded state of Accelerate",
-        "merge it: accelerate merge-weights {}/pytorch_model_fsdp_0 MERGED; then put the model's config.json there",
+        "name its directory, and the config of the model that it was trained from: gemma4-moe convert "
+        "{}/pytorch_model_fsdp_0 DST --config-from BASE",
         file=_pattern(r"pytorch_model_fsdp_0/"),
     ),
     Foreign(
@@ -108,10 +109,9 @@ FOREIGN = (
         file=_pattern(r"global_step\d+/|(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_\w+\.pt|zero_to_fp32\.py"),
     ),
     Foreign(
-        "torch.distributed.checkpoint",
-        "merge it: python3 -m torch.distributed.checkpoint.format_utils dcp_to_torch {} model.pt; then load that into "
-        "the model, and save it with save_pretrained",
-        file=_pattern(r"\.metadata|.*\.distcp"),
+        "torch.distributed.checkpoint without its metadata",
+        "put .metadata beside its files: the save writes it last, and without it nothing tells where a tensor is",
+        file=_pattern(r".*\.distcp"),
         always=True,
     ),
     Foreign("Orbax", _EXPORT, file=_pattern(r"_CHECKPOINT_METADATA|_METADATA|manifest\.ocdbt"), always=True),

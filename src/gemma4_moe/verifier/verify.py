@@ -19,7 +19,7 @@ from gemma4_moe.checkpoint.recognition import layout_of, recognise, wrong_tensor
 from gemma4_moe.checkpoint.scales import with_scales
 from gemma4_moe.checkpoint.storage import open_regular, read_whole, refusals, regular_status
 from gemma4_moe.errors import UsageError
-from gemma4_moe.hub.source import check_streamed, locate
+from gemma4_moe.hub.source import check_streamed, locate, open_source
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.manifest import Recheck, check_manifest
@@ -59,6 +59,7 @@ def verify(
     strip_wrappers: bool = ...,
     scale: str | None = ...,
     scale_from: str | Path | None = ...,
+    config_from: str | Path | None = ...,
     max_memory: int | str = ...,
     progress: Progress | None = ...,
 ) -> Verification: ...
@@ -74,6 +75,7 @@ def verify(
     strip_wrappers: bool = False,
     scale: str | None = None,
     scale_from: str | Path | None = None,
+    config_from: str | Path | None = None,
     max_memory: int | str = DEFAULT_MEMORY,
     progress: Progress | None = None,
 ) -> Verification | Recheck:
@@ -94,6 +96,7 @@ def verify(
         strip_wrappers: Compare under the source's names without wrappers and doubled prefixes, as `convert` does.
         scale: "ones", if the source was converted so: see `convert`.
         scale_from: The checkpoint with the scales that the source has lost: see `convert`.
+        config_from: The checkpoint whose config.json the target should have: see `convert`.
         max_memory: The most bytes of buffers, or text such as "512MiB".
         progress: Called with the bytes that were compared so far and with their total.
 
@@ -111,6 +114,7 @@ def verify(
     memory = parse_size(max_memory)
     if second is None:
         options = {"stream": stream, "strip-wrappers": strip_wrappers, "scale": scale, "scale-from": scale_from}
+        options["config-from"] = config_from
         if given_options := ", ".join(f"--{name}" for name, value in options.items() if value):
             hint = f"name SRC and DST, or leave {given_options} out"
             raise UsageError("a target alone is only hashed", file=first, found=given_options, hint=hint)
@@ -123,6 +127,8 @@ def verify(
         opened = open_side(stack, first, revision, stream=stream)
         judged = open_side(stack, second, stream=stream)
         origin = None if scale_from is None else open_side(stack, scale_from, stream=stream)
+        if config_from is not None:
+            opened = opened.with_config_of(stack.enter_context(open_source(config_from)))
         given = opened.without_wrappers() if strip_wrappers else opened
         given = with_scales(given, scale, origin)
         check_blobs([*opened.files.values(), *judged.files.values()], memory)
