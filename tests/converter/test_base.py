@@ -117,7 +117,7 @@ def test_a_base_that_does_not_fit_is_refused(change, error, words, base, state, 
 
 def test_the_base_of_a_conversion_to_nemo_and_a_base_in_nemo_are_refused(base, tmp_path):
     with pytest.raises(UsageError, match="for the conversion to hf"):
-        convert(base, tmp_path / "nemo", base=base)
+        convert(base, tmp_path / "nemo", to="nemo", base=base)
     convert(base, tmp_path / "nemo")
     with pytest.raises(UsageError, match="wrong layout"):
         convert(tmp_path / "nemo", tmp_path / "back", base=tmp_path / "nemo")

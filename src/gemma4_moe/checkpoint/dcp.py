@@ -19,7 +19,7 @@ from gemma4_moe.checkpoint.restricted_pickle import Record, load
 from gemma4_moe.checkpoint.storage import read_whole
 from gemma4_moe.errors import CheckpointFormatError, UnsupportedCheckpointError
 from gemma4_moe.layout.names import fold_names, lookup
-from gemma4_moe.layout.table import Layout
+from gemma4_moe.layout.table import DOWN, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -159,7 +159,7 @@ def _model(names: Iterable[tuple[tuple[str, ...], str]], path: Path) -> tuple[st
         if not groups
         else "several models in a directory of torch.distributed.checkpoint",
         file=path,
-        expected="one group of names such as <prefix>layers.<number>.experts.down_proj",
+        expected=f"one group of names such as <prefix>layers.<number>.{DOWN.hf}",
         found=", ".join(sorted(".".join(group) for group in groups)) or "none",
         hint='save the model alone, or under "model"',
     )

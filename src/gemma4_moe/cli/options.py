@@ -114,7 +114,7 @@ base = click.option(
     metavar="CHECKPOINT",
     type=Checkpoint(),
     help="The published hf checkpoint that SRC was trained from, a directory or a Hub id. Experts that training left "
-    "unchanged get its weights and scales back, bit for bit. Only from nemo to hf.",
+    "unchanged get its weights and scales back, bit for bit. DST is in the hf layout, SRC in either.",
 )
 strip_wrappers = click.option(
     "--strip-wrappers",

@@ -1,6 +1,7 @@
 """The base of a conversion to hf: an hf checkpoint whose experts the model may still hold, folded.
 
-The base's expert is folded again, and its bits are compared with the native ones. An expert that is still the base's
+The base's expert is folded again, and its bits are compared with the native ones, or with those to which an hf source
+folds. An expert that is still the base's
 gets the base's weights and scale. An expert that differs keeps its own bits, and its scale is one.
 
 An expert is judged once, while its block is converted. The outcome is a fact of the block in the journal; the
@@ -22,10 +23,10 @@ from gemma4_moe.checkpoint.side_files import is_tokenizer_file
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.names import lookup
-from gemma4_moe.layout.table import SCALE, Layout
+from gemma4_moe.layout.table import DOWN, SCALE, Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from concurrent.futures import Executor
     from pathlib import Path
 
@@ -65,7 +66,7 @@ class BaseExperts:
 
 
 def find_base(base: Checkpoint, wanted: Mapping[str, Target[StoredTensor]]) -> dict[str, BaseExperts]:
-    """Return the base's experts for each `down_proj` of a target, by its name, after checking that they fit it."""
+    """Return the base's experts for each `down_proj` of the targets, by its name, after checking that they fit it."""
     config = base.read_config()
     layout = recognise(base.tensors, config).accepted()
     if layout is not Layout.HF:
@@ -79,14 +80,24 @@ def find_base(base: Checkpoint, wanted: Mapping[str, Target[StoredTensor]]) -> d
     targets = checkpoint_targets(base.tensors.values(), Layout.HF, config)
     found = {}
     for name, target in wanted.items():
-        native = targets.get(target.origin.name)  # the nemo layout's name is one, whatever the base's spelling
+        parsed = lookup(target.role, Layout.HF)
+        if parsed is None or parsed.rule is not DOWN:
+            continue
+        native = targets.get(parsed.nemo)
         if native is None:
             raise UsageError("the base lacks a layer of the model", tensor=name, file=base.path, hint=_NAME_IT)
         assert native.source is not None, "a down_proj has a source"
         assert native.scale is not None, "a down_proj of the hf layout has a scale"
         found[name] = BaseExperts(native.source, native.scale)
-        _check(found[name], target)
+        (scale,) = scales_with_base([name])
+        _check(found[name], target, wanted[scale].dtype)
     return found
+
+
+def own_scales(bases: Iterable[str], targets: Mapping[str, Target[StoredTensor]]) -> Scales:
+    """Return the fp32 scale [E] that an hf source has for each `down_proj` with a base; a nemo source has none."""
+    stored = {down: targets[scale].source for scale, down in scales_with_base(bases).items()}
+    return {down: source.parts[0].stored.read().astype(np.float32) for down, source in stored.items() if source}
 
 
 def filled_in(source: Checkpoint, base: Checkpoint | None) -> tuple[Path, ...]:
@@ -96,7 +107,7 @@ def filled_in(source: Checkpoint, base: Checkpoint | None) -> tuple[Path, ...]:
     return tuple(path for path in files if path.name not in there and is_tokenizer_file(path.name))
 
 
-def _check(experts: BaseExperts, target: Target[StoredTensor]) -> None:
+def _check(experts: BaseExperts, target: Target[StoredTensor], scale_dtype: DType) -> None:
     if experts.weights.shape != target.shape:
         raise TensorShapeError(
             "the base has another shape",
@@ -106,16 +117,14 @@ def _check(experts: BaseExperts, target: Target[StoredTensor]) -> None:
             found=experts.weights.shape,
             hint=_NAME_IT,
         )
-    for tensor in (experts.weights.parts[0].stored, experts.scale):
-        if not dtypes.is_exact(tensor.dtype, target.dtype) and not (
-            tensor is experts.scale and _holds_values(target.dtype, tensor)
-        ):
+    for tensor, dtype in ((experts.weights.parts[0].stored, target.dtype), (experts.scale, scale_dtype)):
+        if not dtypes.is_exact(tensor.dtype, dtype) and not (tensor is experts.scale and _holds_values(dtype, tensor)):
             raise UsageError(
                 "the target's dtype does not hold the base's values",
                 tensor=tensor.name,
                 file=tensor.file.path,
                 expected=f"{tensor.dtype.name}, or a dtype that holds it",
-                found=target.dtype.name,
+                found=dtype.name,
                 hint=f"give --dtype {tensor.dtype.name}, or leave --base out",
             )
 
@@ -133,18 +142,18 @@ def scales_with_base(bases: Iterable[str]) -> dict[str, str]:
     return {name.sibling(SCALE).hf: down for down in bases if (name := lookup(down, Layout.HF)) is not None}
 
 
-def given_back_scales(bases: Mapping[str, BaseExperts], pieces: Iterable[Piece]) -> Scales:
-    """Return the fp32 scale [E] of each layer with a base: the base's for experts that are its own, else one.
+def given_back_scales(bases: Mapping[str, BaseExperts], own: Scales, pieces: Iterable[Piece]) -> Scales:
+    """Return the fp32 scale [E] of each layer with a base: the base's for experts that are its own.
 
-    `pieces` are those of all experts, of all ranks and runs.
+    All others have that of `own_scales`, or else one. `pieces` are those of all experts, of all ranks and runs.
     """
     scales = {}
     pieces = [piece for piece in pieces if "given_back" in piece.facts]
     for name, down in scales_with_base(bases).items():
         scale = bases[down].read_scale()
-        own = [expert for piece in pieces if piece.facts["tensor"] == down for expert in piece.facts["given_back"]]
-        scales[name] = np.ones_like(scale)
-        scales[name][own] = scale[own]
+        back = [expert for piece in pieces if piece.facts["tensor"] == down for expert in piece.facts["given_back"]]
+        scales[name] = own[down].copy() if down in own else np.ones_like(scale)
+        scales[name][back] = scale[back]
     return scales
 
 
@@ -152,19 +161,30 @@ class Unfolding:
     """Gives experts back to their base. Used by one thread."""
 
     def __init__(
-        self, bases: Mapping[str, BaseExperts], base_bytes: int, readers: Mapping[Readable, Reader], pool: Executor
+        self,
+        bases: Mapping[str, BaseExperts],
+        own: Scales,
+        base_bytes: int,
+        readers: Mapping[Readable, Reader],
+        pool: Executor,
     ) -> None:
-        """Read the scales of `bases`, which are by the target's names; an expert needs a buffer of `base_bytes`."""
+        """Read the scales of `bases`, which are by the target's names; an expert needs a buffer of `base_bytes`.
+
+        `own` are those of `own_scales`.
+        """
         self.bases = bases
+        self.own = own
         self._scales = {name: base.read_scale() for name, base in bases.items()}
         self._buffer = allocate(base_bytes) if base_bytes else memoryview(b"")
         self._readers, self._pool = readers, pool
 
-    def unfold(self, name: str, number: int, native: Array, out: Array) -> bool:
-        """Return whether expert `number` of a target, `native` [I, H], is the base's, folded.
+    def unfold(self, name: str, number: int, stored: Array, out: Array) -> bool:
+        """Return whether expert `number` of a target is the base's, folded.
 
-        If so, write the base's to `out` [H, I]. Read as far as that takes.
+        It is `stored` as [I, H] in the nemo layout, or as [H, I] beside a scale of its own. If it is the base's, write
+        the base's to `out` [H, I]. Read as far as that takes.
         """
+        native = partial(_native, stored, self.own[name][number] if name in self.own else None)
         weights, scale = self.bases[name].weights, self._scales[name][number]
         size, width = weights.shape[1:]
         first = min(size, max(1, _FIRST // width))
@@ -185,11 +205,19 @@ class Unfolding:
         return np.frombuffer(raw, np.uint8).view(weights.dtype.numpy()).reshape(rows, -1)
 
 
-def _fold_rows(weights: Array, scale: np.float32, native: Array, out: Array, rows: slice) -> bool:
+def _native(stored: Array, scale: np.float32 | None, rows: slice) -> Array:
+    """Return columns `rows` of a native expert [I, H] that is stored so, or as [H, I] beside its scale."""
+    if scale is None:
+        return stored[:, rows]
+    native: Array = kernels.transpose_scale_cast(stored[rows][None], scale=[scale], dtype=stored.dtype, threads=1)[0]
+    return native
+
+
+def _fold_rows(weights: Array, scale: np.float32, native: Callable[[slice], Array], out: Array, rows: slice) -> bool:
     """Return whether rows of weights [H, I] fold to those columns of native [I, H]; if so, write them to `out`."""
-    piece = weights[rows]
-    again = kernels.transpose_scale_cast(piece[None], scale=[scale], dtype=native.dtype, threads=1)[0]
-    if not np.array_equal(again.view(np.uint8), native[:, rows].view(np.uint8)):
+    piece, expected = weights[rows], native(rows)
+    again = kernels.transpose_scale_cast(piece[None], scale=[scale], dtype=expected.dtype, threads=1)[0]
+    if not np.array_equal(again.view(np.uint8), expected.view(np.uint8)):
         return False
     kernels.scale_cast(piece, out=out[rows], threads=1)
     return True

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from gemma4_moe.checkpoint.hashing import Extent
 from gemma4_moe.checkpoint.readers import PAGE, SLACK, whole_pages
 from gemma4_moe.errors import UsageError
-from gemma4_moe.layout.table import transposes
+from gemma4_moe.layout.table import converted_shape
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Sequence
@@ -38,7 +38,7 @@ MOST_BUFFERS = 4
 class Block:
     """Rows (first, last) of one target tensor, and their bytes (start, end) in its file.
 
-    A row is an expert, or one element where no axes are exchanged.
+    A row is what the reads of its source count: an expert, or an element.
     """
 
     tensor: PlannedTensor
@@ -52,6 +52,11 @@ class Block:
     def place(self) -> tuple[str, int, int]:
         """The file, the first byte, and the byte after the last."""
         return self.file, self.start, self.end
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of its rows: [n, R, C] of experts, [n] of elements."""
+        return self.last - self.first, *_row_of(self.tensor)
 
     def reads(self) -> list[Read[StoredTensor]]:
         """Return the reads that give the block's values, without the scale; none for a scale of ones."""
@@ -132,13 +137,19 @@ def blocks(plan: Plan) -> Iterator[Block]:
     for file in plan.files:
         for entry in file.entries:
             tensor = plan.tensors[entry.name]
-            shape = tensor.shape if transposes(tensor.operation) else (entry.nbytes // max(1, tensor.dtype.itemsize),)
+            elements = prod(_row_of(tensor))
+            count = entry.nbytes // max(1, elements * tensor.dtype.itemsize)
             itemsize = max(t.dtype.itemsize for t in (tensor, tensor.source) if t is not None)
-            step = rows_at_once(prod(shape[1:]) * itemsize)
-            row = row_bytes(entry.nbytes, shape)
-            for first in range(0, shape[0], step):
-                last = min(first + step, shape[0])
+            step = rows_at_once(elements * itemsize)
+            row = entry.nbytes // max(1, count)
+            for first in range(0, count, step):
+                last = min(first + step, count)
                 yield Block(tensor, file.name, entry.start + first * row, entry.start + last * row, first, last)
+
+
+def _row_of(tensor: PlannedTensor) -> tuple[int, ...]:
+    """Return the shape of a row of a target."""
+    return () if tensor.source is None else converted_shape(tensor.operation, (1, *tensor.source.row))[1:]
 
 
 def share(work: Iterable[Block], done: Container[tuple[str, int, int]], rank: int, world: int) -> list[Block]:

@@ -36,6 +36,7 @@ from gemma4_moe.target.recovery import clean, heal
 from gemma4_moe.target.transaction import Transaction
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from gemma4_moe.checkpoint.directory import Checkpoint
@@ -104,7 +105,7 @@ def convert(
     Args:
         source: A directory of safetensors files with its config.json, or a Hub id.
         target: A directory that does not exist yet, or is empty.
-        to: The layout to convert to; the other one by default.
+        to: The layout to convert to; by default the other one, or hf with a base. A source in parts may keep its own.
         dtype: "keep", or the dtype that every floating-point tensor gets, and config.json names.
         max_shard_size: The most bytes of tensors in one file, or text such as "5GB"; a larger tensor gets a file of
             its own.
@@ -119,9 +120,9 @@ def convert(
         break_lock: Take the target from a process that can't be shown to live.
         revision: Branch, tag or commit of a Hub id.
         stream: Read a source or a base on the Hub in place, and keep nothing of it but the target.
-        base: On the way to hf, the hf checkpoint that the model was made from, a directory or a Hub id: an expert that
-            is still the base's, folded, gets the base's own weights and scale. Files of tokenizer, template and
-            processor that the source lacks are the base's. A complete target is then not known again by `resume`.
+        base: To hf, from either layout: the hf checkpoint that the model was made from, a directory or a Hub id. An
+            expert that folds to what the base's folds to gets the base's weights and scale. The base's files of
+            tokenizer, template and processor fill in. `resume` does not know a complete target then.
         strip_wrappers: Remove the components of wrappers from the source's names, and give each the prefix of the
             config's kind of model (`layout.prefixes`).
         scale: "ones" for an hf source that has lost each `per_expert_scale` because it was folded into the weights.
@@ -145,8 +146,8 @@ def convert(
     with ExitStack() as stack:
         with ranks.together("plan the conversion"):
             _check_arguments(source, target, base, resume=resume, stream=stream)
-            forms: dict[str, Any] = {"strip_wrappers": strip_wrappers, "scale": scale, "scale_from": scale_from}
-            forms["config_from"] = config_from
+            forms: dict[str, Any] = {"strip_wrappers": strip_wrappers, "scale": scale}
+            forms |= {"scale_from": scale_from, "config_from": config_from}
             sources = open_sources(stack, source, revision, base, in_place=stream, **forms)
             sources.check_place(target)
             checkpoint, origin = sources.checkpoint, sources.base
@@ -162,8 +163,7 @@ def convert(
             count.begin_next_stage()
             folded = {name: t.scale.read() for name, t in plan.tensors.items() if t.scale is not None}
             options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
-            read_as: dict[str, Any] = {"strip_wrappers": strip_wrappers, "scale": scale}
-            options |= _identities(sources, stream=stream, has_config=config_from is not None, **read_as)
+            options |= _identities(sources, stream=stream, forms=forms)
         transaction = None
         with ranks.together("take the target"):
             if ranks.is_first:
@@ -205,20 +205,20 @@ def _carry_out(job: Job, transaction: Transaction | None, count: Count, *, overw
             transaction.publish(overwrite=overwrite)
 
 
-def _identities(
-    sources: Sources, *, stream: bool, has_config: bool, strip_wrappers: bool, scale: str | None
-) -> dict[str, Any]:
+def _identities(sources: Sources, *, stream: bool, forms: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that say which checkpoints were read, and how: commits of a stream, headers of all others."""
     source, base, scales = sources
     commits = {"commit": commit_of(source), "base_commit": base and commit_of(base)} if stream else {}
     headers = {"base": base and _headers(base), "scale_from": scales and _headers(scales)}
-    config = (
-        blake3_of([read_whole((source.config_directory or source.path) / CONFIG_NAME, LONGEST_CONFIG)])
-        if has_config
-        else None
-    )
-    said = {**commits, **headers, "config_from": config, "strip_wrappers": strip_wrappers or None, "scale": scale}
+    config = None if forms["config_from"] is None else _config_digest(source)
+    read_as = {"config_from": config, "strip_wrappers": forms["strip_wrappers"] or None, "scale": forms["scale"]}
+    said = {**commits, **headers, **read_as}
     return {name: value for name, value in said.items() if value is not None}
+
+
+def _config_digest(checkpoint: Checkpoint) -> str:
+    directory = checkpoint.config_directory or checkpoint.path
+    return blake3_of([read_whole(directory / CONFIG_NAME, LONGEST_CONFIG)])
 
 
 def _headers(checkpoint: Checkpoint) -> dict[str, str]:

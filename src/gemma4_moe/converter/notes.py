@@ -65,11 +65,14 @@ def overflow_notes(plan: Plan, counts: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def base_notes(plan: Plan, given_back: Mapping[str, int]) -> tuple[str, ...]:
-    """Return how many experts are the base's, or that all scales are one; nothing on the way to nemo.
+    """Return how many experts are the base's, or that all scales of a nemo source are one; nothing on the way to nemo.
 
     `given_back` are the manifest's counts, by the tensors' names.
     """
     if plan.target_layout is not Layout.HF:
+        return ()
+    is_native = plan.source_layout is Layout.NEMO
+    if not plan.bases and not is_native:
         return ()
     if not plan.bases:
         return (
@@ -78,4 +81,5 @@ def base_notes(plan: Plan, given_back: Mapping[str, int]) -> tuple[str, ...]:
         )
     own, count = sum(given_back.values()), sum(base.weights.shape[0] for base in plan.bases.values())
     said = f"{own} of {count} experts are the base's, folded, and got its weights and scale"
-    return (said if own == count else f"{said}; the others have their own bits, and the scale one",)
+    others = "the others have their own bits, and the scale one" if is_native else "the others are as in the source"
+    return (said if own == count else f"{said}; {others}",)

@@ -17,7 +17,7 @@ from gemma4_moe.errors import UsageError
 from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.dtypes import target_dtype
 from gemma4_moe.layout.prefix_forms import DIFFUSION_TYPES, decoder_written
-from gemma4_moe.layout.table import Layout, Operation
+from gemma4_moe.layout.table import Layout
 from gemma4_moe.sizes import format_size, parse_size
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE, PlannedFile, layout_files
 
@@ -84,19 +84,18 @@ def make_plan(
     cast = None if dtype == "keep" else target_dtype(dtype)
     recognition = recognise(checkpoint.tensors, config)
     layout = recognition.accepted()
-    _check_direction(layout, to, base)
-    targets = checkpoint_targets(checkpoint.tensors.values(), layout, config, cast, complete=True)
-    if layout is Layout.NEMO and config.model_type in DIFFUSION_TYPES:
+    target_layout = _target_layout(layout, to, base, in_parts=checkpoint.in_parts)
+    targets = checkpoint_targets(checkpoint.tensors.values(), layout, config, cast, complete=True, to=target_layout)
+    if target_layout is Layout.HF and config.model_type in DIFFUSION_TYPES:
         named = (replace(target, name=decoder_written(name)) for name, target in targets.items())
         targets = {target.name: target for target in named}
-    downs = {name: target for name, target in targets.items() if target.operation is Operation.TRANSPOSE_SCALE}
     casts = [(target.source.dtype, target.dtype) for target in targets.values() if target.source is not None]
     return Plan(
         source_layout=layout,
         spelling=recognition.spelling,
-        target_layout=layout.other,
+        target_layout=target_layout,
         tensors=targets,
-        bases={} if base is None else find_base(base, downs),
+        bases={} if base is None else find_base(base, targets),
         files=layout_files([(t.name, t.dtype, t.shape) for t in targets.values()], parse_size(max_shard_size)),
         cast=cast,
         inexact=Counter(cast for cast in casts if not dtypes.is_exact(*cast)),
@@ -104,22 +103,27 @@ def make_plan(
     )
 
 
-def _check_direction(layout: Layout, to: Layout | str | None, base: Checkpoint | None) -> None:
-    """Check that `to` is the layout that a source of this layout is converted to, and that a base has a meaning."""
+def _target_layout(layout: Layout, to: Layout | str | None, base: Checkpoint | None, *, in_parts: bool) -> Layout:
+    """Return the layout of a target, after checking that a source of this layout is converted to it.
+
+    A source in parts may keep its layout, and so may an hf source whose experts are compared with those of a base.
+    """
     if to is not None and to not in list(Layout):
         raise UsageError("no such layout", expected=" or ".join(Layout), found=repr(to))
-    if to == layout:
+    target = (layout.other if base is None else Layout.HF) if to is None else Layout(to)
+    if base is not None and target is not Layout.HF:
+        raise UsageError(
+            "a base is for the conversion to hf, where scales are taken out of the weights again",
+            file=base.path,
+            expected="hf as the target's layout",
+            found=target,
+            hint="leave --base out, or give --to hf",
+        )
+    if target is layout and base is None and not in_parts:
         raise UsageError(
             f"the source is in the {layout} layout already",
             expected=f"a source in the {layout.other} layout",
             found=f"a source in the {layout} layout",
             hint=f"it is {layout} already: use it as it is; or give --to {layout.other}",
         )
-    if base is not None and layout is not Layout.NEMO:
-        raise UsageError(
-            "a base is for the conversion to hf, where scales are taken out of the weights again",
-            file=base.path,
-            expected="a source in the nemo layout",
-            found=f"a source in the {layout} layout",
-            hint="leave --base out",
-        )
+    return target

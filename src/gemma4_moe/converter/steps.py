@@ -21,7 +21,7 @@ from gemma4_moe.checkpoint.readers import PAGE, allocate
 from gemma4_moe.checkpoint.threads import run_in_threads
 from gemma4_moe.checkpoint.values import Oddities
 from gemma4_moe.converter.blocks import extent_of, room_for
-from gemma4_moe.layout.table import transposes
+from gemma4_moe.layout.table import converted_shape, transposes
 from gemma4_moe.target.pieces import piece_of
 
 if TYPE_CHECKING:
@@ -75,33 +75,31 @@ class ConversionSteps:
         """
         tensor = block.tensor
         into = _target(block, buffer)
-        if tensor.source is None:
-            ones = _array(into, tensor.dtype, (block.last - block.first,))
-            scales = self.given_back.get(tensor.name)
-            ones[...] = 1 if scales is None else scales[block.first : block.last]
-            return {}
-        scale, rows = self.scales.get(tensor.name), block.last - block.first
+        given = self.given_back.get(tensor.name)
+        if tensor.source is None or given is not None:
+            scales = _array(into, tensor.dtype, (block.last - block.first,))
+            scales[...] = 1 if given is None else given[block.first : block.last]
+            return {} if tensor.source is None else self._hash_and_scan(block, contents, None)
+        scale = self.scales.get(tensor.name)
         factors = None if scale is None else scale[block.first : block.last]
         facts = self._hash_and_scan(block, contents, factors)
         for read, content in zip(block.reads(), contents, strict=True):
-            own = slice(read.experts[0] - block.first, read.experts[1] - block.first)
-            count = own.stop - own.start
-            if transposes(tensor.operation):
-                result = _array(into, tensor.dtype, (rows, *tensor.shape[1:]))[own, :, slice(*read.rows)]
-                experts = _array(content, read.stored.dtype, (count, result.shape[2], result.shape[1]))
-                values = experts.swapaxes(1, 2)
-                if tensor.name in self.unfolding.bases:
-                    facts["given_back"] = self._unfold(tensor.name, read.experts[0], experts, result)
-                else:
-                    scale = None if factors is None else factors[own].astype(np.float32)
-                    kernels.transpose_scale_cast(experts, scale=scale, out=result, threads=self.workers)
-            elif read.stored.dtype == tensor.dtype:
+            if not tensor.source.row and read.stored.dtype == tensor.dtype:
                 np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(content, np.uint8))
                 continue
+            own = slice(read.experts[0] - block.first, read.experts[1] - block.first)
+            result, exchanges = _array(into, tensor.dtype, block.shape)[own], transposes(tensor.operation)
+            if tensor.source.row:
+                result = result[:, :, slice(*read.rows)] if exchanges else result[:, slice(*read.rows)]
+            stored = _array(content, read.stored.dtype, converted_shape(tensor.operation, result.shape))
+            values = stored.swapaxes(1, 2) if exchanges else stored
+            if tensor.name in self.unfolding.bases:
+                facts["given_back"] = self._unfold(tensor.name, read.experts[0], stored, result)
+            elif not exchanges and read.stored.dtype == tensor.dtype:
+                _copy(stored, result)
             else:
-                result = _array(into, tensor.dtype, (rows,))[own]
-                values = _array(content, read.stored.dtype, (count,))
-                kernels.scale_cast(values, out=result, threads=self.workers)
+                scale = None if factors is None else factors[own].astype(np.float32)
+                kernels.scale_cast(values, scale=scale, out=result, threads=self.workers)
             if can_overflow(read.stored.dtype, tensor.dtype) and (number := count_overflows(values, result)):
                 facts["overflowed"] = facts.get("overflowed", 0) + number
         return facts
@@ -110,7 +108,7 @@ class ConversionSteps:
         """Return the hash of a block's source, and what is odd in its values."""
         hasher, oddities = blake3(), Oddities()
         for read, content in zip(block.reads(), contents, strict=True):
-            experts = read.experts if transposes(block.tensor.operation) else None
+            experts = read.experts if block.tensor.source is not None and block.tensor.source.row else None
             oddities.scan(read.stored.name, content, read.stored.dtype, experts, hasher.update)
         if factors is not None:
             hasher.update(factors.view(np.uint8).data)
@@ -124,8 +122,12 @@ class ConversionSteps:
         for number, (expert, into) in enumerate(zip(experts, result, strict=True), first):
             if self.unfolding.unfold(name, number, expert, into):
                 given_back.append(number)
-            else:
+            elif name not in self.unfolding.own:
                 kernels.transpose_scale_cast(expert, out=into, threads=self.workers)
+            elif expert.dtype == into.dtype:
+                _copy(expert, into)
+            else:
+                kernels.scale_cast(expert, out=into, threads=self.workers)
         return given_back
 
     def digest(self, block: Block, buffer: memoryview, facts: dict[str, Any]) -> Piece:
@@ -195,6 +197,11 @@ def _target(block: Block, buffer: memoryview) -> memoryview:
     """Return where in a buffer the block's target bytes are: as far behind a page as in the file."""
     begin = block.start % PAGE
     return buffer[begin : begin + block.end - block.start]
+
+
+def _copy(values: Array, out: Array) -> None:
+    """Copy elements with their own bits."""
+    np.copyto(out.view(np.uint8), values.view(np.uint8))
 
 
 def _array(buffer: memoryview, dtype: DType, shape: tuple[int, ...]) -> Array:

@@ -18,7 +18,7 @@ from gemma4_moe.checkpoint.hashing import Extent, hash_extents
 from gemma4_moe.checkpoint.storage import sync_directory
 from gemma4_moe.checkpoint.values import Oddities
 from gemma4_moe.converter import resume
-from gemma4_moe.converter.base import Unfolding, filled_in, given_back_scales, scales_with_base
+from gemma4_moe.converter.base import Unfolding, filled_in, given_back_scales, own_scales, scales_with_base
 from gemma4_moe.converter.blocks import blocks, share
 from gemma4_moe.converter.steps import ConversionSteps, run
 from gemma4_moe.distributed.ranks import ranks_on_this_host
@@ -133,7 +133,8 @@ def write_weights(job: Job, confirm: Callable[[], None] | None, count: Count) ->
             own = _write(job, soon, {}, ledger)
         pieces += chain(*ranks.everyones(own))
         with ranks.together("write the scales"):
-            own = _write(job, last, given_back_scales(job.plan.bases, pieces), ledger) if last else []
+            scales = given_back_scales(job.plan.bases, own_scales(job.plan.bases, job.plan.tensors), pieces)
+            own = _write(job, last, scales, ledger) if last else []
     return [*pieces, *chain(*ranks.everyones(own))]
 
 
@@ -172,6 +173,7 @@ def _write(job: Job, work: list[Block], given_back: Scales, ledger: Ledger) -> l
             ledger=ledger,
             unfolding=Unfolding(
                 job.plan.bases,
+                own_scales(job.plan.bases, job.plan.tensors),
                 job.memory.base_bytes,
                 readers={file: reading(file, in_order=False) for file in bases},
                 pool=pool,

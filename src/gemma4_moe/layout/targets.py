@@ -69,11 +69,13 @@ class Source(Generic[T]):
         dtype: The dtype of all its tensors.
         shape: The shape of the whole.
         parts: The whole of each tensor, in the order of experts, then of rows.
+        row: The shape of one of those that its reads count: an expert's matrix, or an element.
     """
 
     dtype: DType
     shape: tuple[int, ...]
     parts: tuple[Read[T], ...]
+    row: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -231,7 +233,7 @@ def _source(rule: Rule, stored: dict[Part, T], inventory: Inventory, key: LayerK
     shape = shape_of(rule, inventory.layout, inventory.sizes(key[0]))
     ordered = sorted(stored.items(), key=lambda item: (item[0].expert or 0, item[0].slot))
     reads = (Read(t, 0, _nbytes(t), part.experts(shape[0]), part.rows(shape[1])) for part, t in ordered)
-    return Source(ordered[0][1].dtype, shape, tuple(reads))
+    return Source(ordered[0][1].dtype, shape, tuple(reads), row=shape[1:])
 
 
 def _elements(tensor: T) -> Source[T]:

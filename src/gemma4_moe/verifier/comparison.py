@@ -21,6 +21,7 @@ from gemma4_moe.target.recovery import check_published
 from gemma4_moe.verifier.assembled import assembled
 from gemma4_moe.verifier.differences import fold_differences
 from gemma4_moe.verifier.expected import compare_headers
+from gemma4_moe.verifier.refolded import refolds
 from gemma4_moe.verifier.values import comparisons
 
 if TYPE_CHECKING:
@@ -122,7 +123,8 @@ def compare(
     """
     differences, comparable = compare_headers(expected, found, cast)
     odd = Oddities()
-    differences += compare_all(list(comparisons(expected, comparable, odd)), max_memory, progress)
+    pending = [*comparisons(expected, comparable, odd), *refolds(expected, comparable, odd)]
+    differences += compare_all(pending, max_memory, progress)
     odd.compare(source.tensors, max_memory)
     source.check_unchanged()
     target.check_unchanged()

@@ -29,7 +29,8 @@ class Expectation:
         source: The source tensor that it comes from; None for a `per_expert_scale` of ones.
         transposed: Whether its last two axes are those of `source`, exchanged.
         scale: The source tensor whose values multiply its experts, or None.
-        scale_name: The target's tensor that multiplies its experts and should be ones, or None.
+        scale_name: The target's tensor that multiplies its experts, or None. It should be ones, or the source's scale
+            if the layout is the source's.
     """
 
     source: Values | None
@@ -57,7 +58,10 @@ def expectations(
     scales = {name.layer_key: source.tensors[own] for own, name in names.items() if name and name.rule is SCALE}
     expected = {}
     for own, (name, stored) in assembled(source.tensors, names, layout).items():
-        if name is None or layout is to or name.rule.hf_axes == name.rule.nemo_axes:
+        if name is not None and layout is to is Layout.HF and name.rule is DOWN:
+            scale_name = name.sibling(SCALE).hf
+            expected[name.hf] = Expectation(stored, stored.shape, scale=scales[name.layer_key], scale_name=scale_name)
+        elif name is None or layout is to or name.rule.hf_axes == name.rule.nemo_axes:
             expected[own if name is None else name.name(to)] = Expectation(stored, stored.shape)
         elif name.rule.in_nemo:
             experts, rows, columns = stored.shape

@@ -68,6 +68,8 @@ def comparisons(
     for name, target in found.items():
         tensor = expected[name]
         source = tensor.source
+        if may_refold(tensor, found) or (source is not None and name in with_experts):
+            continue  # `refolded` compares both
         if source is None:
             if name not in with_experts:
                 yield Comparison(partial(_compare_ones, target), target.nbytes)
@@ -83,6 +85,11 @@ def comparisons(
             else:
                 nbytes = target.nbytes + scale.nbytes
                 yield Comparison(partial(_Pair(source, target, scale).compare, odd), nbytes, one_expert)
+
+
+def may_refold(tensor: Expectation, found: Mapping[str, Values]) -> bool:
+    """Return whether experts in one layout on both sides may have another scale, if both fold to the same bits."""
+    return not tensor.transposed and tensor.scale is not None and tensor.scale_name in found
 
 
 def _compare_elements(odd: Oddities, source: Values, target: Values, memory: int, check: Check) -> list[Difference]:
@@ -101,12 +108,12 @@ def _compare_experts(
     odd: Oddities, source: Values, target: Values, scale: Values | None, memory: int, check: Check
 ) -> list[Difference]:
     """Compare target [E, C, R] with source [E, R, C], each expert times its scale."""
-    factors = [1.0] * target.shape[0] if scale is None else _factors(scale)
+    factors = [1.0] * target.shape[0] if scale is None else factors_of(scale)
 
     def pieces(*, scan: bool) -> Iterator[Piece]:
-        for expert, old, new in _experts(source, target, memory, check):
+        for expert, old, new in experts_of(source, target, memory, check):
             if scan:
-                _scan_expert(odd, source, expert, old)
+                scan_expert(odd, source, expert, old)
             for place, one, two in _tiles(expert, old, new, check):
                 yield place, reference(one, source.dtype, target.dtype, factors[expert]), two
 
@@ -146,15 +153,15 @@ class _Pair:
 
     def compare(self, odd: Oddities, memory: int, check: Check) -> list[Difference]:
         """Make the comparison."""
-        found, self._factors = _read(self._scale), _factors(self._scale)
+        found, self._factors = read_whole(self._scale), factors_of(self._scale)
         expected = found.copy()
-        for expert, old, new in _experts(self._source, self._target, memory, check):
-            _scan_expert(odd, self._source, expert, old)
+        for expert, old, new in experts_of(self._source, self._target, memory, check):
+            scan_expert(odd, self._source, expert, old)
             if not self._judge(expert, old, new, check):
                 expected[expert] = _ones(1, self._scale)[0]
         of_values, of_folds = Distances(self._target.dtype), Distances(self._source.dtype)
         if self._values.count or self._folds.count:
-            for expert, old, new in _experts(self._source, self._target, memory, check):
+            for expert, old, new in experts_of(self._source, self._target, memory, check):
                 for _, one, two in _tiles(expert, old, new, check):
                     if expert in self._folded:
                         of_folds.add(*self._fold(expert, one, two))
@@ -163,7 +170,7 @@ class _Pair:
         return [
             *self._values.difference(self._target.name, of_values),
             *self._folds.difference(self._target.name, of_folds, "fold"),
-            *_compare_scale(self._scale, expected, found),
+            *compare_scale(self._scale, expected, found),
         ]
 
     def _judge(self, expert: int, old: Bits, new: Bits, check: Check) -> bool:
@@ -198,17 +205,18 @@ class _Pair:
 
 def _compare_ones(scale: Values, _memory: int, _check: Check) -> list[Difference]:
     """Compare a scale [E] of the target with ones, if its experts can't be compared with it."""
-    return _compare_scale(scale, _ones(scale.shape[0], scale), _read(scale))
+    return compare_scale(scale, _ones(scale.shape[0], scale), read_whole(scale))
 
 
-def _compare_scale(scale: Values, expected: Bits, found: Bits) -> list[Difference]:
+def compare_scale(scale: Values, expected: Bits, found: Bits) -> list[Difference]:
+    """Return the differences of a scale [E], from its bits as they are expected and as they are."""
     values, distances = Mismatches(scale.shape, scale.dtype), Distances(scale.dtype)
     values.compare(expected[None], found[None], 0)
     distances.add(expected, found)
     return values.difference(scale.name, distances)
 
 
-def _scan_expert(odd: Oddities, source: Values, expert: int, content: Bits) -> None:
+def scan_expert(odd: Oddities, source: Values, expert: int, content: Bits) -> None:
     """Take in the values [R, C] of one expert, under the names of the tensors that store them."""
     for name, rows in rows_of(source, expert):
         odd.scan(name, content[rows].reshape(-1).view(np.uint8), source.dtype, (expert, expert + 1))
@@ -218,9 +226,9 @@ def _ones(count: int, scale: Values) -> Bits:
     return reference(np.ones(count, np.float32).view(np.uint32), FLOAT32, scale.dtype)
 
 
-def _factors(scale: Values) -> list[float]:
+def factors_of(scale: Values) -> list[float]:
     """Return the values of a scale [E]."""
-    values: list[float] = widen(_read(scale), scale.dtype).tolist()
+    values: list[float] = widen(read_whole(scale), scale.dtype).tolist()
     return values
 
 
@@ -239,7 +247,7 @@ def _elements(source: Values, target: Values, memory: int, check: Check) -> Iter
             yield first + begin, old[begin : begin + _PIECE], new[begin : begin + _PIECE]
 
 
-def _experts(source: Values, target: Values, memory: int, check: Check) -> Iterator[tuple[int, Bits, Bits]]:
+def experts_of(source: Values, target: Values, memory: int, check: Check) -> Iterator[tuple[int, Bits, Bits]]:
     """Yield each expert's number, its source [R, C] and its target [C, R], both valid until the next step."""
     count, columns, rows = target.shape
     old_bytes, new_bytes = source.nbytes // count, target.nbytes // count
@@ -264,7 +272,7 @@ def _tiles(expert: int, source: Bits, target: Bits, check: Check) -> Iterator[tu
             yield ((expert * columns + column) * rows + row, rows), one, two
 
 
-def _read(tensor: Values) -> Bits:
+def read_whole(tensor: Values) -> Bits:
     """Return the elements of a whole tensor."""
     return _read_into(np.empty(tensor.nbytes, np.uint8), tensor, 0)
 

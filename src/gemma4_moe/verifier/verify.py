@@ -82,9 +82,10 @@ def verify(
     """Compare every tensor of a target with its source's, computed again; or a target alone with its manifest.
 
     `verify(source, target)` compares bit by bit, from hf to nemo and from nemo to hf; or in one layout, if a target
-    differs from its source in spelling or in its files alone. Floating-point tensors may have been cast, all to one
-    dtype. From nemo to hf an expert is right in two cases: `down_proj` has its bits and the scale is one, or both fold
-    to its bits. Side files of the source must be in the target, byte for byte.
+    differs from its source in spelling, in its files, or as a base makes it. Floating-point tensors may have been cast,
+    all to one dtype, unless a whole source is in the target's layout. To hf, an expert is right in two cases:
+    `down_proj` has its bits, and the scale is the source's, or else one; or both fold to the native bits. Side files of
+    the source must be in the target, byte for byte.
 
     `verify(target)` compares the hashes of every file with those in `gemma4_moe.json`.
 
@@ -136,7 +137,7 @@ def verify(
         to = layout_of(judged.tensors, judged.path)
         expected = expectations(given, names, layout, to)
         found = by_current_name(judged, to)
-        cast = common_dtype(expected, found) if layout is not to else None
+        cast = common_dtype(expected, found) if layout is not to or given.in_parts else None
         result = compare(given, judged, expected, found, cast=cast, max_memory=memory, progress=progress)
         wrong_files = _compare_side_files(given, judged, cast)
         return replace(result, different=(*result.different, *wrong_files), files=len(given.side_files))
