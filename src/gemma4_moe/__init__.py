@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gemma4_moe.lora.convert import convert_lora as convert_lora
     from gemma4_moe.model_io.load import load_hf as load_hf
     from gemma4_moe.model_io.save import save_hf as save_hf
+    from gemma4_moe.publishing.publish import publish as publish
     from gemma4_moe.refit.stream import WeightStream as WeightStream
     from gemma4_moe.verifier.diff import diff as diff
     from gemma4_moe.verifier.verify import verify as verify
@@ -35,6 +36,7 @@ _HOME = {
     "inspect": "converter.inspect",
     "load_hf": "model_io.load",
     "plan": "converter.preview",
+    "publish": "publishing.publish",
     "save_hf": "model_io.save",
     "verify": "verifier.verify",
 }

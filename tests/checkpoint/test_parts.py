@@ -9,12 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from gemma4_moe import convert, plan
 from gemma4_moe.checkpoint import parts
 from gemma4_moe.checkpoint.directory import open_checkpoint
-from gemma4_moe.errors import CheckpointFormatError, ConfigError, DuplicateTensorError, TensorShapeError
+from gemma4_moe.errors import CheckpointFormatError, ConfigError, DuplicateTensorError, InputError, TensorShapeError
 from support.checkpoints import config_of
 from support.descriptors import open_descriptors
-from support.models import random_hf_state_dict
+from support.formulas import assert_same_tensors, nemo_from_hf
+from support.models import random_hf_state_dict, read_directory
 from support.steps import cut, spread, write_parts, write_step
 
 GATE_UP = "model.language_model.layers.1.experts.gate_up_proj"
@@ -147,7 +149,16 @@ def test_offsets_that_torch_does_not_write_are_refused(info, tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_parts_without_a_config_ask_for_it(tmp_path):
-    write_parts(tmp_path, [{"a": ([0], torch.arange(3.0))}])
-    with pytest.raises(ConfigError):
-        open_checkpoint(tmp_path)
+def test_parts_without_a_config_take_that_of_another_checkpoint(source, tmp_path):
+    state = read_directory(source)
+    whole, lost = spread(state, 3), spread(state, 3)
+    del lost[2][GATE_UP]
+    write_parts(tmp_path / "whole", whole)
+    write_parts(tmp_path / "lost", lost)
+    with pytest.raises(ConfigError) as caught:
+        plan(tmp_path / "whole", to="nemo")
+    assert "--config-from" in caught.value.hint
+    convert(tmp_path / "whole", tmp_path / "nemo", config_from=source)
+    assert_same_tensors(read_directory(tmp_path / "nemo"), nemo_from_hf(state))
+    with pytest.raises(InputError):
+        plan(tmp_path / "lost", config_from=source)

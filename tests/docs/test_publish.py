@@ -15,11 +15,13 @@ from gemma4_moe.checkpoint.side_files import is_side_file
 from gemma4_moe.demo.small_models import build_model, save_model
 from support.formulas import assert_same_tensors
 from support.hub_server import environment, serving
+from support.hub_uploads import receiving
 from support.models import read_directory
+from support.steps import write_step
 
 PAGE = (Path(__file__).parents[2] / "docs/publish.md").read_text()
 SIDE_FILES = re.findall(
-    r"`([^`]+)`", "".join(re.findall(r"^\| (`[^|]*) \| [^|]* \|$", PAGE.split("## Complete it")[1], re.M))
+    r"`([^`]+)`", "".join(re.findall(r"^\| (`[^|]*) \| [^|]* \|$", PAGE.split("## What a usable model has")[1], re.M))
 )
 BASE = "google/gemma-4-26B-A4B"
 CONSOLIDATED = "checkpoints/epoch_0_step_1000/model/consolidated"
@@ -64,18 +66,32 @@ def test_the_side_files_are_those_that_convert_copies():
     assert all(map(is_side_file, SIDE_FILES))
 
 
-def test_a_consolidated_step_becomes_complete(place):
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_run_becomes_the_published_model(place, in_parts):
     where, _ = place
-    inspect, login, upload = commands("# I fine-tuned")
-    assert shell(place, inspect).splitlines()[-1].startswith("no problems")
-    assert (login, upload) == ("hf auth login", f"hf upload USER/MODEL {CONSOLIDATED} . --private")
-    for command in commands("## Complete it"):
-        shell(place, command)
-    assert_same_tensors(read_directory(where / CONSOLIDATED), read_directory(where / "hub"))
+    if in_parts:
+        step = where / "checkpoints/epoch_0_step_2000"
+        write_step(step, where / CONSOLIDATED, 3)
+    publish, login, push = commands("# I fine-tuned")
+    shell(place, publish)
+    assert login == "hf auth login"
+    assert "--push USER/MODEL" in push
+    assert_same_tensors(read_directory(where / "gemma-4-tuned"), read_directory(where / "hub"))
     for name in SIDE_FILES:
-        expected = "{}" if name == "generation_config.json" else (where / "hub" / name).read_text()
-        assert (where / CONSOLIDATED / name).read_text() == expected
-    assert not list((where / "base").glob("*.safetensors*"))
+        if name != "README.md":
+            assert (where / "gemma-4-tuned" / name).exists(), name
+    assert (where / "gemma-4-tuned/config.json").read_bytes() == (where / "hub/config.json").read_bytes()
+    assert "epoch_0_step" in (where / "gemma-4-tuned/README.md").read_text()
+
+
+def test_the_directory_is_pushed_as_it_is(place):
+    where, _ = place
+    publish, _, push = commands("# I fine-tuned")
+    shell(place, publish)
+    with receiving("USER/MODEL", where) as hub:
+        shell((where, hub), push)
+        assert sorted(hub.files) == sorted(path.name for path in (where / "gemma-4-tuned").iterdir())
+        assert hub.created[0]["visibility"] == "private"
 
 
 def test_a_directory_in_the_nemo_layout_becomes_the_published_model(place, monkeypatch):

@@ -151,7 +151,7 @@ def open_checkpoint(
 
     Raises:
         CheckpointFormatError: The directory, its index or a header breaks a rule; or files, index and headers disagree.
-        ConfigError: The tensors are in parts, and the config, which tells their shapes, can't be read.
+        ConfigError: The tensors are in parts, and the config, which tells their shapes, is damaged.
         DuplicateTensorError: A tensor, or a part of one, is in two files, or twice in one.
         TensorShapeError: A shape and dtype don't make the bytes that a header claims.
         UnsupportedCheckpointError: It is a known format of another kind.
@@ -180,8 +180,9 @@ def open_checkpoint(
         opened = {name: stack.enter_context(openers[name]()) for name in weights}
         if holds_parts(opened):
             config_directory = side_directory(path)
-            side_files = side_files_of(config_directory, _entries(config_directory)[0])
-            tensors = _join(opened, read_config(config_directory))
+            beside = _entries(config_directory)[0]
+            side_files = side_files_of(config_directory, beside)
+            tensors = _join(opened, known_shapes(read_config(config_directory)) if CONFIG_NAME in beside else {})
         else:
             tensors = _collect(opened)
         if weight_map is not None:
@@ -238,9 +239,11 @@ def _collect(files: dict[str, SafetensorsFile]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _join(files: dict[str, SafetensorsFile], config: ConfigFile) -> dict[str, StoredTensor]:
-    """Return the tensors whose parts are in files. The config tells their shapes, so that no part is missing."""
-    called = known_shapes(config)
+def _join(files: dict[str, SafetensorsFile], called: Mapping[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
+    """Return the tensors whose parts are in files.
+
+    `called` are the shapes that the config calls for. Where there is no config, whoever brings one compares them.
+    """
     return {name: _joined(name, parts, called.get(name)) for name, parts in parts_of(files).items()}
 
 

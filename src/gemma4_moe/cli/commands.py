@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from gemma4_moe.cli import lora_commands, options
+from gemma4_moe.cli import lora_commands, options, publish_command
 from gemma4_moe.cli.exit_statuses import end, status_of, terminate_by_exception
 from gemma4_moe.cli.help import Group
 from gemma4_moe.distributed.ranks import launched_as_one_of_several
@@ -132,6 +132,7 @@ def plan(output: Output, *, source: str, **arguments: Any) -> None:
 @options.scale
 @options.scale_from
 @options.config_from
+@click.option("--card", is_flag=True, help="Also write a model card, README.md, that says how DST was made.")
 @options.common
 def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read_back: bool, **arguments: Any) -> None:
     """Convert SRC into the new directory DST.
@@ -260,6 +261,7 @@ def demo(output: Output, *, directory: Path | None) -> None:
 
 
 cli.add_command(lora_commands.lora)
+cli.add_command(publish_command.publish)
 
 
 def _preview(output: Output, source: str, target: Path | None, arguments: dict[str, Any]) -> None:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma4_moe import kernels
+from gemma4_moe.checkpoint.config import CONFIG_NAME
 from gemma4_moe.checkpoint.readers import allocate
 from gemma4_moe.checkpoint.recognition import checkpoint_targets, recognise
-from gemma4_moe.checkpoint.side_files import is_tokenizer_file
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.names import lookup
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
     Scales = Mapping[str, Array]
+
+#: The name of a model card.
+CARD_NAME = "README.md"
 
 _NAME_IT = "name the checkpoint that the model was made from, or leave --base out"
 
@@ -101,10 +104,10 @@ def own_scales(bases: Iterable[str], targets: Mapping[str, Target[StoredTensor]]
 
 
 def filled_in(source: Checkpoint, base: Checkpoint | None) -> tuple[Path, ...]:
-    """Return the base's files of tokenizer, template and processor that a source lacks."""
+    """Return the base's side files that a source lacks: all but its config and its card, which are of another model."""
     there = {path.name for path in source.side_files}
     files = () if base is None else base.side_files
-    return tuple(path for path in files if path.name not in there and is_tokenizer_file(path.name))
+    return tuple(path for path in files if path.name not in {*there, CONFIG_NAME, CARD_NAME})
 
 
 def _check(experts: BaseExperts, target: Target[StoredTensor], scale_dtype: DType) -> None:

@@ -95,6 +95,7 @@ def convert(
     scale: str | None = None,
     scale_from: str | Path | None = None,
     config_from: str | Path | None = None,
+    card: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert the checkpoint `source` into the new directory `target`.
@@ -129,6 +130,7 @@ def convert(
         scale_from: The hf checkpoint, a directory or a Hub id, that has the scales which a source has lost.
         config_from: The checkpoint, a directory or a Hub id, whose config.json is used and copied in place of the
             source's; that of a step has none, or one that was written anew.
+        card: Also write a model card, README.md, that says how the target was made; a source's own is kept.
         progress: Called with the bytes that are done so far and with their total: of downloads, of the target as it is
             written or found written, and of the target as it is read back.
 
@@ -154,16 +156,14 @@ def convert(
             plan = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=origin)
             memory = plan_memory(plan, parse_size(max_memory))
             space = space_for(plan, sources.opened, target, resolved(target).parent, stream=stream)
-            if ranks.is_first and not (resume and target.exists()):  # it may be complete already
-                _check_room(space, target)
+            _check_room(space, target, is_needed=ranks.is_first and not (resume and target.exists()))
         count = count_of(plan, ranks, space.cache_bytes, read_back=read_back, progress=progress)
         with ranks.together("read the source"):
             if not stream:
                 sources.download(revision, count)
             count.begin_next_stage()
             folded = {name: t.scale.read() for name, t in plan.tensors.items() if t.scale is not None}
-            options = {"dtype": dtype, "max_shard_size": parse_size(max_shard_size)}
-            options |= _identities(sources, stream=stream, forms=forms)
+            options = _options(sources, dtype, parse_size(max_shard_size), stream=stream, forms=forms, card=card)
         transaction = None
         with ranks.together("take the target"):
             if ranks.is_first:
@@ -205,14 +205,19 @@ def _carry_out(job: Job, transaction: Transaction | None, count: Count, *, overw
             transaction.publish(overwrite=overwrite)
 
 
-def _identities(sources: Sources, *, stream: bool, forms: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that say which checkpoints were read, and how: commits of a stream, headers of all others."""
+def _options(
+    sources: Sources, dtype: str, max_shard_size: int, *, stream: bool, forms: Mapping[str, Any], card: bool
+) -> dict[str, Any]:
+    """Return the options that decide the target's bytes, and which checkpoints were read, and how.
+
+    A stream is told by its commits, all else by its headers.
+    """
     source, base, scales = sources
     commits = {"commit": commit_of(source), "base_commit": base and commit_of(base)} if stream else {}
     headers = {"base": base and _headers(base), "scale_from": scales and _headers(scales)}
     config = None if forms["config_from"] is None else _config_digest(source)
     read_as = {"config_from": config, "strip_wrappers": forms["strip_wrappers"] or None, "scale": forms["scale"]}
-    said = {**commits, **headers, **read_as}
+    said = {"dtype": dtype, "max_shard_size": max_shard_size, "card": card or None, **commits, **headers, **read_as}
     return {name: value for name, value in said.items() if value is not None}
 
 
@@ -225,9 +230,12 @@ def _headers(checkpoint: Checkpoint) -> dict[str, str]:
     return {name: file.identity.header_digest for name, file in checkpoint.files.items()}
 
 
-def _check_room(space: Space, target: Path) -> None:
-    """Check that the disk has room for the models that would be downloaded, and for all of the target."""
-    if not space.missing_bytes:
+def _check_room(space: Space, target: Path, *, is_needed: bool) -> None:
+    """Check that the disk has room for the models that would be downloaded, and for all of the target.
+
+    None is needed by other ranks than the first, nor by a target that is there and may be complete.
+    """
+    if not is_needed or not space.missing_bytes:
         return
     cached = f" and {space.cache_bytes:,} in the Hub's cache" if space.cache_bytes else ""
     raise StorageError(

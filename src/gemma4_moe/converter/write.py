@@ -18,8 +18,9 @@ from gemma4_moe.checkpoint.hashing import Extent, hash_extents
 from gemma4_moe.checkpoint.storage import sync_directory
 from gemma4_moe.checkpoint.values import Oddities
 from gemma4_moe.converter import resume
-from gemma4_moe.converter.base import Unfolding, filled_in, given_back_scales, own_scales, scales_with_base
+from gemma4_moe.converter.base import CARD_NAME, Unfolding, filled_in, given_back_scales, own_scales, scales_with_base
 from gemma4_moe.converter.blocks import blocks, share
+from gemma4_moe.converter.card import card_of
 from gemma4_moe.converter.steps import ConversionSteps, run
 from gemma4_moe.distributed.ranks import ranks_on_this_host
 from gemma4_moe.errors import Gemma4MoEError
@@ -202,9 +203,14 @@ def finish(job: Job, pieces: Sequence[Piece], count: Count) -> None:
     own = pieces if job.files.ranks.is_first else ()
     side_files = (*job.checkpoint.side_files, *filled_in(job.checkpoint, job.base))
     dtype = None if job.plan.cast is None else job.plan.cast.name
-    written = job.files.complete(
-        own, side_files, lambda files: _manifest(job, files, pieces), lambda: recast(side_files, dtype)
-    )
+
+    def documents() -> dict[str, bytes]:
+        made = dict(recast(side_files, dtype))
+        if job.options.get("card") and all(path.name != CARD_NAME for path in side_files):
+            made[CARD_NAME] = card_of(job.plan, job.checkpoint, job.base, job.target.name, _given_back(job, pieces))
+        return made
+
+    written = job.files.complete(own, side_files, lambda files: _manifest(job, files, pieces), documents)
     if job.read_back:
         job.files.read_back(written, count)
 
@@ -235,9 +241,14 @@ def _manifest(job: Job, files: dict[str, Any], pieces: Sequence[Piece]) -> dict[
         "source_dtypes": {name: t.source.dtype.name for name, t in plan.tensors.items() if t.source is not None},
         "values": odd.document(),
         "overflowed": _counts(plan, ((piece, piece.facts.get("overflowed", 0)) for piece in pieces)),
-        "given_back": _counts(plan, ((piece, len(piece.facts.get("given_back", ()))) for piece in pieces)),
+        "given_back": _given_back(job, pieces),
         "folded_scales": {name: [_number(value) for value in scale.tolist()] for name, scale in job.scales.items()},
     }
+
+
+def _given_back(job: Job, pieces: Iterable[Piece]) -> dict[str, int]:
+    """Return how many experts of each `down_proj` are the base's."""
+    return _counts(job.plan, ((piece, len(piece.facts.get("given_back", ()))) for piece in pieces))
 
 
 def _counts(plan: Plan, counted: Iterable[tuple[Piece, int]]) -> dict[str, int]:

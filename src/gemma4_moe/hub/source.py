@@ -55,10 +55,15 @@ def open_source(source: str | Path, revision: str | None = None, *, stream: bool
 
 def is_hub_id(source: object) -> TypeGuard[str]:
     """Return whether a source is a Hub id, and no path on this machine."""
-    if not isinstance(source, str) or _HUB_ID.fullmatch(source) is None:
+    if not isinstance(source, str) or not looks_like_hub_id(source):
         return False
     with refusals("look at the path", source):
         return not Path(source).exists()
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Return whether a model on the Hub can have such a name."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def _no_directory(source: str, error: HubUnreachableError) -> StorageError:
