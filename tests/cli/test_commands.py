@@ -42,7 +42,7 @@ def test_convert_then_verify_then_diff(source, tmp_path):
 
 def test_verify_ends_with_4_and_names_the_tensor(source, tmp_path):
     run("convert", source, tmp_path / "nemo")
-    flip_bit(tmp_path / "nemo/model.safetensors", 4096)
+    flip_bit(tmp_path / "nemo/nemo.safetensors", 4096)
     assert "model.language_model." in run("verify", source, tmp_path / "nemo", status=4).stdout
 
 
@@ -177,7 +177,7 @@ def test_sigterm_around_the_rename_leaves_all_or_nothing_and_clean_or_resume_end
     assert left.is_dir()
     if when == "before":
         assert not target.exists()
-        assert (left / "out/model.safetensors").exists()
+        assert (left / "out/nemo.safetensors").exists()
         run("convert", source, target, "--resume")
     else:
         refused = run("verify", target, status=3)
@@ -195,12 +195,12 @@ def test_verify_of_a_target_alone_checks_its_manifest(source, tmp_path):
     assert "3 files, " in (well := run("verify", target).stdout)
     assert well.endswith(" bytes: as the manifest says\n")
     (target / "notes.txt").write_text("mine")
-    flip_bit(target / "model.safetensors", 4097)
+    flip_bit(target / "nemo.safetensors", 4097)
     (target / "tokenizer.json").unlink()
     (target / "config.json").write_text("{}")
     done = run("verify", target, status=4)
     for words in (
-        "model.safetensors: other bytes in (4096, ",
+        "nemo.safetensors: other bytes in (4096, ",
         "notes.txt: the manifest does not name it",
         "tokenizer.json: missing",
         "config.json: 2 bytes, not ",

@@ -14,6 +14,7 @@ from gemma4_moe.cli.exit_statuses import EXIT_STATUSES
 from gemma4_moe.demo.small_models import build_model, save_model
 from support.adapters import native_config, random_native, write_adapter
 from support.command import run
+from support.steps import write_step
 
 COMMANDS = list(cli.commands)
 
@@ -58,6 +59,8 @@ def models(tmp_path_factory):
         save_model(build_model(), models / name)
     convert(models / "gemma-4-26B-A4B", models / "gemma-4-nemo")
     convert(models / "gemma-4-nemo", models / "gemma-4-hf", base=models / "gemma-4-26B-A4B")
+    write_step(models / "checkpoints/epoch_0_step_7", models / "gemma-4-26B-A4B", 2)
+    (models / "checkpoints/LOWEST_VAL").symlink_to("epoch_0_step_7")
     (models / "step-1000").mkdir()
     write_adapter(models / "step-1000/model", random_native(H=64, I=24, r=5), native_config(), {})
     convert_lora(models / "step-1000/model", models / "adapter-peft", to="peft", base=models / "gemma-4-26B-A4B")

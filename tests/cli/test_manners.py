@@ -48,7 +48,7 @@ def test_quiet_prints_nothing_where_all_is_well_and_keeps_what_was_asked_for(sou
         quiet, usual = (re.sub(r"[\d.]+ .B free", "", run(asked, source, *more).stdout) for more in (["-q"], []))
         assert quiet == usual != ""
     assert json.loads(run("verify", nemo, "-q", "--format", "json").stdout)["wrong"] == []
-    flip_bit(nemo / "model.safetensors", 4097)
+    flip_bit(nemo / "nemo.safetensors", 4097)
     assert "other bytes" in run("verify", nemo, "-q", status=4).stdout
 
 

@@ -37,9 +37,9 @@ def base(tmp_path, state):
 
 def edit(directory, change):
     """Change values of a converted directory of one weight file, as training would."""
-    native = load_file(directory / "model.safetensors")
+    native = load_file(directory / "nemo.safetensors")
     change(native)
-    save_file(native, directory / "model.safetensors", {"format": "pt"})
+    save_file(native, directory / "nemo.safetensors", {"format": "pt"})
 
 
 def train(native):

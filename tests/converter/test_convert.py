@@ -102,17 +102,21 @@ def test_the_size_of_blocks_and_the_files_of_the_source_do_not_show_in_the_weigh
 
 def test_shard_size_bounds_files_and_a_larger_tensor_has_its_own(source, tmp_path):
     convert(source, tmp_path / "nemo", max_shard_size=1000)
-    index = json.loads((tmp_path / "nemo/model.safetensors.index.json").read_text())
-    files = sorted(path.name for path in (tmp_path / "nemo").glob("*.safetensors"))
-    assert sorted(set(index["weight_map"].values())) == files
-    assert len(files) > 3
-    total = 0
-    for file in files:
-        tensors = load_file(tmp_path / "nemo" / file)
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        total += size
-        assert size <= 1000 or len(tensors) == 1
-        assert {index["weight_map"][name] for name in tensors} == {file}
+    convert(tmp_path / "nemo", tmp_path / "back", max_shard_size=1000)
+    index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == sorted(
+        p.name for p in (tmp_path / "back").glob("*.safetensors")
+    )
+    for layout in ("nemo", "back"):
+        files = sorted(path.name for path in (tmp_path / layout).glob("*.safetensors"))
+        assert len(files) > 3
+        total = 0
+        for file in files:
+            tensors = load_file(tmp_path / layout / file)
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            total += size
+            assert size <= 1000 or len(tensors) == 1
+            assert layout == "nemo" or {index["weight_map"][name] for name in tensors} == {file}
     assert index["metadata"] == {"total_size": total}
 
 
@@ -122,7 +126,7 @@ def test_side_files_are_copied_byte_for_byte_and_others_are_not(source, tmp_path
     done = convert(source, tmp_path / "nemo")
     assert done.skipped == ("modeling_custom.py",)
     copied = {"LICENSE", "config.json", "tokenizer.json"}
-    assert contents(tmp_path / "nemo").keys() == copied | {"gemma4_moe.json", "model.safetensors"}
+    assert contents(tmp_path / "nemo").keys() == copied | {"gemma4_moe.json", "nemo.safetensors"}
     for name in copied:
         assert (tmp_path / "nemo" / name).read_bytes() == (source / name).read_bytes()
 
@@ -136,7 +140,7 @@ def test_data_starts_at_a_page_and_modes_follow_the_umask(source, tmp_path):
     assert (tmp_path / "nemo").stat().st_mode & 0o777 == 0o750
     for path in (tmp_path / "nemo").iterdir():
         assert path.stat().st_mode & 0o777 == 0o640, path
-    raw = (tmp_path / "nemo/model.safetensors").read_bytes()
+    raw = (tmp_path / "nemo/nemo.safetensors").read_bytes()
     assert (8 + int.from_bytes(raw[:8], "little")) % 4096 == 0
 
 
@@ -162,7 +166,7 @@ def test_overwrite_replaces_a_checkpoint_or_an_empty_directory_and_only_that(sou
     with pytest.raises(UsageError, match="exists"):
         convert(source, target)
     convert(source, target, overwrite=True)
-    assert [path.name for path in target.glob("*.safetensors")] == ["model.safetensors"]
+    assert [path.name for path in target.glob("*.safetensors")] == ["nemo.safetensors"]
     (target / "notes.txt").write_text("mine")
     before = contents(target)
     with pytest.raises(UsageError, match="no checkpoint accounts for") as caught:
@@ -189,7 +193,7 @@ def test_the_manifest_has_hashes_of_both_sides_and_what_was_done(source, state, 
             assert digest == blake3(raw[start:end]).hexdigest()
             before = end
         assert before == said["bytes"]
-    assert len(manifest["files"]["model.safetensors"]["pieces"]) > 50
+    assert len(manifest["files"]["nemo.safetensors"]["pieces"]) > 50
     assert manifest["source"]["blocks"] == blocks_by_hand(state, 200)
     for name, scale in manifest["folded_scales"].items():
         layer = name.removesuffix("moe.experts.down_projs")
@@ -260,4 +264,4 @@ def test_ranks_of_one_host_share_its_cores(launched, asked, workers, source, tmp
 def test_a_tilde_is_the_home_directory(source, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert convert(source, "~/nemo").target == tmp_path / "nemo"
-    assert (tmp_path / "nemo/model.safetensors").is_file()
+    assert (tmp_path / "nemo/nemo.safetensors").is_file()

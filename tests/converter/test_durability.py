@@ -30,7 +30,7 @@ def test_a_conversion_syncs_what_it_is_about_to_name(buffered, source, tmp_path,
     files = {path.name for path in (tmp_path / "nemo").iterdir()}
     weights = {name for name in files if name.endswith(".safetensors")}
     assert len(weights) > 1
-    assert len(files) == len(weights) + 4
+    assert len(files) == len(weights) + 3
 
     assert order.synced_holding(CONTROL, {"journal-00000"}) < order.calls.index(("fsync", f"{CONTROL}/journal-00000"))
     assert order.synced_holding(OUT, weights) < next(number for number, names in named if names)

@@ -68,7 +68,7 @@ def test_without_resume_an_unfinished_run_is_not_thrown_away(source, tmp_path):
 )
 def test_whatever_is_not_as_it_was_is_written_again(change, source, whole, tmp_path):
     interrupt(source, tmp_path / "nemo")
-    change(tmp_path / ".nemo.gemma4-moe/out/model-00001-of-00002.safetensors")
+    change(tmp_path / ".nemo.gemma4-moe/out/nemo-00001-of-00002.safetensors")
     resume(source, tmp_path / "nemo")
     assert contents(tmp_path / "nemo") == whole
 
@@ -85,7 +85,7 @@ def test_a_source_that_gives_other_bytes_under_the_same_name_is_noticed(source, 
         raw[start:] = bytes(byte ^ 1 for byte in raw[start:])
         path.write_bytes(raw)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    file = tmp_path / ".nemo.gemma4-moe/out/model-00001-of-00002.safetensors"
+    file = tmp_path / ".nemo.gemma4-moe/out/nemo-00001-of-00002.safetensors"
     file.unlink()
     with pytest.raises(SourceChangedError, match="other bytes than before"):
         resume(source, tmp_path / "nemo")

@@ -26,7 +26,7 @@ def test_every_field_is_documented_and_no_other(source, tmp_path):
     other = state | {name: tensor + 1 for name, tensor in state.items() if tensor.dtype == torch.bfloat16}
     compared = report.verification(checked(tmp_path, state, other)).data
     convert(source, tmp_path / "nemo")
-    flip_bit(tmp_path / "nemo/model.safetensors", -1)
+    flip_bit(tmp_path / "nemo/nemo.safetensors", -1)
     rechecked = report.recheck(verify(tmp_path / "nemo")).data
     rows = re.findall(r"^\| (`[^|]*`) \| (.*) \|$", PAGE, re.M)
     named = {word for row in rows for cell in row for word in re.findall(r"`(\w+)`", cell)}

@@ -71,7 +71,7 @@ def test_a_target_is_verified_against_a_source_that_is_read_in_place(hub, source
 
 def test_what_differs_is_found_in_place_too(hub, source, tmp_path):
     convert(source, tmp_path / "nemo")
-    flip_bit(tmp_path / "nemo/model.safetensors", -1)
+    flip_bit(tmp_path / "nemo/nemo.safetensors", -1)
     (tmp_path / "nemo/tokenizer.json").write_text("{}")
     fetched = ask(hub, tmp_path, "verify", MODEL, "nemo", status=4)
     assert ask(hub, tmp_path, "verify", "--stream", MODEL, "nemo", status=4) == fetched

@@ -5,6 +5,7 @@ import torch
 
 from gemma4_moe import convert
 from gemma4_moe.demo.small_models import build_model, save_model
+from gemma4_moe.sizes import parse_size
 from support.formulas import assert_same_tensors, nemo_from_hf
 from support.logits import TOLERANCE, difference
 from support.models import read_directory, respell_as_legacy
@@ -60,3 +61,14 @@ def test_nemo_to_hf_to_nemo_has_the_same_bits(kind, dtype, tmp_path):
     convert(tmp_path / "nemo", tmp_path / "back")
     convert(tmp_path / "back", tmp_path / "again")
     assert_same_tensors(read_directory(tmp_path / "again"), read_directory(tmp_path / "nemo"))
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "200KB"])
+def test_a_native_directory_is_refused_and_its_config_is_read(shard_size, tmp_path):
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    save_model(build_model("multimodal"), tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "nemo", max_shard_size=parse_size(shard_size))
+    assert AutoConfig.from_pretrained(tmp_path / "nemo").model_type == "gemma4"
+    with pytest.raises(OSError, match="no file named"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "nemo")

@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 from gemma4_moe.distributed.ranks import Ranks
 from gemma4_moe.errors import CheckpointFormatError, ParallelError
 from gemma4_moe.layout.dtypes import FLOAT32
+from gemma4_moe.layout.table import Layout
 from gemma4_moe.target import directory
 from gemma4_moe.target.directory import TargetFiles
 from gemma4_moe.target.file_layout import layout_files
@@ -15,7 +16,7 @@ from gemma4_moe.target.manifest import check_manifest, read_manifest
 from gemma4_moe.target.pieces import piece_of
 from support.checkpoints import flip_bit
 
-FILES = layout_files([("a", FLOAT32, (3, 7)), ("b", FLOAT32, (11,))], 90)
+FILES = layout_files([("a", FLOAT32, (3, 7)), ("b", FLOAT32, (11,))], 90, Layout.HF)
 
 
 @pytest.fixture

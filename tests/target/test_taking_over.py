@@ -35,7 +35,7 @@ def test_another_hosts_run_is_named_and_left_alone_unless_it_is_broken(source, t
         assert "--break-lock" in str(caught.value)
         assert contents(tmp_path) == before
     resume(source, tmp_path / "nemo", break_lock=True)
-    assert (tmp_path / "nemo/model.safetensors.index.json").exists()
+    assert (tmp_path / "nemo/nemo-00001-of-00002.safetensors").exists()
 
 
 def test_what_is_left_beside_a_complete_target_is_not_cleared_away_from_under_an_owner(source, tmp_path):

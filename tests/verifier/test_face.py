@@ -11,9 +11,9 @@ from support.hub_server import COMMIT
 def test_a_target_alone_is_checked_against_its_manifest(source, tmp_path):
     convert(source, tmp_path / "nemo")
     assert verify(tmp_path / "nemo").wrong == ()
-    flip_bit(tmp_path / "nemo/model.safetensors", -1)
+    flip_bit(tmp_path / "nemo/nemo.safetensors", -1)
     (sentence,) = verify(tmp_path / "nemo").wrong
-    assert sentence.startswith("model.safetensors: other bytes in ")
+    assert sentence.startswith("nemo.safetensors: other bytes in ")
     with pytest.raises(CheckpointFormatError, match="has no manifest"):
         verify(source)
     for call in (verify, inspect):

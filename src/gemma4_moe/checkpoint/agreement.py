@@ -1,11 +1,17 @@
-"""The files of a directory and its index must agree, on names and on the place of each tensor."""
+"""The files of a directory and its index must agree, on names and on the place of each tensor.
+
+A native directory that we write has no index, and its files are not called model: transformers then finds no weights in
+it, where it would start with random experts. The names count the files instead.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from gemma4_moe.checkpoint.index import INDEX_NAME
 from gemma4_moe.errors import CheckpointFormatError, command_line
+from gemma4_moe.layout.table import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -13,7 +19,45 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 
+#: What the names of the weight files begin with in each layout.
+STEMS = {Layout.HF: "model", Layout.NEMO: "nemo"}
+
+_NUMBERED = re.compile(rf"{STEMS[Layout.NEMO]}-(\d{{5}})-of-(\d{{5}})\{SUFFIX}", re.ASCII)
+
 _AGAIN = "get the index again, and the file that is not as it says"
+
+
+def file_name(layout: Layout, number: int, count: int) -> str:
+    """Return the name of weight file `number`, from 1 on, of `count` files."""
+    return f"{STEMS[layout]}{SUFFIX}" if count == 1 else f"{STEMS[layout]}-{number:05}-of-{count:05}{SUFFIX}"
+
+
+def are_numbered(weights: Collection[str]) -> bool:
+    """Return whether the names of weight files count them, as those of a native directory do."""
+    return any(_NUMBERED.fullmatch(name) for name in weights)
+
+
+def check_numbered(path: Path, weights: Collection[str]) -> None:
+    """Check that weight files which `are_numbered` are all that they count, and no others."""
+    numbers = [(int(match[1]), int(match[2])) for name in weights if (match := _NUMBERED.fullmatch(name))]
+    count = max(count for _, count in numbers)
+    expected = {file_name(Layout.NEMO, number, count) for number in range(1, min(count, len(weights) + 9) + 1)}
+    if extra := sorted(set(weights) - expected):
+        raise CheckpointFormatError(
+            "a safetensors file that the others do not count",
+            file=path,
+            expected=f"{count} files such as {file_name(Layout.NEMO, 1, count)}",
+            found=_some(extra),
+            hint=f"some readers would take it for the model; keep it elsewhere: {_move(path, extra)}",
+        )
+    if missing := sorted(expected - set(weights)):
+        raise CheckpointFormatError(
+            "a weight file that the others count is not there",
+            file=path,
+            expected=_some(missing),
+            found=_some(weights),
+            hint="convert again, or copy the whole directory again",
+        )
 
 
 def no_single_file(path: Path, weights: list[str]) -> CheckpointFormatError:

@@ -13,7 +13,14 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from gemma4_moe.checkpoint.agreement import SUFFIX, compare_names, compare_tensors, no_single_file
+from gemma4_moe.checkpoint.agreement import (
+    SUFFIX,
+    are_numbered,
+    check_numbered,
+    compare_names,
+    compare_tensors,
+    no_single_file,
+)
 from gemma4_moe.checkpoint.completeness import known_shapes
 from gemma4_moe.checkpoint.config import CONFIG_NAME, ConfigFile, read_config
 from gemma4_moe.checkpoint.dcp import METADATA_NAME, open_dcp
@@ -172,6 +179,8 @@ def open_checkpoint(
         check_genuine(raw[:ENOUGH], path / INDEX_NAME)
         weight_map, claimed = parse_index(raw, file=path / INDEX_NAME), claimed_size(raw)
         compare_names(path / INDEX_NAME, set(weight_map.values()), set(weights), files)
+    elif are_numbered(weights):
+        check_numbered(path, weights)
     elif len(weights) != 1 and not any(map(is_part, weights)):
         raise no_single_file(path, weights)
     config_directory, side_files = None, side_files_of(path, files)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @click.command(
     cls=Command,
     examples=[
-        "gemma4-moe publish checkpoints gemma-4-tuned --base google/gemma-4-26B-A4B",
-        "gemma4-moe publish checkpoints/LOWEST_VAL gemma-4-tuned --base gemma-4-26B-A4B --push USER/gemma-4-tuned",
+        "gemma4-moe publish checkpoints tuned --base google/gemma-4-26B-A4B",
+        "gemma4-moe publish checkpoints/LOWEST_VAL tuned --base gemma-4-26B-A4B",
     ],
 )
 @options.argument(

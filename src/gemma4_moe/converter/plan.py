@@ -96,7 +96,9 @@ def make_plan(
         target_layout=target_layout,
         tensors=targets,
         bases={} if base is None else find_base(base, targets),
-        files=layout_files([(t.name, t.dtype, t.shape) for t in targets.values()], parse_size(max_shard_size)),
+        files=layout_files(
+            [(t.name, t.dtype, t.shape) for t in targets.values()], parse_size(max_shard_size), target_layout
+        ),
         cast=cast,
         inexact=Counter(cast for cast in casts if not dtypes.is_exact(*cast)),
         uncalled=tuple(uncalled(checkpoint.tensors, layout, config)),

@@ -121,7 +121,7 @@ def save_hf(
     tensors = union_of(ranks.everyones((called, described)))
     with ranks.together("plan the checkpoint"):
         targets, missing = _make_targets(tensors, template, dtype, allow_partial=allow_partial)
-        files = layout_files([(t.name, t.dtype, t.shape) for t in targets.values()], shard_bytes)
+        files = layout_files([(t.name, t.dtype, t.shape) for t in targets.values()], shard_bytes, Layout.HF)
     transaction = None
     with ExitStack() as stack:
         with ranks.together("make the target's files"):

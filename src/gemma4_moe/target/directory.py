@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gemma4_moe.checkpoint.agreement import are_numbered
 from gemma4_moe.checkpoint.index import INDEX_NAME, write_index
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME
 from gemma4_moe.checkpoint.storage import refusals, sync_directory, write_file
@@ -119,10 +120,11 @@ class TargetFiles:
                 )
 
     def _write_index(self) -> list[Piece]:
-        """Write the index; a single file needs none."""
+        """Write the index; a single file needs none, and names that count their files take its place."""
         names = {entry.name: file.name for file in self.files for entry in file.entries}
         total = sum(entry.nbytes for file in self.files for entry in file.entries)
-        return [self._write(INDEX_NAME, write_index(names, total))] if len(self.files) > 1 else []
+        is_needed = len(self.files) > 1 and not are_numbered([file.name for file in self.files])
+        return [self._write(INDEX_NAME, write_index(names, total))] if is_needed else []
 
     def _write(self, name: str, content: bytes) -> Piece:
         write_file(self.out / name, content)

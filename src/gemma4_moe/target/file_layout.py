@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
+from gemma4_moe.checkpoint.agreement import file_name
 from gemma4_moe.checkpoint.header import LENGTH, LONGEST_HEADER, METADATA_KEY, TensorEntry, tensor_nbytes
 from gemma4_moe.checkpoint.readers import PAGE
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError
@@ -14,6 +15,8 @@ from gemma4_moe.layout.dtypes import DType
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from gemma4_moe.layout.table import Layout
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 
@@ -94,8 +97,8 @@ class PlannedFile:
     size: int
 
 
-def layout_files(tensors: Iterable[Form], max_shard_size: int) -> tuple[PlannedFile, ...]:
-    """Spread tensors over files in their order, each file as full as `max_shard_size` allows."""
+def layout_files(tensors: Iterable[Form], max_shard_size: int, layout: Layout) -> tuple[PlannedFile, ...]:
+    """Spread tensors of a layout over files in their order, each file as full as `max_shard_size` allows."""
     groups: list[list[Form]] = []
     room = 0
     for tensor in tensors:
@@ -107,7 +110,6 @@ def layout_files(tensors: Iterable[Form], max_shard_size: int) -> tuple[PlannedF
         room -= nbytes
     files = []
     for number, group in enumerate(groups, 1):
-        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         header, entries = layout_header(group, {"format": "pt"})
-        files.append(PlannedFile(name, header, entries, entries[-1].end))
+        files.append(PlannedFile(file_name(layout, number, len(groups)), header, entries, entries[-1].end))
     return tuple(files)
