@@ -109,9 +109,10 @@ def test_without_the_division_they_differ_by_more_than_a_hundredth(trained, tmp_
 
 
 def load_by_peft(source, directory):
-    peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        import peft
+
         return peft.PeftModel.from_pretrained(copy.deepcopy(source), directory)
 
 
@@ -122,9 +123,12 @@ def test_loaded_by_peft_they_are_those_of_nemo_merged_or_not(trained):
     assert close_to(logits(model.merge_and_unload()), expected)
 
 
+# PEFT 0.21 compares patterns with modules alone, and applies them to parameters all the same.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 def test_what_peft_has_made_is_read_with_its_patterns(trained, tmp_path):
+    import peft
+
     source = trained[0]
-    peft = pytest.importorskip("peft")
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
     options = {"rank_pattern": {"experts.gate_up_proj": 2}, "alpha_pattern": {"experts.gate_up_proj": 3}}
     config = peft.LoraConfig(
