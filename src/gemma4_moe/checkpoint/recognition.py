@@ -203,16 +203,17 @@ def checkpoint_targets(
     *,
     all_layers: bool = True,
     complete: bool = False,
+    to: Layout | None = None,
 ) -> dict[str, Target[T]]:
-    """Return every tensor that a checkpoint becomes in the other layout, after the checks of `wrong_tensors`.
+    """Return every tensor that a checkpoint becomes in layout `to`, after the checks of `wrong_tensors`.
 
-    Without `all_layers` it may have some of the layers that the config counts. The errors of `incomplete` are raised if
-    it must be `complete`.
+    By default `to` is the other layout. Without `all_layers` it may have some of the layers that the config counts. The
+    errors of `incomplete` are raised if it must be `complete`.
     """
     tensors, inventory = list(tensors), Inventory(layout, config.sizes)
     if (damage := shared_damage(tensors, layout, config)) is not None:
         raise damage
-    targets = targets_of(tensors, inventory, CHECKPOINT_RULES[layout], cast)
+    targets = targets_of(tensors, inventory, CHECKPOINT_RULES[layout], cast, to=to)
     _check_layer_count(inventory, config, all_layers=all_layers)
     for error in incomplete(tensors, inventory, config) if complete else ():
         raise error

@@ -19,7 +19,7 @@ from gemma4_moe.sizes import format_size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gemma4_moe.converter.convert import Conversion
+    from gemma4_moe.converter.conversion import Conversion
     from gemma4_moe.converter.inspect import Inspection
     from gemma4_moe.converter.preview import Prediction, Preview
     from gemma4_moe.converter.space import Space

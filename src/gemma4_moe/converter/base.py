@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from gemma4_moe.target.pieces import Piece
 
     Array = np.ndarray[Any, np.dtype[Any]]
-    Scales = Mapping[str, Array]
+    FoldedScales = Mapping[str, Array]
 
 _NAME_IT = "name the checkpoint that the model was made from, or leave --base out"
 
@@ -133,7 +133,7 @@ def scales_with_base(bases: Iterable[str]) -> dict[str, str]:
     return {name.sibling(SCALE).hf: down for down in bases if (name := lookup(down, Layout.HF)) is not None}
 
 
-def given_back_scales(bases: Mapping[str, BaseExperts], pieces: Iterable[Piece]) -> Scales:
+def given_back_scales(bases: Mapping[str, BaseExperts], pieces: Iterable[Piece]) -> FoldedScales:
     """Return the fp32 scale [E] of each layer with a base: the base's for experts that are its own, else one.
 
     `pieces` are those of all experts, of all ranks and runs.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from gemma4_moe.checkpoint.hashing import Extent
 from gemma4_moe.checkpoint.readers import PAGE, SLACK, whole_pages
 from gemma4_moe.errors import UsageError
-from gemma4_moe.layout.table import transposes
+from gemma4_moe.layout.table import converted_shape
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Sequence
@@ -38,7 +38,7 @@ MOST_BUFFERS = 4
 class Block:
     """Rows (first, last) of one target tensor, and their bytes (start, end) in its file.
 
-    A row is an expert, or one element where no axes are exchanged.
+    A row is what the reads of its source count: an expert, a row of a matrix, or an element.
     """
 
     tensor: PlannedTensor
@@ -52,6 +52,11 @@ class Block:
     def place(self) -> tuple[str, int, int]:
         """The file, the first byte, and the byte after the last."""
         return self.file, self.start, self.end
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of its rows: [n, R, C] of experts, [n, C] of a matrix, [n] of elements."""
+        return self.last - self.first, *_row_of(self.tensor)
 
     def reads(self) -> list[Read[StoredTensor]]:
         """Return the reads that give the block's values, without the scale; none for a scale of ones."""
@@ -74,16 +79,23 @@ def extent_of(read: Read[StoredTensor]) -> Extent:
 
 
 class Memory(NamedTuple):
-    """The buffers of a conversion: `buffers` on each side of the kernel, and one for an expert of the base."""
+    """The buffers of a conversion.
+
+    Attributes:
+        buffers: How many there are on each side of the kernel, each of `buffer_bytes`.
+        base_bytes: The buffer for an expert of the base.
+        change_bytes: Room for the matrices of the largest weights that an adapter changes.
+    """
 
     buffer_bytes: int
     buffers: int
     base_bytes: int = 0
+    change_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """Size of all buffers together."""
-        return 2 * self.buffers * self.buffer_bytes + self.base_bytes
+        return 2 * self.buffers * self.buffer_bytes + self.base_bytes + self.change_bytes
 
 
 def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
@@ -93,9 +105,10 @@ def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
     )
     largest = max(blocks(plan), key=_buffer_bytes)
     buffer_bytes = _buffer_bytes(largest)
-    room = budget - base_bytes
+    change_bytes = max((change.nbytes for change in plan.changes.values()), default=0)
+    room = budget - base_bytes - change_bytes
     if 2 * buffer_bytes > room:
-        least = 2 * buffer_bytes + base_bytes
+        least = 2 * buffer_bytes + base_bytes + change_bytes
         raise UsageError(
             "the memory budget is smaller than one block before and after conversion",
             tensor=largest.tensor.name,
@@ -103,7 +116,7 @@ def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
             found=f"{budget} bytes",
             hint=f"allow --max-memory {ceil(least / 2**20)}MiB or more",
         )
-    return Memory(buffer_bytes, min(MOST_BUFFERS, room // (2 * buffer_bytes)), base_bytes)
+    return Memory(buffer_bytes, min(MOST_BUFFERS, room // (2 * buffer_bytes)), base_bytes, change_bytes)
 
 
 def room_for(nbytes: int) -> int:
@@ -132,13 +145,19 @@ def blocks(plan: Plan) -> Iterator[Block]:
     for file in plan.files:
         for entry in file.entries:
             tensor = plan.tensors[entry.name]
-            shape = tensor.shape if transposes(tensor.operation) else (entry.nbytes // max(1, tensor.dtype.itemsize),)
+            elements = prod(_row_of(tensor))
+            count = entry.nbytes // max(1, elements * tensor.dtype.itemsize)
             itemsize = max(t.dtype.itemsize for t in (tensor, tensor.source) if t is not None)
-            step = rows_at_once(prod(shape[1:]) * itemsize)
-            row = row_bytes(entry.nbytes, shape)
-            for first in range(0, shape[0], step):
-                last = min(first + step, shape[0])
+            step = rows_at_once(elements * itemsize)
+            row = entry.nbytes // max(1, count)
+            for first in range(0, count, step):
+                last = min(first + step, count)
                 yield Block(tensor, file.name, entry.start + first * row, entry.start + last * row, first, last)
+
+
+def _row_of(tensor: PlannedTensor) -> tuple[int, ...]:
+    """Return the shape of a row of a target."""
+    return () if tensor.source is None else converted_shape(tensor.operation, (1, *tensor.source.row))[1:]
 
 
 def share(work: Iterable[Block], done: Container[tuple[str, int, int]], rank: int, world: int) -> list[Block]:

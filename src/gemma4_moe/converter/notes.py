@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 
 def plan_notes(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return what index, headers and config tell: a wrong size, tensors that the config has not, then `cast_notes`."""
-    return (*index_notes(checkpoint), *uncalled_notes(plan.uncalled), *cast_notes(plan))
+    """Return what index, headers and config tell: a wrong size, tensors that the config has not, then the plan's."""
+    names = (change.module.name for change in plan.changes.values())
+    changed = [f"the adapter changes {len(members)} {group}" for group, members in fold_names(names).items()]
+    return (*index_notes(checkpoint), *uncalled_notes(plan.uncalled), *cast_notes(plan), *changed)
 
 
 def index_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -70,7 +72,7 @@ def base_notes(plan: Plan, given_back: Mapping[str, int]) -> tuple[str, ...]:
 
     `given_back` are the manifest's counts, by the tensors' names.
     """
-    if plan.target_layout is not Layout.HF:
+    if (plan.source_layout, plan.target_layout) != (Layout.NEMO, Layout.HF):
         return ()
     if not plan.bases:
         return (

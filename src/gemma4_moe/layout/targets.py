@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -69,19 +69,26 @@ class Source(Generic[T]):
         dtype: The dtype of all its tensors.
         shape: The shape of the whole.
         parts: The whole of each tensor, in the order of experts, then of rows.
+        row: The shape of one of those that its reads count: an expert's matrix, a row of a matrix, or an element.
     """
 
     dtype: DType
     shape: tuple[int, ...]
     parts: tuple[Read[T], ...]
+    row: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Its size in bytes."""
         return _nbytes(self)
 
+    def by_rows(self) -> Source[T]:
+        """Return a source of elements [R, C] as one whose reads count rows."""
+        (whole,) = self.parts
+        return replace(self, parts=(replace(whole, experts=(0, self.shape[0])),), row=self.shape[1:])
+
     def reads(self, first: int, last: int) -> Iterator[Read[T]]:
-        """Yield the reads of the experts, or elements, (first, last), in the order of the parts."""
+        """Yield the reads of the experts, or rows, or elements, (first, last), in the order of the parts."""
         begin = bisect_right(self.parts, first, key=lambda part: part.experts[1])
         for part in self.parts[begin:]:
             start, end = max(first, part.experts[0]), min(last, part.experts[1])
@@ -231,7 +238,7 @@ def _source(rule: Rule, stored: dict[Part, T], inventory: Inventory, key: LayerK
     shape = shape_of(rule, inventory.layout, inventory.sizes(key[0]))
     ordered = sorted(stored.items(), key=lambda item: (item[0].expert or 0, item[0].slot))
     reads = (Read(t, 0, _nbytes(t), part.experts(shape[0]), part.rows(shape[1])) for part, t in ordered)
-    return Source(ordered[0][1].dtype, shape, tuple(reads))
+    return Source(ordered[0][1].dtype, shape, tuple(reads), row=shape[1:])
 
 
 def _elements(tensor: T) -> Source[T]:

@@ -25,7 +25,7 @@ NATIVE_NAME = "automodel_peft_config.json"
 STAMP = "paramwrapper_layout"
 
 #: The longest such document that is read, in bytes. One that names each matrix of the 26B has about a megabyte.
-_LONGEST = 10 * 2**20
+LONGEST = 10 * 2**20
 
 #: The first release of PEFT with today's layout of 3-D experts.
 _CURRENT_VERSION = (0, 19, 1)
@@ -144,7 +144,7 @@ def read_lora_config(directory: Path) -> LoraConfig:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    raw = read_whole(path, _LONGEST)
+    raw = read_whole(path, LONGEST)
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:

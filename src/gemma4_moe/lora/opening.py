@@ -11,13 +11,14 @@ import numpy as np
 
 from gemma4_moe.checkpoint.directory import StoredTensor
 from gemma4_moe.checkpoint.file import SafetensorsFile
-from gemma4_moe.checkpoint.storage import refusals
+from gemma4_moe.checkpoint.hashing import Extent, blake3_of, hash_extents
+from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError, IncompleteExpertsError, TensorShapeError
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES
 from gemma4_moe.layout.lora import LORA_ROWS, LoraForm, ParamWrapper
 from gemma4_moe.layout.names import layer_of, natural_key
 from gemma4_moe.layout.table import DOWN, GATE_UP
-from gemma4_moe.lora.config import read_lora_config
+from gemma4_moe.lora.config import CONFIG_NAME, LONGEST, NATIVE_NAME, read_lora_config
 from gemma4_moe.lora.modules import LoraModule, LoraTensor, plain_from
 from gemma4_moe.lora.names import explain, form_of
 from gemma4_moe.lora.stored import experts_of_vllm, layout_in_use, wrapped_rows
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from gemma4_moe.lora.names import LoraName
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+
+#: Bytes of buffers with which the weights are hashed.
+_HASH_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,13 @@ class Adapter:
     def needs_scale(self) -> bool:
         """Whether it changes a weight that a folded and an unfolded base do not share."""
         return any(module.rule is DOWN for module in self.modules.values())
+
+    def hashes(self) -> dict[str, str]:
+        """Return the BLAKE3 of the weights, and that of each document."""
+        paths = (self.path / CONFIG_NAME, self.path / NATIVE_NAME)
+        found = {path.name: blake3_of([read_whole(path, LONGEST)]) for path in paths if path.exists()}
+        (weights,) = hash_extents([[Extent(self.file, 0, self.file.size)]], _HASH_BYTES, buffered=True)
+        return {WEIGHTS_NAME: weights} | found
 
     def scaling_of(self, module: LoraModule) -> float:
         """Return the factor of B · A of a module."""
