@@ -140,6 +140,11 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, **argum
 @options.strip_wrappers
 @options.scale
 @options.scale_from
+@click.option(
+    "--adapter",
+    type=options.Directory(),
+    help="The LoRA adapter with which `merge` made DST from SRC. Values may differ by the order of fp32 sums.",
+)
 @options.common
 def verify(output: Output, *, first: str, second: str | None, revision: str | None, **arguments: Any) -> None:
     """Compute every tensor of DST again from SRC, and compare bits.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.layout.names import MoEName
+    from gemma4_moe.verifier.additions import Addition
     from gemma4_moe.verifier.assembled import Values
 
 
@@ -30,6 +31,7 @@ class Expectation:
         transposed: Whether its last two axes are those of `source`, exchanged.
         scale: The source tensor whose values multiply its experts, or None.
         scale_name: The target's tensor that multiplies its experts and should be ones, or None.
+        addition: What an adapter adds to it, or None.
     """
 
     source: Values | None
@@ -37,6 +39,7 @@ class Expectation:
     transposed: bool = False
     scale: StoredTensor | None = None
     scale_name: str | None = None
+    addition: Addition | None = None
 
     def dtypes(self, cast: DType | None) -> tuple[DType, ...]:
         """Return the dtypes that it may have if floats are cast to `cast`; a scale of ones may have several."""
