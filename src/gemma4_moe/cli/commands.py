@@ -61,9 +61,19 @@ def inspect(output: Output, *, source: str, revision: str | None, tensors: bool,
     """Show a checkpoint's layout, bytes and problems.
 
     Only headers, index and config.json are read, on the Hub too, unless --values is given. The exit status is 0 if
-    `convert` would take the checkpoint, and 3 if there are problems.
+    `convert` would take the checkpoint, and 3 if there are problems. Of a LoRA adapter, show its form and its modules.
     """
+    from gemma4_moe.checkpoint.paths import expanded
     from gemma4_moe.cli import report
+    from gemma4_moe.hub.source import is_hub_id
+    from gemma4_moe.lora.config import is_adapter
+
+    if not is_hub_id(source) and is_adapter(expanded(source)):
+        from gemma4_moe.cli import lora_report
+        from gemma4_moe.lora.inspection import inspect_adapter
+
+        output.give(lora_report.lora_inspection(inspect_adapter(source, values=values)))
+        return
     from gemma4_moe.converter import inspect
 
     found = inspect.inspect(source, revision=revision, values=values)
@@ -177,7 +187,8 @@ def verify(output: Output, *, first: str, second: str | None, revision: str | No
 def diff(output: Output, *, first: str, second: str, stream: bool) -> None:
     """Compare two checkpoints of one layout, tensor by tensor.
 
-    Spellings of names and the cut into files may differ. Files other than weights are not compared.
+    Spellings of names and the cut into files may differ. Files other than weights are not compared. A and B may also be
+    two LoRA adapters of one form.
     """
     from gemma4_moe.cli import report
     from gemma4_moe.cli.progress import shown_progress

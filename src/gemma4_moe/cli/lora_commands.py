@@ -55,12 +55,12 @@ def lora(output: Output, *, source: Path, target: Path, to: str, base: str | Non
     NeMo trains beside weights into which each expert's scale is folded; PEFT and vLLM use the published weights. The B
     of down_proj is divided or multiplied by the scale of its expert.
     """
-    from gemma4_moe.cli import report
+    from gemma4_moe.cli import lora_report
     from gemma4_moe.lora.convert import convert_lora
 
     done = convert_lora(source, target, to=to, base=base, legacy_layout=legacy_layout)
     output.say(*(f"note: {note}" for note in done.notes))
-    output.give(report.lora_conversion(done), is_faultless=True)
+    output.give(lora_report.lora_conversion(done), is_faultless=True)
 
 
 @click.command(

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.checkpoint.storage import read_whole
+from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import ConfigError, UnsupportedCheckpointError
 from gemma4_moe.layout.lora import ParamWrapper
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 NATIVE_NAME = "automodel_peft_config.json"
 
@@ -100,6 +101,14 @@ class LoraConfig:
     def has_own_expert_rank(self) -> bool:
         """Whether NeMo has divided the rank of experts by the experts of a token (`moe_rank_scaling`)."""
         return bool((self.native or {}).get("moe_rank_scaling"))
+
+
+def is_adapter(path: Path) -> bool:
+    """Return whether a directory has an adapter and no other weights."""
+    with refusals("look at the directory", path):
+        if not (path / WEIGHTS_NAME).is_file():
+            return False
+        return [*path.glob("*.safetensors")] == [path / WEIGHTS_NAME]
 
 
 def scaling(rank: int, alpha: float, *, is_rslora: bool) -> float:
