@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from gemma4_moe import convert, convert_lora, merge, plan
-from gemma4_moe.converter import merging
 from gemma4_moe.errors import (
     InputError,
     TensorShapeError,
@@ -125,7 +124,6 @@ def any_adapter(request, adapter, tmp_path):
 @pytest.mark.parametrize("to", ["hf", "nemo"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_form_of_an_adapter_is_merged_into_an_hf_base(any_adapter, dtype, to, tmp_path, monkeypatch):
-    monkeypatch.setattr(merging, "_PIECE", 3 * H)
     monkeypatch.setattr("gemma4_moe.converter.blocks.BLOCK_BYTES", 300)
     state = base_state(dtype)
     before = contents(write_checkpoint(tmp_path / "base", state))

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from gemma4_moe import kernels
 from gemma4_moe.errors import TensorShapeError, UnknownTensorError, UsageError, command_line
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES
@@ -21,7 +19,6 @@ from gemma4_moe.lora.scales import scales_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from concurrent.futures import Executor
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.layout.targets import Read, Target
@@ -29,9 +26,6 @@ if TYPE_CHECKING:
     from gemma4_moe.lora.modules import Array, LoraModule
     from gemma4_moe.lora.opening import Adapter
     from gemma4_moe.lora.scales import Scales
-
-#: How many elements are computed at once; a thread has up to 8 bytes for each.
-_PIECE = 2**18
 
 
 def find_changes(
@@ -115,36 +109,28 @@ def scales_for(changes: Mapping[str, Change], checkpoint: Checkpoint) -> Scales 
 class Merging:
     """Adds changes to stored values. Its methods are called by one thread at a time."""
 
-    def __init__(self, changes: Mapping[str, Change], scales: Scales | None, pool: Executor) -> None:
-        """Take the changes by the targets' names; `pool` computes."""
+    def __init__(self, changes: Mapping[str, Change], scales: Scales | None, threads: int) -> None:
+        """Take the changes by the targets' names."""
         self.changes = changes
-        self._scales, self._pool = scales, pool
+        self._scales, self._threads = scales, threads
         self._read: dict[str, Factors] = {}  # of the last two targets: blocks at their border may change places
 
     def merge(self, name: str, read: Read[StoredTensor], stored: Array, scale: Array | None, out: Array) -> None:
         """Write values of a read, each expert's times its scale, with their change to `out`, of the same shape."""
-        factors = self._factors(name)
+        left, right, acts = self._factors(name)
         if stored.ndim == 2:  # rows of a matrix
-            stored, out, expert, row = stored[None], out[None], 0, read.experts[0]
+            stored, out, experts, rows = stored[None], out[None], slice(0, 1), slice(*read.experts)
         else:
-            expert, row = read.experts[0], read.rows[0]
-        rows, columns = stored.shape[1:]
-        step = max(1, _PIECE // columns)
-
-        def add(piece: tuple[int, int]) -> None:
-            number, first = piece
-            of, last = slice(number, number + 1), min(first + step, rows)
-            own = None if scale is None else scale[of]
-            values = stored[of, first:last]
-            if factors.acts[expert + number]:
-                values = kernels.scale_cast(values, scale=own, dtype=np.float32, threads=1)
-                left = factors.left[expert + number, row + first : row + last]
-                values[0] += left @ factors.right[expert + number]
-                own = None
-            kernels.scale_cast(values, scale=own, out=out[of, first:last], threads=1)
-
-        for _ in self._pool.map(add, [(n, first) for n in range(len(stored)) for first in range(0, rows, step)]):
-            pass
+            experts, rows = slice(*read.experts), slice(*read.rows)
+        kernels.scale_add_cast(
+            stored,
+            left=left[experts, rows],
+            right=right[experts],
+            acts=acts[experts],
+            scale=scale,
+            out=out,
+            threads=self._threads,
+        )
 
     def _factors(self, name: str) -> Factors:
         if name not in self._read:

@@ -158,7 +158,7 @@ def _write(job: Job, files: TargetFiles, work: list[Block], given_back: FoldedSc
 
         base = [] if job.base is None else job.base.files.values()
         names = {block.file for block in work}
-        pool = stack.enter_context(ThreadPoolExecutor(job.threads, "gemma4-moe-kernel"))
+        pool = stack.enter_context(ThreadPoolExecutor(job.threads, "gemma4-moe-unfolding"))
         steps = ConversionSteps(
             job.folded,
             job.threads,
@@ -171,7 +171,7 @@ def _write(job: Job, files: TargetFiles, work: list[Block], given_back: FoldedSc
                 readers={file.path: reading(file, in_order=False) for file in base},
                 pool=pool,
             ),
-            merging=Merging(job.plan.changes, job.scales, pool),
+            merging=Merging(job.plan.changes, job.scales, job.threads),
             given_back=given_back,
         )
         try:

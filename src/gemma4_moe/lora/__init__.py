@@ -5,5 +5,5 @@ The table of names is `layout.lora`. `opening` reads an adapter's directory into
 `scales` has the scales of the base, and `writing` the new directory. `changes` has the change of each weight, for a
 merge.
 
-May import: errors, version, sizes, layout, checkpoint, target, hub.
+May import: errors, version, sizes, layout, kernels, checkpoint, target, hub.
 """

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from gemma4_moe import kernels
 from gemma4_moe.errors import InputError
 from gemma4_moe.layout.names import fold_names, layer_of
 from gemma4_moe.lora.names import is_router
@@ -67,7 +68,7 @@ class Change:
                     "a change that is not finite", tensor=self.module.sides[side].name, found=found, hint=hint
                 )
         acts: Array = np.logical_and(a.any(axis=(1, 2)), b.any(axis=(1, 2)))
-        left, right = (a.swapaxes(1, 2), b.swapaxes(1, 2)) if self.exchanged else (b, a)
+        left, right = map(kernels.transpose_scale_cast, (a, b)) if self.exchanged else (b, a)
         return Factors(left, right, acts)
 
     def _side(self, side: str) -> Array:
