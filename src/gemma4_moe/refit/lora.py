@@ -93,8 +93,8 @@ def _refuse_unmerged(natives: Iterable[TensorFacts]) -> None:
             tensor=unmerged[0],
             expected='merged weights, or lora="merged" or lora="separate"',
             found=f"{len(unmerged)} tensors: {', '.join(fold_names(unmerged))}",
-            hint='give lora="merged" and lora_alpha; or lora="separate", lora_alpha, and send lora_tensors() too; or, if '
-            "the adapter was merged, or the engine gets it by another way, leave it out by "
+            hint='give lora="merged" and lora_alpha; or lora="separate", lora_alpha, and send lora_tensors() too; or '
+            "if the adapter was merged, or the engine gets it by another way, leave it out by "
             f"exclude_key_regex={LORA_REGEX!r}, and unwrap names with base_layer in them",
         )
 
