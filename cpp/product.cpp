@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "arithmetic.hpp"
 #include "pool.hpp"
 
 namespace gemma4_moe {
@@ -116,6 +117,7 @@ void run_with_product(const Move& move, const Product& add) {
   int64_t each = (rows + step - 1) / step;
   std::atomic<int64_t> next{0};
   run_on_threads(std::max(1, move.threads), [&] {
+    StandardArithmetic standard;
     std::vector<float> values(std::min(step, rows) * columns);
     for (int64_t piece; (piece = next.fetch_add(1)) < experts * each;) {
       int64_t first = piece % each * step;

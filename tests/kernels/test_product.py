@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from gemma4_moe import kernels
 
@@ -62,6 +63,23 @@ def test_rows_of_larger_matrices_and_strided_values(kernel):
     assert np.array_equal(out[1:3, 5:9], whole[1:3, 5:9])
     out[1:3, 5:9] = 0
     assert not out.any()
+
+
+def test_subnormal_sums_are_kept_whatever_the_threads_mode():
+    x, left, right, scale = given(2, 7, 3, 40)
+    right *= np.float32(1e-40)
+    x *= np.float32(1e-40)
+    expected = in_order(x, left, right, scale)
+    out = np.empty_like(x)
+    assert torch.set_flush_denormal(True)
+    try:
+        kernels.scale_add_cast(
+            x, left=left, right=right, acts=np.ones(2, bool), scale=scale, out=out, kernel="cpu", threads=1
+        )
+    finally:
+        torch.set_flush_denormal(False)
+    assert np.array_equal(out.view(np.uint32), expected.view(np.uint32))
+    assert 0 < np.abs(out).max() < np.finfo(np.float32).tiny
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "numpy"])
