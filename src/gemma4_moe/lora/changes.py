@@ -48,32 +48,23 @@ class Change:
     def read(self, scales: Scales | None) -> Factors:
         """Read the adapter's matrices; `scales` are needed if `fold` is not 0.
 
-        Raises:
-            InputError: A value is not finite, in the adapter or with its expert's scale.
-            UsageError, TensorShapeError: As `Scales.of` raises them.
-        """
-        a, b = (self._side(side) for side in "AB")
-        with np.errstate(over="ignore", invalid="ignore"):
-            b *= np.float32(self.scaling)
-            if self.fold:
-                assert scales is not None, "a fold has scales"
-                assert self.module.layer is not None, "experts are in a layer"
-                scale = scales.of(self.module.layer, len(b))[:, None, None]
-                b = b * scale if self.fold > 0 else b / scale
-        for side, values in (("A", a), ("B", b)):
-            if not np.isfinite(values).all():
-                hint = "train the adapter again from a step before, or leave it out"
-                found = "NaN or infinity, with its scaling and its expert's scale"
-                raise InputError(
-                    "a change that is not finite", tensor=self.module.sides[side].name, found=found, hint=hint
-                )
-        acts: Array = np.logical_and(a.any(axis=(1, 2)), b.any(axis=(1, 2)))
-        left, right = map(kernels.transpose_scale_cast, (a, b)) if self.exchanged else (b, a)
-        return Factors(left, right, acts)
+        B is multiplied by one fp32 number for each expert: the scaling, times or over the expert's scale.
 
-    def _side(self, side: str) -> Array:
-        values = self.module.sides[side].read().astype(np.float32, order="C")
-        return values if values.ndim == 3 else values[None]
+        Raises:
+            InputError, UsageError, TensorShapeError: As `Scales.of` raises them.
+        """
+        a, b = (side if side.ndim == 3 else side[None] for side in (self.module.sides[s].read() for s in "AB"))
+        factors = np.full(len(b), self.scaling)
+        if self.fold:
+            assert scales is not None, "a fold has scales"
+            assert self.module.layer is not None, "experts are in a layer"
+            factors = factors * scales.of(self.module.layer, len(b)).astype(np.float64) ** self.fold
+        widened = kernels.transpose_scale_cast if self.exchanged else kernels.scale_cast
+        with np.errstate(over="ignore"):
+            both = widened(a, dtype=np.float32), widened(b, scale=factors.astype(np.float32), dtype=np.float32)
+        acts: Array = np.logical_and(*(side.any(axis=(1, 2)) for side in both))
+        left, right = both if self.exchanged else both[::-1]
+        return Factors(left, right, acts)
 
 
 class Factors(NamedTuple):
@@ -112,12 +103,20 @@ def router_notes(moved: Collection[str]) -> tuple[str, ...]:
 def change_notes(changes: Iterable[Change], scales: Scales | None) -> tuple[str, ...]:
     """Return the norm of the change of each layer, and the experts that an adapter does not change.
 
-    All of the adapter is read. Raises what `Change.read` raises.
+    All of the adapter is read.
+
+    Raises:
+        InputError: A value is not finite, in the adapter or with its expert's scale; or see `Change.read`.
+        UsageError, TensorShapeError: See `Change.read`.
     """
     squares: dict[str, float] = {}
     still, routers = [], []
     for change in changes:
         factors, name = change.read(scales), change.module.name
+        if not (np.isfinite(factors.left).all() and np.isfinite(factors.right).all()):
+            hint = "train the adapter again from an earlier step, or merge another one"
+            found = "NaN or infinity, in A or in B with its scaling and its expert's scale"
+            raise InputError("a change that is not finite", tensor=name, found=found, hint=hint)
         key = layer_of(name)
         group = "outside layers" if key is None else f"{key[0]}layers.{key[1]}"
         squares[group] = squares.get(group, 0.0) + factors.norm**2
