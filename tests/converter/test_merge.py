@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gemma4_moe import convert, convert_lora, merge, plan
+from gemma4_moe import convert, convert_lora, merge, plan, verify
 from gemma4_moe.errors import (
     InputError,
     TensorShapeError,
@@ -161,12 +161,25 @@ def test_without_the_scales_of_a_folded_base_an_adapter_of_unfolded_weights_is_r
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_base_in_the_legacy_spelling_is_written_in_the_current_one(adapter, tmp_path):
-    state = base_state(torch.float32)
-    legacy = {legacy_name(name): tensor for name, tensor in state.items()}
-    write_checkpoint(tmp_path / "base", legacy, config_of(state))
-    merge(tmp_path / "base", adapter, tmp_path / "merged")
-    check(tmp_path / "merged", merged(state, changes()), torch.float32)
+@pytest.mark.parametrize("to", ["hf", "nemo"])
+@pytest.mark.parametrize("spelling", ["legacy", "per-expert"])
+def test_a_base_in_another_form_is_written_in_the_current_one(adapter, spelling, to, tmp_path):
+    state, spelled = base_state(torch.float32), {}
+    for name, tensor in state.items():
+        if spelling == "legacy":
+            spelled[legacy_name(name)] = tensor
+        elif name.endswith("experts.gate_up_proj"):
+            for e in range(E):
+                stem = name.replace("gate_up_proj", f"{e}.")
+                spelled[f"{stem}gate_proj.weight"], spelled[f"{stem}up_proj.weight"] = tensor[e, :I], tensor[e, I:]
+        elif name.endswith("experts.down_proj"):
+            spelled |= {name.replace("down_proj", f"{e}.down_proj.weight"): tensor[e] for e in range(E)}
+        else:
+            spelled[name] = tensor
+    write_checkpoint(tmp_path / "base", spelled, config_of(state))
+    merge(tmp_path / "base", adapter, tmp_path / "merged", to=to)
+    check(tmp_path / "merged", merged(state, changes(), to), torch.float32)
+    assert verify(tmp_path / "base", tmp_path / "merged", adapter=adapter).different == ()
 
 
 def test_a_cast_is_rounded_once_from_the_fp32_sum(adapter, tmp_path):
