@@ -20,8 +20,14 @@ E, H, I = 128, 2816, 704  # noqa: E741
 MLP = 2112
 
 
-def write_source(directory: Path, layers: int) -> None:
-    """Write `layers` real-size layers and an embedding, bf16; values repeat after 16 MiB."""
+def write_source(
+    directory: Path, layers: int, sizes: tuple[int, int, int] = (E, H, I), *, sparse: bool = False
+) -> None:
+    """Write `layers` layers, bf16, by default of the real sizes.
+
+    Values repeat after 16 MiB; those of experts are holes if `sparse`.
+    """
+    E, H, I = sizes  # noqa: E741
     rng = np.random.default_rng(0)
     tile = rng.standard_normal(2**23, np.float32).astype(BFLOAT16.numpy()).tobytes()
     directory.mkdir()
@@ -45,8 +51,10 @@ def write_source(directory: Path, layers: int) -> None:
             file.write(header)
             for entry in entries:
                 weight_map[entry.name] = name
-                left = entry.nbytes
+                left = 0 if sparse and "experts" in entry.name else entry.nbytes
                 while left:
                     left -= file.write(tile[:left])
+                file.truncate(len(header) + entry.end - entries[0].start)
+                file.seek(0, os.SEEK_END)
             os.fsync(file.fileno())
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

@@ -9,6 +9,7 @@
 
 #include "move.hpp"
 #include "pages.hpp"
+#include "product.hpp"
 
 namespace nb = nanobind;
 using namespace gemma4_moe;
@@ -28,9 +29,9 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
-void scale_cast(const std::vector<int64_t>& shape, uintptr_t src, int in, const std::vector<int64_t>& src_strides,
-                uintptr_t dst, int out, const std::vector<int64_t>& dst_strides, uintptr_t scale, int threads,
-                const std::string& instruction_set) {
+Move move_of(const std::vector<int64_t>& shape, uintptr_t src, int in, const std::vector<int64_t>& src_strides,
+             uintptr_t dst, int out, const std::vector<int64_t>& dst_strides, uintptr_t scale, int threads,
+             const std::string& instruction_set) {
   if (src_strides.size() != shape.size() || dst_strides.size() != shape.size() || in < 0 || in >= dtypes || out < 0 ||
       out >= dtypes) {
     throw std::invalid_argument("strides don't fit the shape, or unknown dtype");
@@ -41,8 +42,27 @@ void scale_cast(const std::vector<int64_t>& shape, uintptr_t src, int in, const 
   for (size_t i = 0; i < shape.size(); ++i) {
     move.axes.push_back({shape[i], src_strides[i], dst_strides[i], i == 0 && factors != nullptr ? 1 : 0});
   }
+  return move;
+}
+
+void scale_cast(const std::vector<int64_t>& shape, uintptr_t src, int in, const std::vector<int64_t>& src_strides,
+                uintptr_t dst, int out, const std::vector<int64_t>& dst_strides, uintptr_t scale, int threads,
+                const std::string& instruction_set) {
+  Move move = move_of(shape, src, in, src_strides, dst, out, dst_strides, scale, threads, instruction_set);
   nb::gil_scoped_release released;
   run(move);
+}
+
+void scale_add_cast(const std::vector<int64_t>& shape, uintptr_t src, int in, const std::vector<int64_t>& src_strides,
+                    uintptr_t dst, int out, const std::vector<int64_t>& dst_strides, uintptr_t scale, uintptr_t left,
+                    int64_t left_stride, uintptr_t right, int64_t rank, uintptr_t acts, int threads,
+                    const std::string& instruction_set) {
+  Move move = move_of(shape, src, in, src_strides, dst, out, dst_strides, scale, threads, instruction_set);
+  if (shape.size() != 3) throw std::invalid_argument("not experts, rows and columns");
+  Product product{reinterpret_cast<const float*>(left), reinterpret_cast<const float*>(right),
+                  reinterpret_cast<const bool*>(acts), left_stride, rank};
+  nb::gil_scoped_release released;
+  run_with_product(move, product);
 }
 
 }  // namespace
@@ -52,6 +72,13 @@ NB_MODULE(_cpu, m) {
   m.def("instruction_sets", &instruction_sets, "Names of the instruction sets that this processor can run, best first.");
   m.def("advise_large_pages", &advise_large_pages, nb::arg("address"), nb::arg("nbytes"),
         "Let memory that nothing was written to yet come in large pages, where the system has them.");
+  m.def("scale_add_cast", &scale_add_cast, nb::arg("shape"), nb::arg("src"), nb::arg("src_dtype"),
+        nb::arg("src_strides"), nb::arg("dst"), nb::arg("dst_dtype"), nb::arg("dst_strides"), nb::arg("scale"),
+        nb::arg("left"), nb::arg("left_stride"), nb::arg("right"), nb::arg("rank"), nb::arg("acts"), nb::arg("threads"),
+        nb::arg("instruction_set"),
+        "Write round(src * scale + left @ right) to dst, each [experts, rows, columns]. left [rows, rank] of an expert "
+        "and right [rank, columns] are contiguous fp32, the former left_stride elements apart; acts is the address of a "
+        "bool for each expert. All else is as in scale_cast. Releases the GIL.");
   m.def("scale_cast", &scale_cast, nb::arg("shape"), nb::arg("src"), nb::arg("src_dtype"), nb::arg("src_strides"),
         nb::arg("dst"), nb::arg("dst_dtype"), nb::arg("dst_strides"), nb::arg("scale"), nb::arg("threads"),
         nb::arg("instruction_set"),

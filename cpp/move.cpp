@@ -10,13 +10,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cfenv>
 #include <cmath>
 
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #endif
 
+#include "arithmetic.hpp"
 #include "pool.hpp"
 
 namespace gemma4_moe {
@@ -49,21 +49,6 @@ Treatment treatment(const Call& call, float scale) {
 float scale_at(const Call& call, ptrdiff_t offset) {
   return call.move.scale == nullptr ? 1.0f : call.move.scale[offset];
 }
-
-// Rounding to nearest and no flushing of subnormals, whatever the thread was set to.
-class StandardArithmetic {
- public:
-  StandardArithmetic() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~StandardArithmetic() { std::fesetenv(&saved_); }
-  StandardArithmetic(const StandardArithmetic&) = delete;
-  StandardArithmetic& operator=(const StandardArithmetic&) = delete;
-
- private:
-  std::fenv_t saved_;
-};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -11,7 +11,7 @@ import pytest
 import gemma4_moe
 from support.command import run
 
-FUNCTIONS = ["convert", "convert_lora", "diff", "inspect", "load_hf", "plan", "publish", "save_hf", "verify"]
+FUNCTIONS = ["convert", "convert_lora", "diff", "inspect", "load_hf", "merge", "plan", "publish", "save_hf", "verify"]
 CLASSES = ["Gemma4MoEError", "Gemma4MoEStateDictAdapter", "WeightStream"]
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gemma4_moe.adapter.state_dict_adapter import Gemma4MoEStateDictAdapter as Gemma4MoEStateDictAdapter
     from gemma4_moe.converter.convert import convert as convert
     from gemma4_moe.converter.inspect import inspect as inspect
+    from gemma4_moe.converter.merge import merge as merge
     from gemma4_moe.converter.preview import plan as plan
     from gemma4_moe.errors import Gemma4MoEError as Gemma4MoEError
     from gemma4_moe.lora.convert import convert_lora as convert_lora
@@ -35,6 +36,7 @@ _HOME = {
     "diff": "verifier.diff",
     "inspect": "converter.inspect",
     "load_hf": "model_io.load",
+    "merge": "converter.merge",
     "plan": "converter.preview",
     "publish": "publishing.publish",
     "save_hf": "model_io.save",

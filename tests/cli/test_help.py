@@ -62,7 +62,12 @@ def models(tmp_path_factory):
     write_step(models / "checkpoints/epoch_0_step_7", models / "gemma-4-26B-A4B", 2)
     (models / "checkpoints/LOWEST_VAL").symlink_to("epoch_0_step_7")
     (models / "step-1000").mkdir()
-    write_adapter(models / "step-1000/model", random_native(H=64, I=24, r=5), native_config(), {})
+    write_adapter(
+        models / "step-1000/model",
+        random_native(H=64, I=24, r=5, linear=[("mlp.down_proj", 64, 40)]),
+        native_config(),
+        {},
+    )
     convert_lora(models / "step-1000/model", models / "adapter-peft", to="peft", base=models / "gemma-4-26B-A4B")
     return models
 

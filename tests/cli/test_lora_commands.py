@@ -1,4 +1,4 @@
-"""`gemma4-moe lora`: the function's result, its errors, and its notes."""
+"""`gemma4-moe lora` and `gemma4-moe merge`: the function's result, its errors, and its notes."""
 
 import json
 
@@ -39,3 +39,24 @@ def test_without_a_base_it_names_the_option_that_helps(tmp_path):
     done = run("lora", tmp_path / "a", tmp_path / "b", "--to", "vllm", status=2)
     assert "--base" in done.stderr
     assert not (tmp_path / "b").exists()
+
+
+def test_merge_writes_what_the_function_writes_and_a_dry_run_nothing(tmp_path):
+    from gemma4_moe import merge
+
+    state = random_hf_state_dict() | scales_of()
+    for layer in (0, 1):
+        state[f"model.language_model.layers.{layer}.self_attn.q_proj.weight"] = torch.ones(12, 10)
+        state[f"model.language_model.layers.{layer}.mlp.down_proj.weight"] = torch.ones(10, 9)
+    base = write_checkpoint(tmp_path / "base", state)
+    adapter = write_adapter(tmp_path / "a", random_native(), native_config(), {"moe_rank_scaling": True})
+    planned = run("merge", base, adapter, tmp_path / "merged", "--dry-run")
+    assert "the adapter changes 2" in planned.stdout
+    assert not (tmp_path / "merged").exists()
+    done = run("merge", base, adapter, tmp_path / "merged", "--to", "nemo", "--format", "json")
+    expected = merge(base, adapter, tmp_path / "other", to="nemo")
+    assert contents(tmp_path / "merged") == contents(tmp_path / "other")
+    found = json.loads(done.stdout)
+    assert (found["layout"], found["notes"]) == ("nemo", list(expected.notes))
+    assert "note: norm of the change" in done.stderr
+    assert "gemma4-moe verify --adapter" in done.stderr

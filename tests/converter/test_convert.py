@@ -13,8 +13,7 @@ from blake3 import blake3
 from safetensors.torch import load_file
 
 from gemma4_moe import convert
-from gemma4_moe.converter import blocks, write
-from gemma4_moe.converter import convert as convert_module
+from gemma4_moe.converter import blocks, conversion, write
 from gemma4_moe.errors import UsageError
 from support.checkpoints import contents, write_checkpoint
 from support.formulas import assert_same_tensors, folded, hf_from_nemo, nemo_from_hf
@@ -254,7 +253,7 @@ def test_ranks_of_one_host_share_its_cores(launched, asked, workers, source, tmp
         return write_weights(job, *others)
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
-    monkeypatch.setattr(convert_module, "write_weights", note)
+    monkeypatch.setattr(conversion, "write_weights", note)
     if launched is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", launched)
     convert(source, tmp_path / "nemo", workers=asked)

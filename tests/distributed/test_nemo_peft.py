@@ -1,4 +1,4 @@
-"""NeMo AutoModel's LoRA on every linear module of the decoder, router included: saved and resumed, ours and theirs."""
+"""NeMo AutoModel's LoRA on experts and every linear module, router included: saved and resumed, ours and theirs."""
 
 import importlib
 import json
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from gemma4_moe import convert_lora
 from gemma4_moe.demo.small_models import build_model, save_model
 from gemma4_moe.integrations import nemo_automodel
 from support import peer, ranks
@@ -48,6 +49,39 @@ def test_what_one_adapter_saves_the_other_resumes(world, writer, reader, tmp_pat
     }
     assert {f"{layer}{router}", f"{layer}self_attn.q_proj", f"{layer}mlp.down_proj"} <= set(config["target_modules"])
     assert "target_parameters" not in config
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_save_resume_save_gives_the_same_bytes(world, tmp_path):
+    save_model(build_model("multimodal", seed=5), tmp_path / "base")
+    ranks.run(world, check_again, tmp_path / "base", tmp_path / "first", tmp_path / "second")
+    first, second = (path / "model" for path in (tmp_path / "first", tmp_path / "second"))
+    for name in ("adapter_model.safetensors", "adapter_config.json", "automodel_peft_config.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    saved = load_file(first / "adapter_model.safetensors")
+    own = {name for name in saved if ".moe.experts." in name}
+    assert own == {
+        f"base_model.model.model.language_model.layers.{layer}.moe.experts.lora_{stem}_{side}"
+        for layer in (0, 1)
+        for stem in ("gate_and_up", "down")
+        for side in "AB"
+    }
+    assert saved[next(name for name in own if name.endswith("down_B"))].shape == (6, R + 1, 64)
+    convert_lora(first, tmp_path / "peft", to="peft", base=tmp_path / "base")  # what it saves is read
+
+
+def check_again(base, first, second):
+    """Save, load into a model with other values, and save that."""
+    model, checkpointer = with_lora("ours", base, first, seed=1)
+    checkpointer.save_model(model, str(first), peft_config=LORA)
+    dist.barrier()
+    other, checkpointer = with_lora("ours", base, second, seed=2)
+    checkpointer.load_model(other, str(first / "model"))
+    expected = lora_of(model)
+    for name, tensor in lora_of(other).items():
+        assert torch.equal(tensor, expected[name]), name
+    checkpointer.save_model(other, str(second), peft_config=LORA)
+    dist.barrier()
 
 
 def check_resume(writer, reader, base, target):
@@ -92,9 +126,12 @@ def with_lora(whose, base, target, seed):
 
 
 def add_lora(model):
-    """Give linear modules the parameters of NeMo's LoRA, whose own modules need kernels for a GPU."""
+    """Give experts NeMo's own module of LoRA, and linear modules its parameters: theirs needs kernels for a GPU."""
     model.requires_grad_(False)
+    experts = importlib.import_module("nemo_automodel.components._peft.lora_experts").GroupedExpertsLoRA
     for name, module in list(model.named_modules()):
+        if name.endswith("moe.experts"):
+            model.get_submodule(name.rpartition(".")[0]).experts = experts(module, lora_dim=R + 1, alpha=2 * R)
         if isinstance(module, torch.nn.Linear) and not any(fnmatch(name, pattern) for pattern in EXCLUDED):
             module.lora_A = torch.nn.Linear(module.in_features, R, bias=False)
             module.lora_B = torch.nn.Linear(R, module.out_features, bias=False)

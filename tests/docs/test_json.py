@@ -41,6 +41,10 @@ def test_every_command_has_a_section():
     assert set(cli.commands) <= named
 
 
+def section_of(command):
+    return next(heading for heading in SECTIONS if command in heading.split(" and "))
+
+
 #: Words in backticks that are no field.
 WORDS = {"E", "H", "I", "L", "convert", "inspect"}
 
@@ -59,7 +63,7 @@ WORDS = {"E", "H", "I", "L", "convert", "inspect"}
 def test_each_field_is_documented_and_no_other(line, source, tmp_path):
     command, *arguments = line.split()
     given = fields(asked(command, *(tmp_path / word if word in {"hf", "nemo", "lost"} else word for word in arguments)))
-    whole = documented("plan" if "--dry-run" in line else command) - WORDS
+    whole = documented("plan" if "--dry-run" in line else section_of(command)) - WORDS
     assert given <= whole
     assert given == whole or "--dry-run" in line  # there is no mesh
 
@@ -69,6 +73,15 @@ def test_the_fields_of_an_adapter_are_documented(tmp_path):
     write_adapter(tmp_path / "a", random_native(), native_config(), {})
     given = fields(asked("lora", tmp_path / "a", tmp_path / "b", "--to", "vllm", "--base", tmp_path / "base"))
     assert given == documented("lora") - WORDS
+    given = fields(asked("inspect", tmp_path / "a", "--values"))
+    assert given == documented("inspect of an adapter") - {"nemo", "peft", "vllm"}
+
+
+def test_a_merge_has_the_fields_of_a_conversion(tmp_path):
+    write_checkpoint(tmp_path / "base", random_hf_state_dict() | scales_of())
+    write_adapter(tmp_path / "a", random_native(linear=()), native_config(), {"moe_rank_scaling": True})
+    given = fields(asked("merge", tmp_path / "base", tmp_path / "a", tmp_path / "b"))
+    assert given == documented("convert and merge") - WORDS
 
 
 def test_the_fields_of_errors_are_documented(tmp_path, source):

@@ -95,6 +95,7 @@ STATES = {
     "MLX quantised": (added("experts.switch_glu.down_proj.scales", 6, 10, 7), "MLX quantised"),
     "MLX beside it": (added("experts.switch_glu.down_proj.weight", 6, 10, 7), "two spellings"),
     "LoRA": (added("self_attn.q_proj.lora_A.weight", 3, 10), "LoRA"),
+    "NeMo's LoRA of experts": (added("moe.experts.lora_down_A", 6, 7, 3), "LoRA"),
 }
 
 CONFIGS = {

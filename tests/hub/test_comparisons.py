@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gemma4_moe import convert, diff
-from gemma4_moe.verifier.values import _PIECE
+from gemma4_moe.verifier.pieces import _PIECE
 from support.checkpoints import flip_bit, write_checkpoint
 from support.hub_server import COMMIT, FILE_PATH, serving, serving_too, start
 from support.models import random_hf_state_dict

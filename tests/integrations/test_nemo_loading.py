@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from gemma4_moe import Gemma4MoEStateDictAdapter
 from gemma4_moe.demo.small_models import build_model, save_model
-from gemma4_moe.errors import UnknownTensorError, UsageError
+from gemma4_moe.errors import UsageError
 from gemma4_moe.integrations import nemo_automodel
 from gemma4_moe.integrations.nemo_automodel import refuse_two_roundings
 from support import peer
@@ -122,8 +122,8 @@ def layers_of(model):
 
 def add_lora_to_experts(model):
     for layer in layers_of(model):
-        layer.moe.experts.lora_down_A = torch.nn.Parameter(torch.ones(E, I, R))
-        layer.moe.experts.lora_down_B = torch.nn.Parameter(torch.ones(E, R, H))
+        layer.moe.experts.lora_down_A = torch.nn.Parameter(torch.randn(E, I, R))
+        layer.moe.experts.lora_down_B = torch.nn.Parameter(torch.randn(E, R, H))
 
 
 def trained(model):
@@ -153,18 +153,22 @@ def test_lora_of_attention_is_saved_under_its_own_names_and_loaded_again(model, 
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained(model).items())
 
 
-def test_lora_of_experts_is_refused_by_name_before_the_base_is_loaded(model, tmp_path):
+def test_lora_of_experts_is_saved_in_its_native_form_and_loaded_again(model, tmp_path):
     """`get_hf_state_dict_keys` is NeMo's first call, before it shards and loads the model."""
     add_lora_to_experts(model)
-    state = model.state_dict()
-    name = f"{LAYERS}0.moe.experts.lora_down_A"
+    before, state = trained(model), model.state_dict()
+    assert {f"{LAYERS}{n}.moe.experts.lora_down_{side}" for n in (0, 1) for side in "AB"} == before.keys()
     for call in (model.state_dict_adapter.get_hf_state_dict_keys, load_destinations(model)):
-        with pytest.raises(UnknownTensorError, match=r"(?s)LoRA on experts.*target_modules") as refused:
-            call(state)
-        assert refused.value.facts["tensor"] == name
-    with pytest.raises(UnknownTensorError, match="LoRA on experts"):
-        peer.checkpointer(tmp_path, is_peft=True).save_model(model, str(tmp_path), peft_config=LORA)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert before.keys() <= set(call(state))
+    engine = peer.checkpointer(tmp_path, is_peft=True)
+    engine.save_model(model, str(tmp_path), peft_config=LORA)
+    saved = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    assert {f"base_model.model.{name}" for name in before} == saved.keys()
+    for name, parameter in model.named_parameters():
+        if name in before:
+            parameter.data.fill_(float("nan"))
+    engine.load_model(model, str(tmp_path / "model"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained(model).items())
 
 
 def load_destinations(model):

@@ -204,6 +204,25 @@ def test_lora_of_the_router_moves_with_its_module_and_all_other_lora_passes(pref
         assert adapter.convert_single_tensor_to_hf(name, tensor) == [(hf, tensor)]
 
 
+@pytest.mark.parametrize("prefix", ["model.language_model.", "model.", "", "base_model.model.model.language_model."])
+def test_nemos_lora_of_experts_passes_both_ways_as_it_is(prefix):
+    stem = f"{prefix}layers.1.moe.experts.lora_"
+    native = {
+        f"{stem}gate_and_up_A": torch.ones(E, H, 3),
+        f"{stem}gate_and_up_B": torch.ones(E, 3, 2 * I),
+        f"{stem}down_A": torch.ones(E, I, 3),
+        f"{stem}down_B": torch.ones(E, 3, H),
+    }
+    adapter = ours()
+    found = adapter.to_hf(native)
+    assert list(found) == list(native) == adapter.get_hf_state_dict_keys(native)
+    assert all(found[name] is tensor for name, tensor in native.items())
+    back = adapter.from_hf(found)
+    assert all(back[name] is tensor for name, tensor in native.items())
+    for name, tensor in native.items():
+        assert adapter.convert_single_tensor_to_hf(name, tensor) == [(name, tensor)]
+
+
 def test_the_module_of_the_router_has_its_hf_name_in_an_adapters_config():
     adapter = ours()
     for prefix in ("model.language_model.", "model.", ""):

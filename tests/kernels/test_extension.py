@@ -26,7 +26,7 @@ CPP = Path(__file__).parents[2] / "cpp"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 OPTIONS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-Wno-psabi"]
 #: Files whose functions name their own target.
-WIDE = {"kernels_avx2.cpp", "kernels_avx512.cpp"}
+WIDE = {"kernels_avx2.cpp", "kernels_avx512.cpp", "product.cpp"}
 #: The extension's binding is left out: it needs nanobind's headers, and holds no loop.
 SOURCES = [path for path in sorted(CPP.glob("*.cpp")) if path.name != "module.cpp"]
 

@@ -51,7 +51,7 @@ def test_foreign_spellings_are_named_and_those_among_the_experts_refused(form, n
     assert found is not None
     assert found.name == form
     assert found.hint
-    if ".experts." in name and not name.startswith("model.decoder."):
+    if ".experts." in name and not name.startswith("model.decoder.") and "moe.experts.lora_" not in name:
         for layout in Layout:
             with pytest.raises(UnknownTensorError) as raised:
                 parse(name, layout)

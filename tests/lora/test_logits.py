@@ -1,4 +1,4 @@
-"""An adapter of NeMo's own modules gives the same logits in every form: in NeMo, by PEFT, and by vLLM's rule."""
+"""An adapter trained by NeMo's own modules gives the same logits in every form: in NeMo, by PEFT, merged, and back."""
 
 import copy
 import importlib
@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gemma4_moe import Gemma4MoEStateDictAdapter, convert_lora
-from gemma4_moe.demo.small_models import build_model, logits, save_model
+from gemma4_moe import Gemma4MoEStateDictAdapter, convert_lora, merge
+from gemma4_moe.demo.small_models import WORDS, build_model, logits, save_model
 from support import peer
 from support.adapters import PREFIX, native_config, write_adapter
 
@@ -19,7 +19,7 @@ LAYERS = "model.language_model.layers."
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A base on disk, NeMo's model of it with LoRA on experts and attention, and the adapter's directory."""
+    """A base on disk, NeMo's model of it with LoRA trained on experts and attention, its logits, and its directory."""
     root = tmp_path_factory.mktemp("lora")
     source = build_model("multimodal", seed=4)
     generator = torch.Generator().manual_seed(8)
@@ -28,7 +28,21 @@ def trained(tmp_path_factory):
             if name.endswith("per_expert_scale"):
                 tensor.uniform_(0.3, 3.0, generator=generator)
     save_model(source, root / "base")
-    model = peer.model(source.config)
+    model = with_lora(source, generator)
+    train(model)
+    state = {PREFIX + name: p.detach().clone() for name, p in lora_of(model)}
+    write_adapter(root / "native", state, native_config(R, ALPHA), {"dropout": 0.5})
+    convert_lora(root / "native", root / "peft", to="peft", base=root / "base")
+    convert_lora(root / "native", root / "vllm", to="vllm", base=root / "base")
+    return source, logits(model), root
+
+
+def with_lora(source, generator=None):
+    """NeMo's model of a transformers model: its own LoRA on experts, and the same rule in a hook on attention.
+
+    NeMo's linear LoRA needs a GPU. A is random if there is a generator, and B is zero.
+    """
+    model = peer.model(source.config).requires_grad_(False)
     adapter = Gemma4MoEStateDictAdapter(source.config.text_config, None, None, dtype=torch.float32)
     model.load_state_dict(adapter.from_hf(source.state_dict()), strict=True)
     with warnings.catch_warnings():
@@ -38,21 +52,39 @@ def trained(tmp_path_factory):
         if name.endswith("moe.experts"):
             new = lora.GroupedExpertsLoRA(module, lora_dim=R, alpha=ALPHA)
             model.get_submodule(name.rpartition(".")[0]).experts = new
-    state = {}
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(0, 0.1, generator=generator)
-            state[PREFIX + name] = parameter.detach().clone()
-    for layer in (0, 1):  # NeMo's linear LoRA needs a GPU: the weight has it merged
-        projection = model.get_submodule(f"{LAYERS}{layer}.self_attn.q_proj")
-        a = torch.randn(R, projection.in_features, generator=generator) / 10
-        b = torch.randn(projection.out_features, R, generator=generator) / 10
-        state |= {f"{PREFIX}{LAYERS}{layer}.self_attn.q_proj.lora_{s}.weight": t for s, t in (("A", a), ("B", b))}
-        projection.weight.data += ALPHA / R * (b @ a)
-    write_adapter(root / "native", state, native_config(R, ALPHA), {"dropout": 0.5})
-    convert_lora(root / "native", root / "peft", to="peft", base=root / "base")
-    convert_lora(root / "native", root / "vllm", to="vllm", base=root / "base")
-    return source, logits(model), root
+        elif name.endswith("self_attn.q_proj") and LAYERS in name:
+            module.lora_A = torch.nn.Linear(module.in_features, R, bias=False)
+            module.lora_B = torch.nn.Linear(R, module.out_features, bias=False)
+            module.register_forward_hook(add_change)
+    for name, parameter in lora_of(model):
+        if "_B" in name or generator is None:
+            parameter.data.zero_()
+        else:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    return model
+
+
+def add_change(module, inputs, output):
+    return output + ALPHA / R * module.lora_B(module.lora_A(*inputs))
+
+
+def lora_of(model):
+    return [(name, parameter) for name, parameter in model.named_parameters() if "lora_" in name]
+
+
+def train(model, steps=6):
+    """Take a few steps on random texts; every expert gets a gradient."""
+    parameters = [parameter.requires_grad_() for _, parameter in lora_of(model)]
+    optimizer = torch.optim.AdamW(parameters, lr=0.03)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(steps):
+        tokens = torch.randint(3, WORDS, (4, 25), generator=generator)
+        with torch.compiler.set_stance("force_eager"):  # NeMo's activation is compiled: its compilation warns
+            found = model(input_ids=tokens[:, :-1]).logits
+            torch.nn.functional.cross_entropy(found.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(parameter.any() for parameter in parameters)
 
 
 def close_to(found, expected):
@@ -109,9 +141,10 @@ def test_without_the_division_they_differ_by_more_than_a_hundredth(trained, tmp_
 
 
 def load_by_peft(source, directory):
-    peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        import peft
+
         return peft.PeftModel.from_pretrained(copy.deepcopy(source), directory)
 
 
@@ -122,9 +155,12 @@ def test_loaded_by_peft_they_are_those_of_nemo_merged_or_not(trained):
     assert close_to(logits(model.merge_and_unload()), expected)
 
 
+# PEFT 0.21 compares patterns with modules alone, and applies them to parameters all the same.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 def test_what_peft_has_made_is_read_with_its_patterns(trained, tmp_path):
+    import peft
+
     source = trained[0]
-    peft = pytest.importorskip("peft")
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
     options = {"rank_pattern": {"experts.gate_up_proj": 2}, "alpha_pattern": {"experts.gate_up_proj": 3}}
     config = peft.LoraConfig(
@@ -148,3 +184,87 @@ def test_what_peft_has_made_is_read_with_its_patterns(trained, tmp_path):
             pair = [found[f"{PREFIX}{LAYERS}{layer}.experts.{e}.gate_proj.lora_{s}.weight"] for s in "BA"]
             weight = f"{LAYERS}{layer}.experts.gate_up_proj"
             assert torch.allclose(expected[weight][e][:24] - own[weight][e][:24], pair[0] @ pair[1] * 9 / 4, atol=1e-6)
+
+
+def weights(directory):
+    return {name: t for path in directory.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def merged_by_transformers(source, directory):
+    """The logits of a merged directory, in which transformers must find every name and leave none over."""
+    loaded, names = type(source).from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
+    assert not any(names[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return logits(loaded.eval())
+
+
+@pytest.mark.parametrize("form", ["native", "peft", "vllm"])
+def test_merged_and_loaded_by_transformers_they_are_those_of_nemo(form, trained, tmp_path):
+    source, expected, root = trained
+    merge(root / "base", root / form, tmp_path / "merged")
+    assert close_to(merged_by_transformers(source, tmp_path / "merged"), expected)
+
+
+@pytest.mark.parametrize("form", ["native", "peft", "vllm"])
+def test_merged_into_the_nemo_layout_they_are_those_of_nemo(form, trained, tmp_path):
+    source, expected, root = trained
+    merge(root / "base", root / form, tmp_path / "merged", to="nemo")
+    model = peer.model(source.config)
+    model.load_state_dict(weights(tmp_path / "merged") | tied(model), strict=True)
+    assert close_to(logits(model), expected)
+
+
+def tied(model):
+    return {name: model.state_dict()[name] for name in ("lm_head.weight",) if name in model.state_dict()}
+
+
+def test_the_way_back_from_peft_gives_nemo_the_same_logits(trained, tmp_path):
+    source, expected, root = trained
+    convert_lora(root / "peft", tmp_path / "back", to="nemo", base=root / "base")
+    model = with_lora(source)
+    assert not close_to(logits(model), expected)
+    found = weights(tmp_path / "back")
+    for name, parameter in lora_of(model):
+        parameter.data.copy_(found[PREFIX + name])
+    assert close_to(logits(model), expected)
+
+
+@pytest.mark.parametrize("form", ["native", "peft", "vllm"])
+def test_a_merge_is_pefts_own_within_the_rounding_of_fp32(form, trained, tmp_path):
+    source, _, root = trained
+    expected = load_by_peft(source, root / "peft").merge_and_unload().state_dict()
+    merge(root / "base", root / form, tmp_path / "merged")
+    found = weights(tmp_path / "merged")
+    changed = 0
+    for name, tensor in found.items():
+        assert (tensor - expected[name]).abs().max() <= 2e-6 * max(1, expected[name].abs().max()), name
+        changed += not torch.equal(tensor, source.state_dict()[name])
+    assert changed == 6
+
+
+def test_without_the_division_a_merge_differs_by_more_than_a_hundredth(trained, tmp_path):
+    source, _, root = trained
+    expected = load_by_peft(source, root / "peft").merge_and_unload().state_dict()
+    ones = {f"{LAYERS}{n}.router.per_expert_scale": torch.ones(6) for n in (0, 1)}
+    convert_lora(root / "native", tmp_path / "undivided", to="peft", base=ones)
+    merge(root / "base", tmp_path / "undivided", tmp_path / "merged")
+    found = weights(tmp_path / "merged")
+    for layer in (0, 1):
+        name = f"{LAYERS}{layer}.experts.down_proj"
+        assert (found[name] - expected[name]).abs().max() > 1e-2
+
+
+# PEFT 0.21 compares patterns with modules alone, and applies them to parameters all the same.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_experts_of_another_rank_are_loaded_by_peft_with_the_pattern_that_is_written(trained, tmp_path):
+    source, _, root = trained
+    state, generator = weights(root / "native"), torch.Generator().manual_seed(2)
+    for name, tensor in state.items():  # linear modules get twice the rank of experts
+        if "self_attn" in name:
+            shape = [2 * R if size == R else size for size in tensor.shape]
+            state[name] = torch.randn(shape, generator=generator) / 10
+    write_adapter(tmp_path / "native", state, native_config(2 * R, ALPHA), {"moe_rank_scaling": True})
+    convert_lora(tmp_path / "native", tmp_path / "peft", to="peft", base=root / "base")
+    expected = load_by_peft(source, tmp_path / "peft").merge_and_unload().state_dict()
+    merge(root / "base", tmp_path / "native", tmp_path / "merged")
+    for name, tensor in weights(tmp_path / "merged").items():
+        assert (tensor - expected[name]).abs().max() <= 2e-6 * max(1, expected[name].abs().max()), name

@@ -18,8 +18,12 @@ def random_native(
     r=3,
     rank=5,
     dtype=torch.float32,
+    linear=(("self_attn.q_proj", 12, 10), ("mlp.down_proj", 10, 9)),
 ):
-    """NeMo's own tensors of an adapter: experts of rank `r`, linear modules and the router of rank `rank`."""
+    """NeMo's own tensors of an adapter: experts of rank `r`, linear modules and the router of rank `rank`.
+
+    `linear` has the name, the rows and the columns of each linear module.
+    """
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape):
@@ -34,7 +38,7 @@ def random_native(
             f"{own}moe.experts.lora_down_A": normal(E, I, r),
             f"{own}moe.experts.lora_down_B": normal(E, r, H),
         }
-        for module, rows, columns in (("self_attn.q_proj", 12, H), ("mlp.down_proj", H, 9)):
+        for module, rows, columns in linear:
             state[f"{own}{module}.lora_A.weight"] = normal(rank, columns)
             state[f"{own}{module}.lora_B.weight"] = normal(rows, rank)
         state[f"{own}moe.gate.proj.lora_A.weight"] = normal(rank, H)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gemma4_moe.layout.dtypes import FLOAT16
-from gemma4_moe.verifier import values
+from gemma4_moe.verifier import pieces
 from gemma4_moe.verifier.differences import Difference, Mismatches
 from gemma4_moe.verifier.distances import Distances
 from support.verification import DOWNS, GATE_UP, GATE_UPS, both_layouts, checked, flip, sole
@@ -11,7 +11,7 @@ H, I = 10, 7  # noqa: E741
 
 
 def test_the_first_of_several_is_the_first_in_the_targets_axes(tmp_path, monkeypatch):
-    monkeypatch.setattr(values, "_TILE", 4)
+    monkeypatch.setattr(pieces, "_TILE", 4)
     hf, nemo, _ = both_layouts()
     right = nemo[DOWNS]
     # In tiles of four, [4, 1, 9] is looked at after [4, 2, 0], and the other expert last.

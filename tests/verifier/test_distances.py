@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gemma4_moe.verifier import values
+from gemma4_moe.verifier import pieces
 from gemma4_moe.verifier.diff import diff
 from gemma4_moe.verifier.differences import Difference, fold_differences
 from gemma4_moe.verifier.distances import Distance
@@ -40,7 +40,7 @@ def _pieces(request, monkeypatch):
     """Pieces of three elements and tiles of four, or whatever the verifier takes."""
     if request.param:
         for name, size in (("_PIECE", 3), ("_TILE", 4), ("_BLOCK_BYTES", 64)):
-            monkeypatch.setattr(values, name, size)
+            monkeypatch.setattr(pieces, name, size)
 
 
 @pytest.mark.usefixtures("_pieces")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import os
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from gemma4_moe.cli import lora_commands, options, publish_command
+from gemma4_moe.cli import lora_commands, options, publish_command, writing
 from gemma4_moe.cli.exit_statuses import end, status_of, terminate_by_exception
 from gemma4_moe.cli.help import Group
 from gemma4_moe.distributed.ranks import launched_as_one_of_several
@@ -60,9 +61,19 @@ def inspect(output: Output, *, source: str, revision: str | None, tensors: bool,
     """Show a checkpoint's layout, bytes and problems.
 
     Only headers, index and config.json are read, on the Hub too, unless --values is given. The exit status is 0 if
-    `convert` would take the checkpoint, and 3 if there are problems.
+    `convert` would take the checkpoint, and 3 if there are problems. Of a LoRA adapter, show its form and its modules.
     """
+    from gemma4_moe.checkpoint.paths import expanded
     from gemma4_moe.cli import report
+    from gemma4_moe.hub.source import is_hub_id
+    from gemma4_moe.lora.config import is_adapter
+
+    if not is_hub_id(source) and is_adapter(expanded(source)):
+        from gemma4_moe.cli import lora_report
+        from gemma4_moe.lora.inspection import inspect_adapter
+
+        output.give(lora_report.lora_inspection(inspect_adapter(source, values=values)))
+        return
     from gemma4_moe.converter import inspect
 
     found = inspect.inspect(source, revision=revision, values=values)
@@ -93,7 +104,7 @@ def plan(output: Output, *, source: str, **arguments: Any) -> None:
 
     Only headers, index and config.json are read, on the Hub too.
     """
-    _preview(output, source, None, arguments)
+    writing.show_plan(output, source, None, arguments)
 
 
 @cli.command(
@@ -104,29 +115,9 @@ def plan(output: Output, *, source: str, **arguments: Any) -> None:
     ]
 )
 @options.source
-@options.argument(
-    "target",
-    "DST",
-    "The directory to make. It must not exist yet, or be empty; its parent must exist. After a failure it is as it was "
-    "before.",
-    type=options.Directory(),
-)
+@options.target
 @options.to
-@options.dtype
-@options.shard_size
-@options.memory
-@click.option(
-    "--workers", type=click.IntRange(min=1), help="Threads that convert. By default this process's share of the cores."
-)
-@click.option("--buffered", is_flag=True, help="Read and write through the page cache: quicker on some disks.")
-@click.option("--no-read-back", is_flag=True, help="Don't read the files back from the disk before DST appears.")
-@click.option("--sha256", is_flag=True, help="Also write the SHA-256 of each file into gemma4_moe.json.")
-@click.option("--overwrite", is_flag=True, help="Replace DST if it is a checkpoint directory and holds nothing else.")
-@click.option("--resume", is_flag=True, help="Resume an interrupted run to DST, if there is one.")
-@options.break_lock
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@options.revision
-@options.stream
+@options.writing
 @options.base
 @options.strip_wrappers
 @options.scale
@@ -134,34 +125,18 @@ def plan(output: Output, *, source: str, **arguments: Any) -> None:
 @options.config_from
 @click.option("--card", is_flag=True, help="Also write a model card, README.md, that says how DST was made.")
 @options.common
-def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read_back: bool, **arguments: Any) -> None:
+def convert(output: Output, *, source: str, target: Path, dry_run: bool, **arguments: Any) -> None:
     """Convert SRC into the new directory DST.
 
     DST appears when it is complete and was read back. Under torchrun all ranks share the work.
     """
-    from gemma4_moe.checkpoint.paths import expanded
-    from gemma4_moe.cli import report
-    from gemma4_moe.cli.progress import shown_progress, telling_what_is_kept
     from gemma4_moe.converter import convert
     from gemma4_moe.converter.command import option_words
-    from gemma4_moe.distributed.ranks import under_torchrun
-    from gemma4_moe.target.preconditions import check_order, check_target
 
     if dry_run:
-        check_order(source, target)
-        check_target(target, expanded(source), overwrite=arguments["overwrite"])
-        _preview(output, source, target, {p.name: arguments[p.name] for p in plan.params if p.name in arguments})
+        writing.show_plan(output, source, target, arguments)
         return
-    with (
-        under_torchrun(),
-        telling_what_is_kept(output.warn, target),
-        shown_progress(output.talk, "converting") as progress,
-    ):
-        done = convert.convert(source, target, read_back=not no_read_back, progress=progress, **arguments)
-    output.say(*(f"note: {note}" for note in done.notes))
-    if done.skipped:
-        output.say(f"skipped: {', '.join(done.skipped)}")
-    output.give(report.conversion(done), is_faultless=True)
+    done = writing.write(output, "converting", partial(convert.convert, source), target, arguments)
     if done.plan.target_layout is Layout.NEMO:
         output.say("loaded by torch's dcp.load and read by gemma4-moe; NeMo AutoModel, transformers and vLLM want hf")
     given = {p.name: arguments[p.name] for p in verify.params if arguments.get(p.name)}
@@ -179,6 +154,11 @@ def convert(output: Output, *, source: str, target: Path, dry_run: bool, no_read
 @options.scale
 @options.scale_from
 @options.config_from
+@click.option(
+    "--adapter",
+    type=options.Directory(),
+    help="The LoRA adapter with which `merge` made DST from SRC. Values may differ by the order of fp32 sums.",
+)
 @options.common
 def verify(output: Output, *, first: str, second: str | None, revision: str | None, **arguments: Any) -> None:
     """Compute every tensor of DST again from SRC, and compare bits.
@@ -206,12 +186,13 @@ def verify(output: Output, *, first: str, second: str | None, revision: str | No
     "first", "A", f"The checkpoint that says what should be: {options.CHECKPOINT}", type=options.Checkpoint()
 )
 @options.argument("second", "B", "The checkpoint to judge, likewise.", type=options.Checkpoint())
-@click.option("--stream", is_flag=True, help="Read models on the Hub directly, without a copy in the Hub's cache.")
+@options.stream
 @options.common
 def diff(output: Output, *, first: str, second: str, stream: bool) -> None:
     """Compare two checkpoints of one layout, tensor by tensor.
 
-    Spellings of names and the cut into files may differ. Files other than weights are not compared.
+    Spellings of names and the cut into files may differ. Files other than weights are not compared. A and B may also be
+    two LoRA adapters of one form.
     """
     from gemma4_moe.cli import report
     from gemma4_moe.cli.progress import shown_progress
@@ -261,18 +242,8 @@ def demo(output: Output, *, directory: Path | None) -> None:
 
 
 cli.add_command(lora_commands.lora)
+cli.add_command(lora_commands.merge)
 cli.add_command(publish_command.publish)
-
-
-def _preview(output: Output, source: str, target: Path | None, arguments: dict[str, Any]) -> None:
-    from gemma4_moe.cli import report
-    from gemma4_moe.converter import preview
-
-    found = preview.plan(source, target, **arguments)
-    output.give(report.preview(found))
-    output.say(*report.space_notes(found.space))
-    if target is not None and found.space.missing_bytes:
-        click.get_current_context().exit(StorageError.exit_status)
 
 
 def _judge(output: Output, shown: Report, wrong: int) -> None:

@@ -1,19 +1,24 @@
-"""The commands for LoRA adapters."""
+"""The commands for LoRA adapters: `lora` and `merge`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma4_moe.cli import options
+from gemma4_moe.cli import options, writing
 from gemma4_moe.cli.help import Command
+from gemma4_moe.errors import command_line
 from gemma4_moe.layout.lora import LoraForm
+from gemma4_moe.layout.table import Layout
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from gemma4_moe.cli.options import Output
+
+
+_ADAPTER = "a directory with adapter_model.safetensors and adapter_config.json"
 
 
 @click.command(
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
 @options.argument(
     "source",
     "SRC",
-    "The adapter to read: a directory with adapter_model.safetensors and adapter_config.json.",
+    f"The adapter to read: {_ADAPTER}.",
     type=options.Directory(),
 )
 @options.argument(
@@ -50,9 +55,46 @@ def lora(output: Output, *, source: Path, target: Path, to: str, base: str | Non
     NeMo trains beside weights into which each expert's scale is folded; PEFT and vLLM use the published weights. The B
     of down_proj is divided or multiplied by the scale of its expert.
     """
-    from gemma4_moe.cli import report
+    from gemma4_moe.cli import lora_report
     from gemma4_moe.lora.convert import convert_lora
 
     done = convert_lora(source, target, to=to, base=base, legacy_layout=legacy_layout)
     output.say(*(f"note: {note}" for note in done.notes))
-    output.give(report.lora_conversion(done), is_faultless=True)
+    output.give(lora_report.lora_conversion(done), is_faultless=True)
+
+
+@click.command(
+    cls=Command,
+    examples=[
+        "gemma4-moe merge gemma-4-26B-A4B step-1000/model merged",
+        "gemma4-moe merge google/gemma-4-26B-A4B adapter-peft merged-nemo --to nemo",
+    ],
+)
+@options.argument("base", "BASE", f"The checkpoint to change: {options.CHECKPOINT}", type=options.Checkpoint())
+@options.argument(
+    "adapter", "ADAPTER", f"The LoRA adapter: {_ADAPTER}, of NeMo, PEFT or vLLM.", type=options.Directory()
+)
+@options.target
+@click.option(
+    "--to",
+    type=click.Choice([layout.value for layout in Layout]),
+    default=Layout.HF.value,
+    show_default=True,
+    help="Layout of DST.",
+)
+@options.writing
+@options.common
+def merge(output: Output, *, base: str, adapter: Path, target: Path, dry_run: bool, **arguments: Any) -> None:
+    """Merge a LoRA adapter into BASE, as a new directory.
+
+    Products are taken in fp32 and rounded once. NeMo's adapters belong to weights with each expert's scale folded in,
+    PEFT's and vLLM's to the published ones: the scales of BASE account for the difference.
+    """
+    from gemma4_moe.converter import merge as merging
+
+    if dry_run:
+        writing.show_plan(output, base, target, arguments | {"adapter": adapter})
+        return
+    writing.write(output, "merging", partial(merging.merge, base, adapter), target, arguments)
+    compared = [target] if arguments["stream"] else ["--adapter", adapter, Path(base), target]
+    output.say(f"next: {command_line('gemma4-moe', 'verify', *compared)}")

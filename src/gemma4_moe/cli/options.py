@@ -88,8 +88,15 @@ def argument(name: str, metavar: str, explanation: str, **more: Any) -> Callable
     return click.argument(name, metavar=metavar, cls=Argument, explanation=explanation, **more)
 
 
+target = argument(
+    "target",
+    "DST",
+    "The directory to make. It must not exist yet, or be empty; its parent must exist. After a failure it is as it was "
+    "before.",
+    type=Directory(),
+)
 source = argument("source", "SRC", f"The checkpoint to read: {CHECKPOINT}", type=Checkpoint())
-revision = click.option("--revision", help="Branch, tag or commit of SRC, if it is a Hub id.")
+revision = click.option("--revision", help="Branch, tag or commit of the model to read, if it is a Hub id.")
 to = click.option(
     "--to",
     type=click.Choice([layout.value for layout in Layout]),
@@ -108,7 +115,9 @@ shard_size = click.option(
 memory = click.option(
     "--max-memory", type=Size(), default="1GiB", show_default=True, help="Most bytes of buffers of each process."
 )
-stream = click.option("--stream", is_flag=True, help="Read SRC on the Hub directly, without a copy in the Hub's cache.")
+stream = click.option(
+    "--stream", is_flag=True, help="Read models on the Hub directly, without a copy in the Hub's cache."
+)
 base = click.option(
     "--base",
     metavar="CHECKPOINT",
@@ -132,6 +141,20 @@ scale_from = click.option(
     type=Checkpoint(),
     help="For an hf SRC that has lost per_expert_scale: the hf checkpoint that has it, a directory or a Hub id.",
 )
+_workers = click.option(
+    "--workers", type=click.IntRange(min=1), help="Threads that convert. By default this process's share of the cores."
+)
+_buffered = click.option(
+    "--buffered", is_flag=True, help="Read and write through the page cache: quicker on some disks."
+)
+_no_read_back = click.option(
+    "--no-read-back", is_flag=True, help="Don't read the files back from the disk before DST appears."
+)
+_sha256 = click.option("--sha256", is_flag=True, help="Also write the SHA-256 of each file into gemma4_moe.json.")
+_overwrite = click.option(
+    "--overwrite", is_flag=True, help="Replace DST if it is a checkpoint directory and holds nothing else."
+)
+_resume = click.option("--resume", is_flag=True, help="Resume an interrupted run to DST, if there is one.")
 config_from = click.option(
     "--config-from",
     metavar="CHECKPOINT",
@@ -142,6 +165,17 @@ config_from = click.option(
 break_lock = click.option(
     "--break-lock", is_flag=True, help="Take DST from a process on another host, which must no longer run."
 )
+
+
+_dry_run = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+
+
+def writing(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of the commands that write a checkpoint block by block."""
+    own = (dtype, shard_size, memory, _workers, _buffered, _no_read_back, _sha256, _overwrite, _resume, break_lock)
+    for option in reversed((*own, _dry_run, revision, stream)):
+        command = option(command)
+    return command
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,11 @@ from gemma4_moe.sizes import format_size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gemma4_moe.converter.convert import Conversion
+    from gemma4_moe.converter.conversion import Conversion
     from gemma4_moe.converter.inspect import Inspection
     from gemma4_moe.converter.preview import Prediction, Preview
     from gemma4_moe.converter.space import Space
     from gemma4_moe.demo.demo import Check
-    from gemma4_moe.lora.convert import LoraConversion
     from gemma4_moe.target.manifest import Recheck
     from gemma4_moe.target.recovery import Remains
     from gemma4_moe.verifier.comparison import Verification
@@ -63,11 +62,11 @@ def inspection(found: Inspection, *, tensors: bool = False) -> Report:
     for column in table.columns[3:]:
         column.justify = "right"
     for row in found.folds:
-        table.add_row(_text(row.name), str(list(row.shape)), row.dtype, str(row.tensors), format_size(row.bytes))
+        table.add_row(text(row.name), str(list(row.shape)), row.dtype, str(row.tensors), format_size(row.bytes))
     groups = sorted(found.groups.items(), key=lambda item: -item[1])
     sizes = [f"{axis} {size}" for axis, size in found.sizes.items()]
     lines: list[Text | Table] = [
-        *_facts(
+        *labelled(
             ("source", str(found.source)),
             ("layout", f"{found.layout or 'none'} ({found.spelling})"),
             ("model", ", ".join([found.model_type or "unknown", *sizes])),
@@ -75,9 +74,9 @@ def inspection(found: Inspection, *, tensors: bool = False) -> Report:
             ("bytes", f"{found.bytes:,} ({format_size(found.bytes)})"),
         ),
         *([table] if tensors else []),
-        *(_text(f"  {format_size(size):>12}  {size / max(1, found.bytes):6.1%}  {group}") for group, size in groups),
-        *(Text("problem: ", "bold red") + _text(str(problem)) for problem in found.problems),
-        *(_text(f"note: {note}") for note in found.notes),
+        *(text(f"  {format_size(size):>12}  {size / max(1, found.bytes):6.1%}  {group}") for group, size in groups),
+        *(Text("problem: ", "bold red") + text(str(problem)) for problem in found.problems),
+        *(text(f"note: {note}") for note in found.notes),
     ]
     if not found.problems and found.layout is not None:
         lines.append(Text(f"no problems: can be converted to the {found.layout.other} layout"))
@@ -114,7 +113,7 @@ def preview(found: Preview) -> Report:
     }
     cached = f", {format_size(space.cache_bytes)} go into the Hub's cache" if space.cache_bytes else ""
     short = f": {format_size(space.missing_bytes)} short" if space.missing_bytes else ""
-    facts = _facts(
+    facts = labelled(
         ("source", f"{found.source}: {plan.source_layout} ({plan.spelling})"),
         ("", f"{found.source_tensors:,} tensors, {found.source_bytes:,} bytes"),
         ("target", f"{plan.target_layout}: {len(plan.tensors):,} tensors in {_files(len(plan.files))}"),
@@ -123,7 +122,7 @@ def preview(found: Preview) -> Report:
         ("copied", ", ".join(found.side_files) or "nothing"),
         ("skipped", ", ".join(found.skipped) or "nothing"),
     )
-    return Report(data, [*facts, *map(_text, found.notes), *mesh_facts])
+    return Report(data, [*facts, *map(text, found.notes), *mesh_facts])
 
 
 def space_notes(space: Space) -> tuple[str, ...]:
@@ -154,7 +153,7 @@ def _mesh(found: Prediction) -> tuple[dict[str, Any], list[Text]]:
         "balance": found.balance,
     }
     spans = {column: " to ".join(f"{n:,}" for n in sorted({min(v), max(v)})) for column, v in columns.items()}
-    facts = _facts(
+    facts = labelled(
         ("mesh", f"{', '.join(f'{name} {size}' for name, size in found.mesh.items())}: {len(found.shares)} ranks"),
         ("experts", f"{spans['experts']} of each layer on a rank"),
         ("", f"{spans['expert_bytes']} bytes; fullest over mean {found.balance:.3f}"),
@@ -179,7 +178,7 @@ def conversion(done: Conversion) -> Report:
         "skipped": list(done.skipped),
     }
     written = f"{len(plan.tensors):,} tensors in {_files(len(plan.files))}, {plan.target_bytes:,} bytes"
-    return Report(data, _facts(("target", f"{done.target}: {plan.target_layout}"), ("", written)))
+    return Report(data, labelled(("target", f"{done.target}: {plan.target_layout}"), ("", written)))
 
 
 def verification(found: Verification) -> Report:
@@ -195,15 +194,15 @@ def verification(found: Verification) -> Report:
         "differences": [asdict(difference) for difference in found.different],
     }
     lines: list[Text | Table] = [
-        _text(f"{found.tensors:,} tensors: {found.equal:,} equal, {found.different_tensors:,} different")
+        text(f"{found.tensors:,} tensors: {found.equal:,} equal, {found.different_tensors:,} different")
     ]
     if found.files:
-        lines.append(_text(f"{_files(found.files)}: {files['equal']:,} equal, {files['different']:,} different"))
+        lines.append(text(f"{_files(found.files)}: {files['equal']:,} equal, {files['different']:,} different"))
     if folds:
         lines.append(_folded(folds))
-    lines += [_text(str(difference)) for difference in found.different[:_SHOWN]]
+    lines += [text(str(difference)) for difference in found.different[:_SHOWN]]
     if (left := len(found.different) - _SHOWN) > 0:
-        lines.append(_text(f"and {left:,} more differences, which --format json lists"))
+        lines.append(text(f"and {left:,} more differences, which --format json lists"))
     return Report(data, lines)
 
 
@@ -221,28 +220,13 @@ def _folded(rows: Sequence[FoldedDifference]) -> Table:
         measures = () if far is None else (far.max_absolute, far.max_relative, far.cosine)
         table.add_row(
             row.kind,
-            _text(row.name),
+            text(row.name),
             f"{row.tensors:,}",
             *("" if count is None else f"{count:,}" for count in (row.count, row.max_ulps)),
             *("" if measure is None else shown(measure) for measure in measures),
             *(() if far is None else (f"{far.nan:,}", f"{far.infinite:,}")),
         )
     return table
-
-
-def lora_conversion(done: LoraConversion) -> Report:
-    """Return the report of `lora`."""
-    data = {
-        "target": str(done.target),
-        "source_form": done.source_form,
-        "form": done.form,
-        "weights": done.modules,
-        "tensors": done.tensors,
-        "bytes": done.nbytes,
-        "notes": list(done.notes),
-    }
-    written = f"{done.modules} weights in {done.tensors:,} tensors, {done.nbytes:,} bytes"
-    return Report(data, _facts(("target", f"{done.target}: {done.form}"), ("", written)))
 
 
 def recheck(found: Recheck) -> Report:
@@ -260,7 +244,7 @@ def recheck(found: Recheck) -> Report:
     )
     if found.unknown:
         state += f"; {_files(found.unknown)} that it does not name"
-    return Report(data, [_text(f"{_files(found.files)}, {found.nbytes:,} bytes: {state}"), *map(_text, found.wrong)])
+    return Report(data, [text(f"{_files(found.files)}, {found.nbytes:,} bytes: {state}"), *map(text, found.wrong)])
 
 
 def remains(found: Remains | None) -> Report:
@@ -268,7 +252,7 @@ def remains(found: Remains | None) -> Report:
     if found is None:
         return Report({"removed": None, "bytes": 0}, [Text("nothing to remove")])
     data = {"removed": str(found.path), "bytes": found.nbytes}
-    return Report(data, [_text(f"removed {found.path}, {found.nbytes:,} bytes")])
+    return Report(data, [text(f"removed {found.path}, {found.nbytes:,} bytes")])
 
 
 def checks(found: tuple[Check, ...]) -> Report:
@@ -282,19 +266,20 @@ def checks(found: tuple[Check, ...]) -> Report:
     for check in found:
         numbers = ("" if number is None else f"{number:,}" for number in (check.files, check.tensors, check.bytes))
         mark = Text("✓", "green") if check.passed else Text("✗", "red")
-        table.add_row(check.step, *numbers, mark, _text(check.finding))
+        table.add_row(check.step, *numbers, mark, text(check.finding))
     return Report({"passed": all(check.passed for check in found), "checks": [asdict(c) for c in found]}, [table])
 
 
-def _facts(*facts: tuple[str, str]) -> list[Text]:
-    width = max(len(label) for label, _ in facts)
-    return [Text(f"{label:<{width}}  ", "bold") + Text(printable(fact)) for label, fact in facts]
+def labelled(*pairs: tuple[str, str]) -> list[Text]:
+    """Return lines of labels and facts."""
+    width = max(len(label) for label, _ in pairs)
+    return [Text(f"{label:<{width}}  ", "bold") + Text(printable(fact)) for label, fact in pairs]
 
 
 def _files(count: int) -> str:
     return f"{count:,} file{'s' * (count != 1)}"
 
 
-def _text(text: str) -> Text:
+def text(given: str) -> Text:
     """Return text from outside for printing: no markup, no control characters but line breaks."""
-    return Text("\n".join(printable(line) for line in text.split("\n")))
+    return Text("\n".join(printable(line) for line in given.split("\n")))

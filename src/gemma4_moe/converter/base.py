@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from gemma4_moe.target.pieces import Piece
 
     Array = np.ndarray[Any, np.dtype[Any]]
-    Scales = Mapping[str, Array]
+    FoldedScales = Mapping[str, Array]
 
 #: The name of a model card.
 CARD_NAME = "README.md"
@@ -97,7 +97,7 @@ def find_base(base: Checkpoint, wanted: Mapping[str, Target[StoredTensor]]) -> d
     return found
 
 
-def own_scales(bases: Iterable[str], targets: Mapping[str, Target[StoredTensor]]) -> Scales:
+def own_scales(bases: Iterable[str], targets: Mapping[str, Target[StoredTensor]]) -> FoldedScales:
     """Return the fp32 scale [E] that an hf source has for each `down_proj` with a base; a nemo source has none."""
     stored = {down: targets[scale].source for scale, down in scales_with_base(bases).items()}
     return {down: source.parts[0].stored.read().astype(np.float32) for down, source in stored.items() if source}
@@ -145,7 +145,7 @@ def scales_with_base(bases: Iterable[str]) -> dict[str, str]:
     return {name.sibling(SCALE).hf: down for down in bases if (name := lookup(down, Layout.HF)) is not None}
 
 
-def given_back_scales(bases: Mapping[str, BaseExperts], own: Scales, pieces: Iterable[Piece]) -> Scales:
+def given_back_scales(bases: Mapping[str, BaseExperts], own: FoldedScales, pieces: Iterable[Piece]) -> FoldedScales:
     """Return the fp32 scale [E] of each layer with a base: the base's for experts that are its own.
 
     All others have that of `own_scales`, or else one. `pieces` are those of all experts, of all ranks and runs.
@@ -166,7 +166,7 @@ class Unfolding:
     def __init__(
         self,
         bases: Mapping[str, BaseExperts],
-        own: Scales,
+        own: FoldedScales,
         base_bytes: int,
         readers: Mapping[Readable, Reader],
         pool: Executor,

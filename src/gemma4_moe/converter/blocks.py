@@ -38,7 +38,7 @@ MOST_BUFFERS = 4
 class Block:
     """Rows (first, last) of one target tensor, and their bytes (start, end) in its file.
 
-    A row is what the reads of its source count: an expert, or an element.
+    A row is what the reads of its source count: an expert, a row of a matrix, or an element.
     """
 
     tensor: PlannedTensor
@@ -55,7 +55,7 @@ class Block:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of its rows: [n, R, C] of experts, [n] of elements."""
+        """The shape of its rows: [n, R, C] of experts, [n, C] of a matrix, [n] of elements."""
         return self.last - self.first, *_row_of(self.tensor)
 
     def reads(self) -> list[Read[StoredTensor]]:
@@ -79,16 +79,23 @@ def extent_of(read: Read[StoredTensor]) -> Extent:
 
 
 class Memory(NamedTuple):
-    """The buffers of a conversion: `buffers` on each side of the kernel, and one for an expert of the base."""
+    """The buffers of a conversion.
+
+    Attributes:
+        buffers: How many there are on each side of the kernel, each of `buffer_bytes`.
+        base_bytes: The buffer for an expert of the base.
+        change_bytes: Room for the matrices of the largest weights that an adapter changes.
+    """
 
     buffer_bytes: int
     buffers: int
     base_bytes: int = 0
+    change_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """Size of all buffers together."""
-        return 2 * self.buffers * self.buffer_bytes + self.base_bytes
+        return 2 * self.buffers * self.buffer_bytes + self.base_bytes + self.change_bytes
 
 
 def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
@@ -98,9 +105,10 @@ def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
     )
     largest = max(blocks(plan), key=_buffer_bytes)
     buffer_bytes = _buffer_bytes(largest)
-    room = budget - base_bytes
+    change_bytes = max((change.nbytes for change in plan.changes.values()), default=0)
+    room = budget - base_bytes - change_bytes
     if 2 * buffer_bytes > room:
-        least = 2 * buffer_bytes + base_bytes
+        least = 2 * buffer_bytes + base_bytes + change_bytes
         raise UsageError(
             "the memory budget is smaller than one block before and after conversion",
             tensor=largest.tensor.name,
@@ -108,7 +116,7 @@ def plan_memory(plan: Plan, budget: int = DEFAULT_MEMORY) -> Memory:
             found=f"{budget} bytes",
             hint=f"allow --max-memory {ceil(least / 2**20)}MiB or more",
         )
-    return Memory(buffer_bytes, min(MOST_BUFFERS, room // (2 * buffer_bytes)), base_bytes)
+    return Memory(buffer_bytes, min(MOST_BUFFERS, room // (2 * buffer_bytes)), base_bytes, change_bytes)
 
 
 def room_for(nbytes: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inspect import signature
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.paths import expanded
@@ -14,7 +14,7 @@ from gemma4_moe.sizes import exact_size, parse_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-_PLACES = ("source", "target", "base", "scale_from", "config_from")
+_PLACES = ("source", "adapter", "target", "base", "scale_from", "config_from")
 
 _SIZES = ("max_shard_size", "max_memory")
 
@@ -22,19 +22,20 @@ _SIZES = ("max_shard_size", "max_memory")
 _OF_A_START = ("resume", "break_lock", "progress")
 
 
-def resume_command(convert: Callable[..., object], given: Mapping[str, Any]) -> str:
-    """Return the command line that resumes a run of the function `convert`.
+def resume_command(function: Callable[..., object], given: Mapping[str, Any]) -> str:
+    """Return the command line that resumes a run of a function, whose name is the command's: `convert` or `merge`.
 
     `given` has the values of its parameters by name. Paths are absolute, so that the command works in any directory.
     """
     said = {name: value for name, value in given.items() if name not in _OF_A_START}
-    said |= {name: _absolute(said[name]) for name in _PLACES if said[name] is not None}
+    said |= {name: _absolute(said[name]) for name in _PLACES if said.get(name) is not None}
     said |= {name: exact_size(parse_size(said[name])) for name in _SIZES}
-    defaults = {name: parameter.default for name, parameter in signature(convert).parameters.items()}
+    parameters = signature(function).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
     defaults |= {name: exact_size(parse_size(defaults[name])) for name in _SIZES}
-    places = said.pop("source"), said.pop("target")
+    places = [said.pop(name) for name, parameter in parameters.items() if parameter.default is Parameter.empty]
     options = option_words({name: value for name, value in said.items() if value != defaults[name]})
-    return command_line("gemma4-moe", "convert", *places, *options, "--resume")
+    return command_line("gemma4-moe", function.__name__, *places, *options, "--resume")
 
 
 def option_words(given: Mapping[str, object]) -> list[object]:

@@ -1,76 +1,20 @@
-"""Convert a checkpoint on disk between the layouts: a plan, taken block by block through fixed buffers.
-
-One process does it, or all ranks of torch's default process group together, on a filesystem that they share.
-"""
+"""Convert a checkpoint on disk between the layouts: a plan, taken block by block through fixed buffers."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gemma4_moe.checkpoint.config import CONFIG_NAME, LONGEST_CONFIG
-from gemma4_moe.checkpoint.hashing import blake3_of
-from gemma4_moe.checkpoint.paths import expanded
-from gemma4_moe.checkpoint.storage import read_whole, resolved
-from gemma4_moe.checkpoint.values import value_notes
-from gemma4_moe.converter.base import filled_in
-from gemma4_moe.converter.blocks import DEFAULT_MEMORY, Memory, plan_memory
+from gemma4_moe.converter.blocks import DEFAULT_MEMORY
 from gemma4_moe.converter.command import resume_command
-from gemma4_moe.converter.notes import base_notes, overflow_notes, plan_notes
-from gemma4_moe.converter.plan import Plan, make_plan
-from gemma4_moe.converter.resume import is_made_already
-from gemma4_moe.converter.sources import open_sources
-from gemma4_moe.converter.space import space_for
-from gemma4_moe.converter.write import Job, count_of, finish, write_weights
-from gemma4_moe.distributed.ranks import current
-from gemma4_moe.errors import StorageError
-from gemma4_moe.hub.remote import commit_of
-from gemma4_moe.hub.source import check_streamed
-from gemma4_moe.sizes import parse_size
-from gemma4_moe.target.directory import TargetFiles
+from gemma4_moe.converter.conversion import Conversion, carry_out
+from gemma4_moe.converter.request import Request
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
-from gemma4_moe.target.manifest import read_manifest
-from gemma4_moe.target.preconditions import check_existing, check_order
-from gemma4_moe.target.recovery import clean, heal
-from gemma4_moe.target.transaction import Transaction
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
-    from gemma4_moe.checkpoint.directory import Checkpoint
-    from gemma4_moe.converter.base import Scales
-    from gemma4_moe.converter.sources import Sources
-    from gemma4_moe.converter.space import Space
     from gemma4_moe.layout.table import Layout
     from gemma4_moe.sizes import Progress
-    from gemma4_moe.target.pieces import Count
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Conversion:
-    """The result of `convert`.
-
-    Attributes:
-        target: The directory that it made.
-        plan: The plan that was carried out.
-        memory: The buffers that were used.
-        notes: Sentences on the values: scales that are zero, negative or not finite; values of the source that are NaN
-            or infinite, experts that are all zero or equal to another; experts that got the base's scale, or that
-            without a base every scale is one; tensors that the config does not call for; casts that round, tensors that
-            are not cast, and finite values that became infinite.
-        skipped: Names of files in the source directory that were not copied.
-    """
-
-    target: Path
-    plan: Plan
-    memory: Memory
-    notes: tuple[str, ...]
-    skipped: tuple[str, ...]
-
-    def __repr__(self) -> str:
-        return f"<Conversion into {self.target}, {len(self.notes)} notes: {self.plan}>"
 
 
 def convert(
@@ -122,8 +66,8 @@ def convert(
         revision: Branch, tag or commit of a Hub id.
         stream: Read a source or a base on the Hub in place, and keep nothing of it but the target.
         base: To hf, from either layout: the hf checkpoint that the model was made from, a directory or a Hub id. An
-            expert that folds to what the base's folds to gets the base's weights and scale. The base's files of
-            tokenizer, template and processor fill in. `resume` does not know a complete target then.
+            expert that folds to what the base's folds to gets the base's weights and scale. The base's side files fill
+            in, but for its card. A complete target is then not known again by `resume`.
         strip_wrappers: Remove the components of wrappers from the source's names, and give each the prefix of the
             config's kind of model (`layout.prefixes`).
         scale: "ones" for an hf source that has lost each `per_expert_scale` because it was folded into the weights.
@@ -143,119 +87,5 @@ def convert(
         SourceChangedError: The source changed while it was read.
         ParallelError: Another rank failed.
     """
-    command = resume_command(convert, locals())
-    ranks, target = current(), expanded(target)
-    with ExitStack() as stack:
-        with ranks.together("plan the conversion"):
-            _check_arguments(source, target, base, resume=resume, stream=stream)
-            forms: dict[str, Any] = {"strip_wrappers": strip_wrappers, "scale": scale}
-            forms |= {"scale_from": scale_from, "config_from": config_from}
-            sources = open_sources(stack, source, revision, base, in_place=stream, **forms)
-            sources.check_place(target)
-            checkpoint, origin = sources.checkpoint, sources.base
-            plan = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=origin)
-            memory = plan_memory(plan, parse_size(max_memory))
-            space = space_for(plan, sources.opened, target, resolved(target).parent, stream=stream)
-            _check_room(space, target, is_needed=ranks.is_first and not (resume and target.exists()))
-        count = count_of(plan, ranks, space.cache_bytes, read_back=read_back, progress=progress)
-        with ranks.together("read the source"):
-            if not stream:
-                sources.download(revision, count)
-            count.begin_next_stage()
-            folded = {name: t.scale.read() for name, t in plan.tensors.items() if t.scale is not None}
-            options = _options(sources, dtype, parse_size(max_shard_size), stream=stream, forms=forms, card=card)
-        transaction = None
-        with ranks.together("take the target"):
-            if ranks.is_first:
-                heal(target)
-                known = resume and origin is None  # no manifest has hashes of a base
-                made = known and is_made_already(target, plan, checkpoint, options, memory.peak_bytes, progress)
-                begun = _begun(target, made=made, overwrite=overwrite, resume=resume, break_lock=break_lock)
-                transaction = None if begun is None else stack.enter_context(begun)
-        (out, *_) = ranks.everyones(None if transaction is None else transaction.out)
-        if out is not None:
-            files = TargetFiles(out, plan.files, ranks, memory.peak_bytes, buffered)
-            job = Job(sources, plan, folded, options, target, files, memory, workers, read_back, sha256, command)
-            _carry_out(job, transaction, count, overwrite=overwrite)
-        return Conversion(target, plan, memory, _notes(target, plan, folded, sources), checkpoint.skipped)
-
-
-def _check_arguments(source: str | Path, target: Path, base: str | Path | None, *, resume: bool, stream: bool) -> None:
-    if not resume:
-        check_order(source, target)
-    if stream:
-        check_streamed(source, base)
-
-
-def _begun(target: Path, *, made: bool, overwrite: bool, resume: bool, break_lock: bool) -> Transaction | None:
-    """Return the transaction that makes the target; None, with all other work deleted, if it is made already."""
-    if made:
-        clean(target, break_lock=break_lock)
-        return None
-    check_existing(target, overwrite=overwrite)
-    return Transaction(target, resume=resume, break_lock=break_lock)
-
-
-def _carry_out(job: Job, transaction: Transaction | None, count: Count, *, overwrite: bool) -> None:
-    """Write the target, and publish it. All ranks must call; the first has the transaction."""
-    finish(job, write_weights(job, None if transaction is None else transaction.confirm, count), count)
-    with job.files.ranks.together("publish the target"):
-        job.check_unchanged()
-        if transaction is not None:
-            transaction.publish(overwrite=overwrite)
-
-
-def _options(
-    sources: Sources, dtype: str, max_shard_size: int, *, stream: bool, forms: Mapping[str, Any], card: bool
-) -> dict[str, Any]:
-    """Return the options that decide the target's bytes, and which checkpoints were read, and how.
-
-    A stream is told by its commits, all else by its headers.
-    """
-    source, base, scales = sources
-    commits = {"commit": commit_of(source), "base_commit": base and commit_of(base)} if stream else {}
-    headers = {"base": base and _headers(base), "scale_from": scales and _headers(scales)}
-    config = None if forms["config_from"] is None else _config_digest(source)
-    read_as = {"config_from": config, "strip_wrappers": forms["strip_wrappers"] or None, "scale": forms["scale"]}
-    said = {"dtype": dtype, "max_shard_size": max_shard_size, "card": card or None, **commits, **headers, **read_as}
-    return {name: value for name, value in said.items() if value is not None}
-
-
-def _config_digest(checkpoint: Checkpoint) -> str:
-    directory = checkpoint.config_directory or checkpoint.path
-    return blake3_of([read_whole(directory / CONFIG_NAME, LONGEST_CONFIG)])
-
-
-def _headers(checkpoint: Checkpoint) -> dict[str, str]:
-    return {name: file.identity.header_digest for name, file in checkpoint.files.items()}
-
-
-def _check_room(space: Space, target: Path, *, is_needed: bool) -> None:
-    """Check that the disk has room for the models that would be downloaded, and for all of the target.
-
-    None is needed by other ranks than the first, nor by a target that is there and may be complete.
-    """
-    if not is_needed or not space.missing_bytes:
-        return
-    cached = f" and {space.cache_bytes:,} in the Hub's cache" if space.cache_bytes else ""
-    raise StorageError(
-        "the disk has no room for the model in the Hub's cache and for the target"
-        if cached
-        else "the disk has no room for the target",
-        file=target,
-        expected=f"{space.target_bytes:,} bytes for the target{cached}",
-        found=f"{space.free_bytes:,} bytes free, {space.missing_bytes:,} too few",
-        hint="free some space, or name a directory on another disk"
-        if space.missing_without_cache
-        else "give --stream: it keeps nothing of the model on this machine, and the target fits",
-    )
-
-
-def _notes(target: Path, plan: Plan, scales: Scales, sources: Sources) -> tuple[str, ...]:
-    said = read_manifest(target)
-    named = {t.scale.name: scales[name] for name, t in plan.tensors.items() if t.scale is not None}
-    values = value_notes(said["values"], named)
-    overflows = overflow_notes(plan, said["overflowed"])
-    names = [path.name for path in filled_in(sources.checkpoint, sources.base)]
-    filled = [f"from the base, which the source lacks: {', '.join(names)}"] if names else []
-    return (*values, *base_notes(plan, said["given_back"]), *filled, *plan_notes(plan, sources.checkpoint), *overflows)
+    given = locals()
+    return carry_out(Request(**given), resume_command(convert, given))

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 
 def plan_notes(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return what is known from headers alone: `opening_notes`, tensors that the config has not, then `cast_notes`."""
-    return (*opening_notes(checkpoint), *uncalled_notes(plan.uncalled), *cast_notes(plan))
+    """Return what index, headers and config tell: a wrong size, tensors that the config has not, then the plan's."""
+    names = (change.module.name for change in plan.changes.values())
+    changed = [f"the adapter changes {len(members)} {group}" for group, members in fold_names(names).items()]
+    return (*opening_notes(checkpoint), *uncalled_notes(plan.uncalled), *cast_notes(plan), *changed)
 
 
 def opening_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -65,14 +67,12 @@ def overflow_notes(plan: Plan, counts: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def base_notes(plan: Plan, given_back: Mapping[str, int]) -> tuple[str, ...]:
-    """Return how many experts are the base's, or that all scales of a nemo source are one; nothing on the way to nemo.
+    """Return how many experts are the base's, or that all scales are one; nothing on the way to nemo.
 
     `given_back` are the manifest's counts, by the tensors' names.
     """
-    if plan.target_layout is not Layout.HF:
-        return ()
     is_native = plan.source_layout is Layout.NEMO
-    if not plan.bases and not is_native:
+    if plan.target_layout is not Layout.HF or not (is_native or plan.bases):
         return ()
     if not plan.bases:
         return (

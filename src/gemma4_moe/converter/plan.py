@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from gemma4_moe.checkpoint.completeness import uncalled
 from gemma4_moe.checkpoint.recognition import checkpoint_targets, recognise
 from gemma4_moe.converter.base import find_base
+from gemma4_moe.converter.merging import find_changes, with_rows
 from gemma4_moe.errors import UsageError
 from gemma4_moe.layout import dtypes
 from gemma4_moe.layout.dtypes import target_dtype
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from gemma4_moe.converter.base import BaseExperts
     from gemma4_moe.layout.dtypes import DType
     from gemma4_moe.layout.targets import Target
+    from gemma4_moe.lora.changes import Change
+    from gemma4_moe.lora.opening import Adapter
 
     PlannedTensor: TypeAlias = Target[StoredTensor]
 
@@ -39,6 +42,7 @@ class Plan:
     Attributes:
         tensors: The target's tensors by name.
         bases: The base's experts, by the name of the target's `down_proj` that may still hold them.
+        changes: The changes of a merge, by the target's name.
         files: The target's weight files.
         cast: The dtype that all tensors are cast to that can be, or None.
         inexact: The number of tensors of each cast (source dtype, target dtype) that can change values.
@@ -50,6 +54,7 @@ class Plan:
     target_layout: Layout
     tensors: Mapping[str, PlannedTensor]
     bases: Mapping[str, BaseExperts]
+    changes: Mapping[str, Change]
     files: tuple[PlannedFile, ...]
     cast: DType | None
     inexact: Mapping[tuple[DType, DType], int]
@@ -72,23 +77,27 @@ def make_plan(
     dtype: str = "keep",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     base: Checkpoint | None = None,
+    adapter: Adapter | None = None,
 ) -> Plan:
-    """Plan the conversion of an open checkpoint. Arguments are those of `convert`; the base is open too.
+    """Plan the conversion of an open checkpoint. Arguments are those of `convert`; base and adapter are open too.
 
     Raises:
-        InputError: See `recognise` and `targets_of`; the config's sizes are not the tensors'; or a tensor is missing
-            that it calls for.
+        InputError: See `recognise` and `targets_of`; the config's sizes are not the tensors'; a tensor is missing that
+            it calls for; or see `find_changes`.
         UsageError: The source is in the layout `to` already; an argument has no meaning; or see `find_base`.
     """
     config = checkpoint.read_config()
     cast = None if dtype == "keep" else target_dtype(dtype)
     recognition = recognise(checkpoint.tensors, config)
     layout = recognition.accepted()
-    target_layout = _target_layout(layout, to, base, in_parts=checkpoint.in_parts)
+    target_layout = _target_layout(layout, to, base, may_keep=adapter is not None or checkpoint.in_parts)
     targets = checkpoint_targets(checkpoint.tensors.values(), layout, config, cast, complete=True, to=target_layout)
-    if target_layout is Layout.HF and config.model_type in DIFFUSION_TYPES:
+    is_merge = adapter is not None and layout is Layout.HF
+    if target_layout is Layout.HF and not is_merge and config.model_type in DIFFUSION_TYPES:
         named = (replace(target, name=decoder_written(name)) for name, target in targets.items())
         targets = {target.name: target for target in named}
+    changes = {} if adapter is None else find_changes(adapter, checkpoint, targets, layout, target_layout)
+    targets |= {name: with_rows(targets[name]) for name in changes}
     casts = [(target.source.dtype, target.dtype) for target in targets.values() if target.source is not None]
     return Plan(
         source_layout=layout,
@@ -96,6 +105,7 @@ def make_plan(
         target_layout=target_layout,
         tensors=targets,
         bases={} if base is None else find_base(base, targets),
+        changes=changes,
         files=layout_files(
             [(t.name, t.dtype, t.shape) for t in targets.values()], parse_size(max_shard_size), target_layout
         ),
@@ -105,10 +115,10 @@ def make_plan(
     )
 
 
-def _target_layout(layout: Layout, to: Layout | str | None, base: Checkpoint | None, *, in_parts: bool) -> Layout:
+def _target_layout(layout: Layout, to: Layout | str | None, base: Checkpoint | None, *, may_keep: bool) -> Layout:
     """Return the layout of a target, after checking that a source of this layout is converted to it.
 
-    A source in parts may keep its layout, and so may an hf source whose experts are compared with those of a base.
+    A merge and a source in parts may keep the layout. So may an hf source whose experts are compared with a base's.
     """
     if to is not None and to not in list(Layout):
         raise UsageError("no such layout", expected=" or ".join(Layout), found=repr(to))
@@ -121,7 +131,7 @@ def _target_layout(layout: Layout, to: Layout | str | None, base: Checkpoint | N
             found=target,
             hint="leave --base out, or give --to hf",
         )
-    if target is layout and base is None and not in_parts:
+    if target is layout and base is None and not may_keep:
         raise UsageError(
             f"the source is in the {layout} layout already",
             expected=f"a source in the {layout.other} layout",

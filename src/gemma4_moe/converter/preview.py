@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.storage import resolved
 from gemma4_moe.converter.blocks import DEFAULT_MEMORY, LOAD_BLOCKS, Memory, load_block_bytes, plan_memory, row_bytes
 from gemma4_moe.converter.notes import plan_notes
-from gemma4_moe.converter.plan import Plan, make_plan
+from gemma4_moe.converter.request import Request
 from gemma4_moe.converter.sources import open_sources
 from gemma4_moe.converter.space import Space, space_for
 from gemma4_moe.distributed.sharding import NAMED_DIMENSIONS, count, local_runs
 from gemma4_moe.errors import UsageError
-from gemma4_moe.hub.source import check_streamed, is_hub_id
+from gemma4_moe.hub.source import is_hub_id
 from gemma4_moe.layout.table import Layout, transposes
 from gemma4_moe.sizes import format_size, parse_size
 from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
@@ -26,7 +26,7 @@ from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from gemma4_moe.converter.plan import PlannedTensor
+    from gemma4_moe.converter.plan import Plan, PlannedTensor
 
 #: More ranks than any such run has; a mistyped mesh should not take minutes.
 MOST_RANKS = 2**16
@@ -82,6 +82,7 @@ def plan(
     scale: str | None = None,
     scale_from: str | Path | None = None,
     config_from: str | Path | None = None,
+    adapter: str | Path | None = None,
     mesh: Mapping[str, int] | str | None = None,
 ) -> Preview:
     """Return what `convert` would do, from headers alone: of a model on the Hub, no weights are fetched.
@@ -101,6 +102,7 @@ def plan(
         scale: See `convert`.
         scale_from: See `convert`.
         config_from: See `convert`.
+        adapter: The directory of an adapter: return what `merge` would do.
         mesh: Ranks by dimension, or text such as "ep_shard=2,ep=8": also preview the share of each of these ranks, if
             they load the source into the nemo layout.
 
@@ -108,18 +110,14 @@ def plan(
         InputError, UsageError, StorageError: What `convert` would raise before it writes.
         UsageError: NeMo AutoModel would not train on the mesh.
     """
-    ranks = None if mesh is None else parse_mesh(mesh)
+    arguments = {name: value for name, value in locals().items() if name != "mesh"}
+    request, ranks = Request(**arguments), None if mesh is None else parse_mesh(mesh)
     beside = resolved(Path() if is_hub_id(source) else expanded(source))
     made = None if target is None else expanded(target)
     disk = beside if made is None else resolved(made).parent
-    if stream:
-        check_streamed(source, base)
     with ExitStack() as stack:
-        forms: dict[str, Any] = {"strip_wrappers": strip_wrappers, "scale": scale, "scale_from": scale_from}
-        forms["config_from"] = config_from
-        sources = open_sources(stack, source, revision, base, in_place=False, **forms)
-        checkpoint = sources.checkpoint
-        planned = make_plan(checkpoint, to=to, dtype=dtype, max_shard_size=max_shard_size, base=sources.base)
+        sources = open_sources(stack, request, in_place=False)
+        checkpoint, planned = sources.checkpoint, sources.plan(request)
         return Preview(
             source=Path(source),
             plan=planned,

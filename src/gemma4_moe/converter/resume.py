@@ -35,7 +35,8 @@ def plan_digest(plan: Plan) -> str:
     tensors = []
     for name, tensor in plan.tensors.items():
         base = plan.bases[name].stored if name in plan.bases else ()
-        tensors.append((tensor.name, tensor.operation, [*map(_place, tensor.stored)], *map(_place, base)))
+        change = [(c.module.name, c.scaling, c.fold) for c in (plan.changes.get(name),) if c is not None]
+        tensors.append((tensor.name, tensor.operation, [*map(_place, tensor.stored)], *map(_place, base), *change))
     text = json.dumps([plan.source_layout, plan.target_layout, files, tensors])
     return blake3(text.encode()).hexdigest()
 

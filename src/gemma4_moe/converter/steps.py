@@ -21,16 +21,20 @@ from gemma4_moe.checkpoint.readers import PAGE, allocate
 from gemma4_moe.checkpoint.threads import run_in_threads
 from gemma4_moe.checkpoint.values import Oddities
 from gemma4_moe.converter.blocks import extent_of, room_for
+from gemma4_moe.layout.dtypes import BFLOAT16
 from gemma4_moe.layout.table import converted_shape, transposes
 from gemma4_moe.target.pieces import piece_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.checkpoint.readers import Readable, Reader
-    from gemma4_moe.converter.base import Scales, Unfolding
+    from gemma4_moe.converter.base import FoldedScales, Unfolding
     from gemma4_moe.converter.blocks import Block, Memory
+    from gemma4_moe.converter.merging import Merging
     from gemma4_moe.layout.dtypes import DType
+    from gemma4_moe.layout.targets import Read
     from gemma4_moe.target.journal import Ledger
     from gemma4_moe.target.pieces import Piece
     from gemma4_moe.target.writers import PageWriter
@@ -49,13 +53,14 @@ class ConversionSteps:
     `given_back` are the values of scales that are written with a base, and a name that is missing there means ones.
     """
 
-    scales: Scales
+    scales: FoldedScales
     workers: int
     readers: Mapping[Readable, Reader]
     writers: Mapping[str, PageWriter]
     ledger: Ledger
     unfolding: Unfolding
-    given_back: Scales
+    merging: Merging
+    given_back: FoldedScales
     written: list[Piece] = field(default_factory=list)
 
     def read(self, block: Block, buffer: memoryview) -> list[memoryview]:
@@ -81,34 +86,43 @@ class ConversionSteps:
             scales[...] = 1 if given is None else given[block.first : block.last]
             return {} if tensor.source is None else self._hash_and_scan(block, contents, None)
         scale = self.scales.get(tensor.name)
-        factors = None if scale is None else scale[block.first : block.last]
-        facts = self._hash_and_scan(block, contents, factors)
+        factors = None if scale is None else scale[block.first : block.last].astype(np.float32)
+        facts = self._hash_and_scan(block, contents, None if scale is None else scale[block.first : block.last])
         for read, content in zip(block.reads(), contents, strict=True):
             if not tensor.source.row and read.stored.dtype == tensor.dtype:
                 np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(content, np.uint8))
                 continue
             own = slice(read.experts[0] - block.first, read.experts[1] - block.first)
-            result, exchanges = _array(into, tensor.dtype, block.shape)[own], transposes(tensor.operation)
-            if tensor.source.row:
+            result = _array(into, tensor.dtype, block.shape)[own]
+            exchanges = transposes(tensor.operation)
+            if len(block.shape) == 3:
                 result = result[:, :, slice(*read.rows)] if exchanges else result[:, slice(*read.rows)]
             stored = _array(content, read.stored.dtype, converted_shape(tensor.operation, result.shape))
             values = stored.swapaxes(1, 2) if exchanges else stored
+            own_factors = None if factors is None else factors[own]
             if tensor.name in self.unfolding.bases:
                 facts["given_back"] = self._unfold(tensor.name, read.experts[0], stored, result)
+            elif tensor.name in self.merging.changes:
+                like_stored = result.swapaxes(1, 2) if exchanges else result
+                self.merging.merge(tensor.name, read, stored, own_factors, like_stored)
             elif not exchanges and read.stored.dtype == tensor.dtype:
                 _copy(stored, result)
             else:
-                scale = None if factors is None else factors[own].astype(np.float32)
-                kernels.scale_cast(values, scale=scale, out=result, threads=self.workers)
-            if can_overflow(read.stored.dtype, tensor.dtype) and (number := count_overflows(values, result)):
+                kernels.scale_cast(values, scale=own_factors, out=result, threads=self.workers)
+            if self._can_overflow(block, read) and (number := count_overflows(values, result)):
                 facts["overflowed"] = facts.get("overflowed", 0) + number
         return facts
+
+    def _can_overflow(self, block: Block, read: Read[StoredTensor]) -> bool:
+        """Return whether a finite value of a read can become infinite; with a change it has bfloat16's range."""
+        dtypes = [read.stored.dtype, *([BFLOAT16] if block.tensor.name in self.merging.changes else [])]
+        return any(can_overflow(dtype, block.tensor.dtype) for dtype in dtypes)
 
     def _hash_and_scan(self, block: Block, contents: list[memoryview], factors: Array | None) -> dict[str, Any]:
         """Return the hash of a block's source, and what is odd in its values."""
         hasher, oddities = blake3(), Oddities()
         for read, content in zip(block.reads(), contents, strict=True):
-            experts = read.experts if block.tensor.source is not None and block.tensor.source.row else None
+            experts = read.experts if block.tensor.source is not None and len(block.tensor.source.row) == 2 else None
             oddities.scan(read.stored.name, content, read.stored.dtype, experts, hasher.update)
         if factors is not None:
             hasher.update(factors.view(np.uint8).data)

@@ -20,7 +20,7 @@ from gemma4_moe.kernels.choice import Availability, available
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Availability", "available", "scale_cast", "scale_in_place", "transpose_scale_cast"]
+__all__ = ["Availability", "available", "scale_add_cast", "scale_cast", "scale_in_place", "transpose_scale_cast"]
 
 
 def transpose_scale_cast(
@@ -57,6 +57,34 @@ def scale_cast(
     from gemma4_moe.kernels import tensors
 
     return tensors.scale_cast(x, scale, dtype, out, kernel, threads)
+
+
+def scale_add_cast(
+    x: arrays.Array,
+    *,
+    left: arrays.Array,
+    right: arrays.Array,
+    acts: arrays.Array,
+    out: arrays.Array,
+    scale: arrays.Array | None = None,
+    kernel: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Write x [E, R, C], each x[e] times scale[e], plus left[e] · right[e], to `out`: fp32, rounded once to its dtype.
+
+    A sum over the rank goes from 0 up, without fused multiply-add, and is then added: every kernel gives the same bits.
+
+    Args:
+        x: A NumPy array, bfloat16, float16 or float32; any strides.
+        left: fp32 [E, R, r]; the matrix of each expert is contiguous.
+        right: fp32 [E, r, C], contiguous.
+        acts: bool [E]: where it is false nothing is added, and x[e] is converted as `scale_cast` does it.
+        out: Where to write [E, R, C]; any strides, but no memory of x.
+        scale: [E], or None.
+        kernel: As in `transpose_scale_cast`.
+        threads: As in `transpose_scale_cast`.
+    """
+    arrays.scale_add_cast(x, scale, arrays.Addition(left, right, acts), out, kernel, threads)
 
 
 def scale_in_place(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,52 @@ def scale_cast(x: Array, scale: Any, dtype: Any, out: Array | None, kernel: str,
         "",
     )
     return out
+
+
+class Addition(NamedTuple):
+    """What is added to each expert: left [E, R, r] times right [E, r, C], where acts [E] says so."""
+
+    left: Array
+    right: Array
+    acts: Array
+
+
+def scale_add_cast(
+    x: Array, scale: Array | None, addition: Addition, out: Array, kernel: str, threads: int | None
+) -> None:
+    """Write x [E, R, C], each x[e] times scale[e], plus the addition, to `out`."""
+    left, right, acts = addition
+    factors = None if scale is None else np.ascontiguousarray(scale, np.float32)
+    choice.check_arguments(x, factors, out, out.strides, out.dtype, rounds=x.dtype in _CODES and out.dtype in _CODES)
+    experts, rows, columns = x.shape
+    rank = right.shape[1]
+    assert (left.shape, right.shape, acts.shape) == ((experts, rows, rank), (experts, rank, columns), (experts,))
+    assert left.strides[1:] == (4 * rank, 4), "each expert's left matrix is contiguous"
+    assert right.flags.c_contiguous, "the right matrices are contiguous"
+    assert left.dtype == right.dtype == np.float32, "the matrices are fp32"
+    assert acts.dtype == np.bool_, "a bool for each expert"
+    if choice.for_array(kernel, x.dtype in _CODES and out.dtype in _CODES) == "numpy":
+        numpy_kernel.scale_add_cast(x, factors, addition, out)
+        return
+    from gemma4_moe.kernels import _cpu
+
+    _cpu.scale_add_cast(
+        x.shape,
+        x.ctypes.data,
+        _CODES[x.dtype],
+        x.strides,
+        out.ctypes.data,
+        _CODES[out.dtype],
+        out.strides,
+        0 if factors is None else factors.ctypes.data,
+        left.ctypes.data,
+        left.strides[0] // 4,
+        right.ctypes.data,
+        rank,
+        np.ascontiguousarray(acts).ctypes.data,
+        choice.allowed_cores() if threads is None else threads,
+        "",
+    )
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -27,6 +27,22 @@ def scale_cast(x: Array, factors: Array | None, out: Array) -> Array:
     return out
 
 
+@np.errstate(over="ignore", invalid="ignore")
+def scale_add_cast(x: Array, factors: Array | None, addition: tuple[Array, Array, Array], out: Array) -> None:
+    """Write x [E, R, C], each x[e] times factors[e] (fp32), plus left[e] · right[e] where acts[e], to out."""
+    for expert, (left, right, acts) in enumerate(zip(*addition, strict=True)):
+        own = slice(expert, expert + 1)
+        factor = None if factors is None else factors[own]
+        if not acts:
+            scale_cast(x[own], factor, out[own])
+            continue
+        total = np.zeros(x.shape[1:], np.float32)
+        for column, row in zip(left.T, right, strict=True):  # term after term: another order has other bits
+            total += column[:, None] * row
+        values = x[expert].astype(np.float32) * (1 if factor is None else factor)
+        scale_cast(values + total, None, out[expert])
+
+
 def _round(product: Array, x: Array, out: Array) -> None:
     """Round fp32 to out's dtype; NaN becomes the quiet NaN with the sign of x."""
     out[...] = product

@@ -42,7 +42,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 _DEQUANTISE = "quantised weights are not dequantised here: start from the unquantised checkpoint"
 _EXPORT = "export it to Hugging Face safetensors first, or start from the published checkpoint"
-_MERGE = "merge the adapter into its base with PEFT first (merge_and_unload), then convert the merged model"
+_MERGE = "merge it into its base: gemma4-moe merge BASE ADAPTER DST; or give it another form: gemma4-moe lora"
 
 #: In order of precedence: the first form that any name shows is the checkpoint's. Quantised forms may have one tensor
 #: an expert, too. A file of torch's own formats counts after those of programs that write such files.

@@ -113,6 +113,9 @@ DOWN_B    = LoraRow(DOWN,    "B", ("E", "H", "r"),  f"{NEMO_EXPERTS}.lora_down_B
 
 LORA_ROWS = (GATE_UP_A, GATE_UP_B, DOWN_A, DOWN_B)
 
+#: REST of NeMo's LoRA parameters of experts: the same in state dicts of both layouts, where B belongs to folded weights.
+NATIVE_EXPERT_LORA = frozenset(row.nemo for row in LORA_ROWS)
+
 #: The parameter of a linear module's adapter, after the module's name and a dot: A [r, in] and B [out, r].
 LINEAR = {side: f"lora_{side}.weight" for side in "AB"}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gemma4_moe.errors import UnknownTensorError
 from gemma4_moe.layout import spellings
 from gemma4_moe.layout.foreign import foreign_spelling
-from gemma4_moe.layout.lora import is_lora
+from gemma4_moe.layout.lora import NATIVE_EXPERT_LORA, is_lora
 from gemma4_moe.layout.spellings import CURRENT, WHOLE, Part, Spelling
 from gemma4_moe.layout.table import MOE_MODULES, RULES, Layout, Rule, lora_rule
 
@@ -124,6 +124,8 @@ def parse(name: str, layout: Layout) -> MoEName | None:
         return found
     match = _IN_LAYER.fullmatch(name)
     rest = match["rest"] if match else name
+    if match and rest in NATIVE_EXPERT_LORA:
+        return None
     if match and rest.split(".")[0] in MOE_MODULES:
         raise _unknown(name, rest, layout)
     for known in _known(layout):
@@ -150,9 +152,9 @@ def _unknown(name: str, rest: str, layout: Layout) -> UnknownTensorError:
         hint = f"convert in the other direction, or give a state dict in the {layout} layout"
     elif (foreign := foreign_spelling(name)) is not None:
         rest, hint = f"{rest} ({foreign.name})", foreign.hint
-        if layout is Layout.NEMO and is_lora(name):
-            problem = "LoRA on experts, which is not converted"
-            hint = "leave the experts out of the adapter: name linear modules alone in its target_modules"
+        if is_lora(name):
+            problem = "LoRA on experts in another form than NeMo's, which is not converted in memory"
+            hint = "convert the adapter's directory: gemma4-moe lora ADAPTER DST --to nemo --base BASE"
     expected = f"one of {', '.join(rule.name(layout) for rule in RULES if rule.axes(layout))}"
     return UnknownTensorError(problem, tensor=name, expected=expected, found=rest, hint=hint)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -69,7 +69,7 @@ class Source(Generic[T]):
         dtype: The dtype of all its tensors.
         shape: The shape of the whole.
         parts: The whole of each tensor, in the order of experts, then of rows.
-        row: The shape of one of those that its reads count: an expert's matrix, or an element.
+        row: The shape of one of those that its reads count: an expert's matrix, a row of a matrix, or an element.
     """
 
     dtype: DType
@@ -82,8 +82,13 @@ class Source(Generic[T]):
         """Its size in bytes."""
         return _nbytes(self)
 
+    def by_rows(self) -> Source[T]:
+        """Return a source of elements [R, C] as one whose reads count rows."""
+        (whole,) = self.parts
+        return replace(self, parts=(replace(whole, experts=(0, self.shape[0])),), row=self.shape[1:])
+
     def reads(self, first: int, last: int) -> Iterator[Read[T]]:
-        """Yield the reads of the experts, or elements, (first, last), in the order of the parts."""
+        """Yield the reads of the experts, or rows, or elements, (first, last), in the order of the parts."""
         begin = bisect_right(self.parts, first, key=lambda part: part.experts[1])
         for part in self.parts[begin:]:
             start, end = max(first, part.experts[0]), min(last, part.experts[1])

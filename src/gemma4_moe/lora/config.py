@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.checkpoint.storage import read_whole
+from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import ConfigError, UnsupportedCheckpointError
 from gemma4_moe.layout.lora import ParamWrapper
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 NATIVE_NAME = "automodel_peft_config.json"
 
@@ -25,7 +26,7 @@ NATIVE_NAME = "automodel_peft_config.json"
 STAMP = "paramwrapper_layout"
 
 #: The longest such document that is read, in bytes. One that names each matrix of the 26B has about a megabyte.
-_LONGEST = 10 * 2**20
+LONGEST = 10 * 2**20
 
 #: The first release of PEFT with today's layout of 3-D experts.
 _CURRENT_VERSION = (0, 19, 1)
@@ -102,6 +103,14 @@ class LoraConfig:
         return bool((self.native or {}).get("moe_rank_scaling"))
 
 
+def is_adapter(path: Path) -> bool:
+    """Return whether a directory has an adapter and no other weights."""
+    with refusals("look at the directory", path):
+        if not (path / WEIGHTS_NAME).is_file():
+            return False
+        return [*path.glob("*.safetensors")] == [path / WEIGHTS_NAME]
+
+
 def scaling(rank: int, alpha: float, *, is_rslora: bool) -> float:
     """Return the factor of B · A."""
     return float(alpha / rank**0.5 if is_rslora else alpha / rank)
@@ -144,7 +153,7 @@ def read_lora_config(directory: Path) -> LoraConfig:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    raw = read_whole(path, _LONGEST)
+    raw = read_whole(path, LONGEST)
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ from gemma4_moe.errors import UsageError
 from gemma4_moe.layout.lora import LoraForm, ParamWrapper
 from gemma4_moe.layout.names import fold_names
 from gemma4_moe.layout.table import DOWN
+from gemma4_moe.lora.changes import router_notes
 from gemma4_moe.lora.documents import documents
 from gemma4_moe.lora.forms import written
 from gemma4_moe.lora.names import is_router
@@ -132,13 +133,7 @@ def _values(module: LoraModule, side: str, scales: Scales | None, *, factor: flo
 
 def _notes(adapter: Adapter, form: LoraForm, factors: Mapping[str, float]) -> tuple[str, ...]:
     routers = [module for module in adapter.modules.values() if is_router(module.name)]
-    moved = [module.name for module in routers if np.any(module.sides["B"].read())]
-    notes = []
-    if moved:
-        notes.append(
-            f"{', '.join(fold_names(moved))}: NeMo's gate does not apply the LoRA of its projection, and PEFT does; B "
-            "is not zero, so the two give different logits"
-        )
+    notes = [*router_notes([module.name for module in routers if np.any(module.sides["B"].read())])]
     if factors:
         notes.append(f"{', '.join(fold_names(factors))}: B has the ratio of scalings, since {form} has one for all")
     return tuple(notes)

@@ -155,7 +155,7 @@ def _unsaid(adapter: Adapter, module: str, expected: str, found: str) -> Unsuppo
         file=adapter.path,
         expected=expected,
         found=found,
-        hint="merge it into its base with PEFT (merge_and_unload), and convert the merged model",
+        hint="merge it into its base instead: gemma4-moe merge BASE ADAPTER DST --to nemo",
     )
 
 

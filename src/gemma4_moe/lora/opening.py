@@ -11,13 +11,14 @@ import numpy as np
 
 from gemma4_moe.checkpoint.directory import StoredTensor
 from gemma4_moe.checkpoint.file import SafetensorsFile
-from gemma4_moe.checkpoint.storage import refusals
+from gemma4_moe.checkpoint.hashing import Extent, blake3_of, hash_extents
+from gemma4_moe.checkpoint.storage import read_whole, refusals
 from gemma4_moe.errors import CheckpointFormatError, IncompleteExpertsError, TensorShapeError
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES
 from gemma4_moe.layout.lora import LORA_ROWS, LoraForm, ParamWrapper
 from gemma4_moe.layout.names import layer_of, natural_key
 from gemma4_moe.layout.table import DOWN, GATE_UP
-from gemma4_moe.lora.config import read_lora_config
+from gemma4_moe.lora.config import CONFIG_NAME, LONGEST, NATIVE_NAME, WEIGHTS_NAME, read_lora_config
 from gemma4_moe.lora.modules import LoraModule, LoraTensor, plain_from
 from gemma4_moe.lora.names import explain, form_of
 from gemma4_moe.lora.stored import experts_of_vllm, layout_in_use, wrapped_rows
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from gemma4_moe.lora.config import LoraConfig
     from gemma4_moe.lora.names import LoraName
 
-WEIGHTS_NAME = "adapter_model.safetensors"
+#: Bytes of buffers with which the weights are hashed.
+_HASH_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,13 @@ class Adapter:
         """Whether it changes a weight that a folded and an unfolded base do not share."""
         return any(module.rule is DOWN for module in self.modules.values())
 
+    def hashes(self) -> dict[str, str]:
+        """Return the BLAKE3 of the weights, and that of each document."""
+        paths = (self.path / CONFIG_NAME, self.path / NATIVE_NAME)
+        found = {path.name: blake3_of([read_whole(path, LONGEST)]) for path in paths if path.exists()}
+        (weights,) = hash_extents([[Extent(self.file, 0, self.file.size)]], _HASH_BYTES, buffered=True)
+        return {WEIGHTS_NAME: weights} | found
+
     def scaling_of(self, module: LoraModule) -> float:
         """Return the factor of B · A of a module."""
         return self.config.scaling(module.rank, module.alpha)
@@ -76,10 +85,7 @@ def open_adapter(path: Path) -> Iterator[Adapter]:
     _require_weights(path)
     config = read_lora_config(path)
     with SafetensorsFile(path / WEIGHTS_NAME) as file:
-        stored = {
-            entry.name: StoredTensor(entry.name, entry.dtype, entry.shape, entry.start, entry.end, file)
-            for entry in file.header.entries
-        }
+        stored = stored_in(file)
         for tensor in stored.values():
             _require_float(tensor)
         names = {name: explain(name) for name in stored}
@@ -94,6 +100,14 @@ def open_adapter(path: Path) -> Iterator[Adapter]:
             raise _wrong(second, file.path, f"{count} experts, as {first} has", f"{other} experts")
         ordered = dict(sorted(modules.items(), key=lambda item: natural_key(item[0])))
         yield Adapter(path, file, config, form, ordered, layout, next(iter(counts), None))
+
+
+def stored_in(file: SafetensorsFile) -> dict[str, StoredTensor]:
+    """Return the tensors of an open file by their names."""
+    return {
+        entry.name: StoredTensor(entry.name, entry.dtype, entry.shape, entry.start, entry.end, file)
+        for entry in file.header.entries
+    }
 
 
 def _require_weights(path: Path) -> None:

@@ -20,6 +20,7 @@ from gemma4_moe.layout.table import SCALE, Layout
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from gemma4_moe.checkpoint.directory import Checkpoint
     from gemma4_moe.layout.names import LayerKey
     from gemma4_moe.lora.modules import Array
 
@@ -91,14 +92,21 @@ def read_scales(base: Base | None) -> Scales:
             found="no base",
             hint=_NAME_IT,
         )
-    values: dict[LayerKey, Array] = {}
     if isinstance(base, Mapping):
-        origin = "the scales that were given"
-        given = {name: _array(value) for name, value in base.items()}
-    else:
-        origin = str(base)
-        with open_source(base, stream=is_hub_id(base)) as checkpoint:
-            given = {name: scale.astype(np.float32) for name, scale in scales_of(checkpoint, Layout.HF).items()}
+        return _named({name: _array(value) for name, value in base.items()}, "the scales that were given")
+    with open_source(base, stream=is_hub_id(base)) as checkpoint:
+        return scales_in(checkpoint)
+
+
+def scales_in(checkpoint: Checkpoint) -> Scales:
+    """Read all scales of an open base. Raises a UsageError if it has none."""
+    found = scales_of(checkpoint, Layout.HF)
+    return _named({name: scale.astype(np.float32) for name, scale in found.items()}, str(checkpoint.path))
+
+
+def _named(given: Mapping[str, Array], origin: str) -> Scales:
+    """Return scales by their layers."""
+    values: dict[LayerKey, Array] = {}
     for name, scale in given.items():
         parsed = lookup(name, Layout.HF)
         if parsed is None or parsed.rule is not SCALE:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma4_moe.distributed.ranks import Ranks
-from gemma4_moe.lora.opening import WEIGHTS_NAME
+from gemma4_moe.lora.config import WEIGHTS_NAME
 from gemma4_moe.target.directory import TargetFiles
 from gemma4_moe.target.file_layout import PlannedFile, layout_header
 from gemma4_moe.target.pieces import piece_of

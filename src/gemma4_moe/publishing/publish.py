@@ -19,7 +19,7 @@ from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE
 from gemma4_moe.verifier.verify import verify
 
 if TYPE_CHECKING:
-    from gemma4_moe.converter.convert import Conversion
+    from gemma4_moe.converter.conversion import Conversion
     from gemma4_moe.hub.push import Pushed
     from gemma4_moe.sizes import Progress
     from gemma4_moe.verifier.comparison import Verification

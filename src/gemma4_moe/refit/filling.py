@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
     from gemma4_moe.refit.buckets import Batch, Bucket
     from gemma4_moe.refit.items import Item
+    from gemma4_moe.refit.lora import Merger
 
 
 class Filler:
     """Fills the tensors of one pass, or only takes part in collectives. They are complete after `flush`."""
 
-    def __init__(self, kernel: str, *, keeps: bool) -> None:
+    def __init__(self, kernel: str, *, keeps: bool, merger: Merger | None = None) -> None:
         self._kernel = kernel
+        self._merger = merger
         self._keeps = keeps
         self._gatherer = Gatherer()
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -53,6 +55,8 @@ class Filler:
 
     def _fill(self, item: Item, value: torch.Tensor, out: torch.Tensor, experts: tuple[int, int] | None) -> None:
         """Write a whole tensor, or a part of each of some experts, into `out`."""
+        if self._merger is not None:
+            value = self._merger.merged(item, value)
         local = local_of(value)
         where = placed(value, item.origin.name) if isinstance(value, DTensor) else None
         if item.operation is Operation.FOLD:

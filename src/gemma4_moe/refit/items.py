@@ -11,8 +11,7 @@ from torch.distributed.tensor import DTensor
 from gemma4_moe.errors import DuplicateTensorError, InputError, UsageError
 from gemma4_moe.layout import spellings
 from gemma4_moe.layout.dtypes import cast_to, named, target_dtype
-from gemma4_moe.layout.lora import LORA_REGEX, is_lora
-from gemma4_moe.layout.names import fold_names, layer_of, lookup
+from gemma4_moe.layout.names import layer_of, lookup
 from gemma4_moe.layout.spellings import CURRENT, Spelling
 from gemma4_moe.layout.table import EXPERT_RULES, Layout
 from gemma4_moe.layout.targets import Target, targets_of
@@ -121,20 +120,6 @@ def layout_of(natives: Iterable[TensorFacts]) -> Layout:
 def _is_expert(name: str, layout: Layout) -> bool:
     found = lookup(name, layout)
     return found is not None and found.rule in EXPERT_RULES[layout]
-
-
-def refuse_unmerged(natives: Iterable[TensorFacts]) -> None:
-    """Check that no adapter is left beside the weights: an engine would load the weights without it."""
-    unmerged = [facts.name for facts in natives if is_lora(facts.name)]
-    if unmerged:
-        raise InputError(
-            "an adapter that is not merged into the weights",
-            tensor=unmerged[0],
-            expected="merged weights",
-            found=f"{len(unmerged)} tensors: {', '.join(fold_names(unmerged))}",
-            hint="merge the adapter first; or, if the engine gets it by another way, leave it out by "
-            f"exclude_key_regex={LORA_REGEX!r}, and unwrap names with base_layer in them",
-        )
 
 
 def items_of(

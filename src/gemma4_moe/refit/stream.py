@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_moe.adapter.configs import axis_sizes, conversion_of
-from gemma4_moe.adapter.state_dict_adapter import Gemma4MoEStateDictAdapter
+from gemma4_moe.adapter.configs import conversion_of
 from gemma4_moe.adapter.to_hf import excluding, left_out
 from gemma4_moe.distributed.collectives import agree, digests, ranks_where
 from gemma4_moe.distributed.placements import local_of
@@ -20,10 +19,12 @@ from gemma4_moe.distributed.ranks import current
 from gemma4_moe.errors import InputError, ParallelError, UsageError
 from gemma4_moe.layout.inventory import Inventory
 from gemma4_moe.refit.ahead import Ahead
+from gemma4_moe.refit.arguments import adapter_of, check_sizes, sizes_of
 from gemma4_moe.refit.buckets import aligned, buffers_for, plan_buckets
 from gemma4_moe.refit.filling import Filler, holds_all
-from gemma4_moe.refit.items import Planned, dtype_of, form_of, items_of, layout_of, only_layers, refuse_unmerged
+from gemma4_moe.refit.items import Planned, dtype_of, form_of, items_of, layout_of, only_layers
 from gemma4_moe.refit.lending import Lender
+from gemma4_moe.refit.lora import Merger, adapter_tensors, lora_apart
 from gemma4_moe.refit.preflight import check_against
 from gemma4_moe.refit.state import StatePass, contents_of, mappings_of
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.refit.buckets import Bucket, Oversize, PlannedBucket
     from gemma4_moe.refit.items import Dtype, Experts, Item
+    from gemma4_moe.refit.lora import Lora
     from gemma4_moe.refit.state import Contents, State
 
 
@@ -68,6 +70,9 @@ class WeightStream:
         exclude_key_regex: Leave out each tensor whose hf or nemo name this matches (`re.match`).
         layers: Send only these decoder layers.
         dst: The only rank that gets tensors; the others only take part in gathers. Every rank by default.
+        lora: For a native state with LoRA parameters: "merged" adds lora_alpha / r · B · A to each weight in fp32 and
+            rounds once, "separate" sends the weights without it, and `lora_tensors` gives it. Refused by default.
+        lora_alpha: The alpha of its scaling.
 
     Attributes:
         keeps: Whether this rank gets tensors.
@@ -91,15 +96,17 @@ class WeightStream:
         exclude_key_regex: str | None = None,
         layers: Collection[int] | None = None,
         dst: int | None = None,
+        lora: Lora | None = None,
+        lora_alpha: float | None = None,
     ) -> None:
         form, ranks = form_of(experts), current()
-        _check_sizes(bucket_bytes, oversize, buffers)
+        check_sizes(bucket_bytes, oversize, buffers)
         if dst is not None and not 0 <= dst < ranks.world:
             raise UsageError("no such rank", expected=f"dst from 0 to {ranks.world - 1}", found=dst)
         self.dst = dst
         self.keeps = dst is None or dst == ranks.rank
         self._bucket_bytes, self._oversize, self._buffers = bucket_bytes, oversize, buffers
-        adapter = _adapter_of(state) if adapter is None else adapter
+        adapter = adapter_of(state) if adapter is None else adapter
         self._kernel = conversion_of(getattr(adapter, "backend", None))
         self._state = state
         excluded = excluding(exclude_key_regex)
@@ -108,8 +115,9 @@ class WeightStream:
         for number, tensors in enumerate(mappings_of(state)):
             self._contents.append(contents_of(tensors, number, self._left_out))
         natives = [facts for contents in self._contents for facts in contents.natives]
-        refuse_unmerged(natives)
-        inventory = Inventory(layout_of(natives), _sizes(state, adapter), leaves_out=self._left_out)
+        natives, self._pairs = lora_apart(natives, lora, lora_alpha)
+        self._lora, self._alpha = lora, lora_alpha
+        inventory = Inventory(layout_of(natives), sizes_of(state, adapter), leaves_out=self._left_out)
         for name in (each for contents in self._contents for each in contents.left_out):
             inventory.leave_out(name)
         self._items = items_of(natives, inventory, form, excluded, dtype_of(dtype), names or (lambda name: name))
@@ -118,10 +126,12 @@ class WeightStream:
         sent, ties = names or str, [tie for contents in self._contents for tie in contents.aliases.items()]
         self._aliases = {sent(alias): sent(name) for alias, name in ties}
         self._meshes = {facts.mesh: None for facts in natives if facts.mesh is not None}
-        self._placements = digests((each.mesh, [each.name, each.placements]) for each in natives)
+        sharded = [*natives, *(side for pair in self._pairs.values() for side in (pair.a, pair.b))]
+        self._placements = digests((each.mesh, [each.name, each.placements]) for each in sharded)
         self._buckets: tuple[list[PlannedBucket], int] | None = None
         digest = hashlib.sha256(json.dumps(self.plan()).encode()).hexdigest()
         self._call = [digest, experts, bucket_bytes, oversize, exclude_key_regex, sorted(layers or ())]
+        self._call += [lora, lora_alpha]
 
     def plan(self) -> list[Planned]:
         """Return name, shape, dtype and size of each tensor in order; nothing communicates."""
@@ -145,6 +155,16 @@ class WeightStream:
         """
         plans = [self.plan(), *others]
         check_against([planned for plan in plans for planned in plan], self._aliases, reference)
+
+    @torch.no_grad()
+    def lora_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """Return a separate adapter in vLLM's form, for an engine with the weights that this stream sends.
+
+        Its config has the largest rank as r and the alpha of this stream; a smaller rank's ratio is in its B. The scale
+        is folded into these weights, so B of `down` is as it is. Ranks of a mesh must call together. For an engine with
+        the published weights use `convert_lora`.
+        """
+        return adapter_tensors(self._pairs, StatePass(self._state, self._contents, self._left_out).tensor)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Start a pass over (hf name, tensor) pairs, each tensor in new memory.
@@ -241,7 +261,8 @@ class WeightStream:
                 raise
         if state.problem is not None:
             raise state.problem
-        return Filler(self._kernel, keeps=self.keeps), state
+        merger = Merger(self._pairs, self._alpha, state.tensor) if self._lora == "merged" else None
+        return Filler(self._kernel, keeps=self.keeps, merger=merger), state
 
     def _end(self, state: StatePass, *, stopped: bool, failure: UsageError | None = None) -> None:
         """End a pass on all ranks; one of them may have stopped it before its end, or failed there."""
@@ -268,26 +289,3 @@ def _fresh(item: Item, state: StatePass, filler: Filler) -> torch.Tensor:
     filler.fill(item, value, out)
     filler.flush()
     return out
-
-
-def _check_sizes(bucket_bytes: int, oversize: str, buffers: int | None) -> None:
-    if oversize not in ("error", "own"):
-        raise UsageError("no such value of oversize", expected="error or own", found=repr(oversize))
-    if bucket_bytes < 1:
-        raise UsageError("a bucket without room", expected="bucket_bytes of 1 or more", found=bucket_bytes)
-    if buffers is not None and buffers < 2:
-        hint = "give 2 or more: one is read while the next is filled"
-        raise UsageError("too few buffers", expected="2 or more", found=buffers, hint=hint)
-
-
-def _adapter_of(state: State) -> Gemma4MoEStateDictAdapter | None:
-    """Return a module's own adapter, unless it is of another library."""
-    own = getattr(state, "state_dict_adapter", None)
-    return own if isinstance(own, Gemma4MoEStateDictAdapter) else None
-
-
-def _sizes(state: State, adapter: Any) -> dict[str, int]:
-    """Return the sizes of E, H and I that an adapter's configs or a module's own give."""
-    if adapter is None:
-        return axis_sizes(getattr(state, "config", None), None)
-    return axis_sizes(adapter.config, adapter.moe_config)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gemma4_moe.verifier.arithmetic import Bits
     from gemma4_moe.verifier.distances import Distance, Distances
 
-Kind = Literal["missing", "extra", "shape", "dtype", "values", "fold", "file"]
+Kind = Literal["missing", "extra", "shape", "dtype", "values", "fold", "file", "scaling"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Difference:
         name: The tensor, as the target names it, or the side file.
         kind: "missing": the target lacks it. "extra": only the target has it. "shape", "dtype": these differ.
             "values": elements have other bits. "fold": the fold of `down_proj` and its `per_expert_scale` has other
-            bits. "file": a side file is missing or has other bytes.
+            bits. "file": a side file is missing or has other bytes. "scaling": an adapter's module has another.
         expected: The expected dtype, shape or size; for elements, value and hexadecimal bits of the first that differs.
         found: The same of the target.
         count: How many elements differ; of a packed dtype, how many bytes.

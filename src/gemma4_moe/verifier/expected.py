@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
     from gemma4_moe.layout.names import MoEName
+    from gemma4_moe.verifier.additions import Addition
     from gemma4_moe.verifier.assembled import Values
 
 
@@ -31,6 +32,8 @@ class Expectation:
         scale: The source tensor whose values multiply its experts, or None.
         scale_name: The target's tensor that multiplies its experts, or None. It should be ones, or the source's scale
             if the layout is the source's.
+        own_scale: The source tensor that multiplies its experts and stays a tensor, if the layout is the source's.
+        addition: What an adapter adds to it, or None.
     """
 
     source: Values | None
@@ -38,6 +41,8 @@ class Expectation:
     transposed: bool = False
     scale: StoredTensor | None = None
     scale_name: str | None = None
+    own_scale: StoredTensor | None = None
+    addition: Addition | None = None
 
     def dtypes(self, cast: DType | None) -> tuple[DType, ...]:
         """Return the dtypes that it may have if floats are cast to `cast`; a scale of ones may have several."""
@@ -60,7 +65,8 @@ def expectations(
     for own, (name, stored) in assembled(source.tensors, names, layout).items():
         if name is not None and layout is to is Layout.HF and name.rule is DOWN:
             scale_name = name.sibling(SCALE).hf
-            expected[name.hf] = Expectation(stored, stored.shape, scale=scales[name.layer_key], scale_name=scale_name)
+            own_scale = scales[name.layer_key]
+            expected[name.hf] = Expectation(stored, stored.shape, own_scale=own_scale, scale_name=scale_name)
         elif name is None or layout is to or name.rule.hf_axes == name.rule.nemo_axes:
             expected[own if name is None else name.name(to)] = Expectation(stored, stored.shape)
         elif name.rule.in_nemo:

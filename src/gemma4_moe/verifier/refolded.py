@@ -12,15 +12,8 @@ from typing import TYPE_CHECKING
 from gemma4_moe.verifier.arithmetic import reference
 from gemma4_moe.verifier.differences import Mismatches
 from gemma4_moe.verifier.distances import Distances
-from gemma4_moe.verifier.values import (
-    Comparison,
-    compare_scale,
-    experts_of,
-    factors_of,
-    may_refold,
-    read_whole,
-    scan_expert,
-)
+from gemma4_moe.verifier.pieces import experts, factors_of, read, scan_expert
+from gemma4_moe.verifier.values import Comparison, compare_scale, may_refold
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -30,7 +23,7 @@ if TYPE_CHECKING:
     from gemma4_moe.verifier.assembled import Values
     from gemma4_moe.verifier.differences import Difference
     from gemma4_moe.verifier.expected import Expectation
-    from gemma4_moe.verifier.values import Check
+    from gemma4_moe.verifier.pieces import Check
 
 #: Rows of an expert that are computed at once.
 _ROWS = 64
@@ -42,11 +35,11 @@ def refolds(expected: Mapping[str, Expectation], found: Mapping[str, Values], od
         tensor = expected[name]
         if may_refold(tensor, found):
             assert tensor.source is not None
-            assert tensor.scale is not None
+            assert tensor.own_scale is not None
             assert tensor.scale_name is not None
             scale = found[tensor.scale_name]
             least = (tensor.source.nbytes + target.nbytes) // target.shape[0]
-            compare = _Refold(tensor.source, tensor.scale, target, scale).compare
+            compare = _Refold(tensor.source, tensor.own_scale, target, scale).compare
             yield Comparison(partial(compare, odd), target.nbytes + scale.nbytes, least)
 
 
@@ -61,10 +54,10 @@ class _Refold:
         """Make the comparison."""
         source, target = self._source, self._target
         self._before, self._after = factors_of(self._source_scale), factors_of(self._target_scale)
-        found = read_whole(self._target_scale)
-        wanted = reference(read_whole(self._source_scale), self._source_scale.dtype, self._target_scale.dtype)
+        found = read(self._target_scale)
+        wanted = reference(read(self._source_scale), self._source_scale.dtype, self._target_scale.dtype)
         values, distances, wrong = Mismatches(target.shape, target.dtype), Distances(target.dtype), set()
-        for expert, old, new in experts_of(source, target, memory, check):
+        for expert, old, new in experts(source, target, memory, check):
             old = old.reshape(new.shape)  # both sides are [H, I] here
             scan_expert(odd, source, expert, old)
             own = self._own(expert, old, new)
@@ -74,7 +67,7 @@ class _Refold:
                 elif own.count:
                     values.add(own)
                     wrong.add(expert)
-        for expert, old, new in experts_of(source, target, memory, check) if wrong else ():
+        for expert, old, new in experts(source, target, memory, check) if wrong else ():
             if expert in wrong:
                 distances.add(reference(old.reshape(new.shape), source.dtype, target.dtype), new)
         return [*values.difference(target.name, distances), *compare_scale(self._target_scale, wanted, found)]

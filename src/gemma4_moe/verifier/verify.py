@@ -15,18 +15,21 @@ from typing import TYPE_CHECKING, overload
 from gemma4_moe.checkpoint.blobs import check_blobs
 from gemma4_moe.checkpoint.config import CONFIG_NAME, LONGEST_CONFIG
 from gemma4_moe.checkpoint.config_dtype import with_dtype
+from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.recognition import layout_of, recognise, wrong_tensors
 from gemma4_moe.checkpoint.scales import with_scales
 from gemma4_moe.checkpoint.storage import open_regular, read_whole, refusals, regular_status
 from gemma4_moe.errors import UsageError
 from gemma4_moe.hub.source import check_streamed, locate, open_source
 from gemma4_moe.layout.inventory import Inventory
+from gemma4_moe.lora.opening import open_adapter
 from gemma4_moe.sizes import parse_size
 from gemma4_moe.target.manifest import Recheck, check_manifest
 from gemma4_moe.target.recovery import check_published
 from gemma4_moe.verifier.comparison import DEFAULT_MEMORY, Verification, by_current_name, compare, open_side
 from gemma4_moe.verifier.differences import Difference
 from gemma4_moe.verifier.expected import common_dtype, expectations
+from gemma4_moe.verifier.merged import with_additions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,10 +44,18 @@ if TYPE_CHECKING:
 #: Bytes that are read of a side file at once.
 _CHUNK = 2**20
 
+#: The most bytes of buffers if an adapter's matrices are among them.
+MERGED_MEMORY = 2**30
+
 
 @overload
 def verify(
-    target: str | Path, /, *, revision: str | None = None, max_memory: int | str = ..., progress: Progress | None = ...
+    target: str | Path,
+    /,
+    *,
+    revision: str | None = None,
+    max_memory: int | str | None = ...,
+    progress: Progress | None = ...,
 ) -> Recheck: ...
 
 
@@ -60,7 +71,8 @@ def verify(
     scale: str | None = ...,
     scale_from: str | Path | None = ...,
     config_from: str | Path | None = ...,
-    max_memory: int | str = ...,
+    adapter: str | Path | None = ...,
+    max_memory: int | str | None = ...,
     progress: Progress | None = ...,
 ) -> Verification: ...
 
@@ -76,7 +88,8 @@ def verify(
     scale: str | None = None,
     scale_from: str | Path | None = None,
     config_from: str | Path | None = None,
-    max_memory: int | str = DEFAULT_MEMORY,
+    adapter: str | Path | None = None,
+    max_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> Verification | Recheck:
     """Compare every tensor of a target with its source's, computed again; or a target alone with its manifest.
@@ -86,6 +99,9 @@ def verify(
     all to one dtype, unless a whole source is in the target's layout. To hf, an expert is right in two cases:
     `down_proj` has its bits, and the scale is the source's, or else one; or both fold to the native bits. Side files of
     the source must be in the target, byte for byte.
+
+    With an adapter, a value is right if it is the rounding of a number that fp32 arithmetic may give (`merged`). What
+    the adapter does not change is compared bit by bit.
 
     `verify(target)` compares the hashes of every file with those in `gemma4_moe.json`.
 
@@ -98,7 +114,9 @@ def verify(
         scale: "ones", if the source was converted so: see `convert`.
         scale_from: The checkpoint with the scales that the source has lost: see `convert`.
         config_from: The checkpoint whose config.json the target should have: see `convert`.
-        max_memory: The most bytes of buffers, or text such as "512MiB".
+        adapter: The directory of the adapter that was merged into the target: the first argument is its base.
+        max_memory: The most bytes of buffers, or text such as "512MiB"; by default 64 MiB, and 1 GiB with an adapter,
+            whose matrices are part of it.
         progress: Called with the bytes that were compared so far and with their total.
 
     Returns:
@@ -112,10 +130,10 @@ def verify(
         UsageError: The memory budget is too small or no size; a directory was given a revision; a target alone was
             given an option that needs a source; or none of the checkpoints that are to be streamed is on the Hub.
     """
-    memory = parse_size(max_memory)
+    memory = parse_size(max_memory or (DEFAULT_MEMORY if adapter is None else MERGED_MEMORY))
     if second is None:
         options = {"stream": stream, "strip-wrappers": strip_wrappers, "scale": scale, "scale-from": scale_from}
-        options["config-from"] = config_from
+        options |= {"config-from": config_from, "adapter": adapter}
         if given_options := ", ".join(f"--{name}" for name, value in options.items() if value):
             hint = f"name SRC and DST, or leave {given_options} out"
             raise UsageError("a target alone is only hashed", file=first, found=given_options, hint=hint)
@@ -136,8 +154,11 @@ def verify(
         layout, names = _understand(given)
         to = layout_of(judged.tensors, judged.path)
         expected = expectations(given, names, layout, to)
+        if adapter is not None:
+            opened_adapter = stack.enter_context(open_adapter(expanded(adapter)))
+            expected = with_additions(expected, opened_adapter, given, layout, to)
         found = by_current_name(judged, to)
-        cast = common_dtype(expected, found) if layout is not to or given.in_parts else None
+        cast = common_dtype(expected, found) if layout is not to or given.in_parts or adapter is not None else None
         result = compare(given, judged, expected, found, cast=cast, max_memory=memory, progress=progress)
         wrong_files = _compare_side_files(given, judged, cast)
         return replace(result, different=(*result.different, *wrong_files), files=len(given.side_files))
