@@ -45,7 +45,7 @@ def check_load(world, source):
         found = load_hf(model, source)
         del model["lm_head.weight"]
         same(model, expected)
-        assert found.unused == ()
+        assert found.unexpected_keys == found.missing_keys == ()
         assert set(found.filled) == set(expected)
 
 
@@ -72,7 +72,7 @@ def check_load_pipeline(source):
     model = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
     found = load_hf(model, source)
     same(model, expected)
-    assert set(found.unused) == native().keys() - expected.keys()
+    assert set(found.unexpected_keys) == native().keys() - expected.keys()
 
 
 def check_save_failures(source, target):

@@ -30,6 +30,9 @@ BLOCK_BYTES = 32 * 2**20
 #: Blocks that a load reads at a time. One thread reads the page cache at 6 GB/s, sixteen at 40 (an H100's host).
 LOAD_BLOCKS = 8
 
+#: Blocks that a load with shared reads receives at a time, besides those that it reads.
+RECEIVED_BLOCKS = 4
+
 #: Buffers on each side of the kernel: enough to keep reader, kernel and writer busy.
 MOST_BUFFERS = 4
 
