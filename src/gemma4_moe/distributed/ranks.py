@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+class LostRankError(ParallelError):
+    """A collective failed: ranks can't even tell each other how the work ended."""
+
+
 @contextmanager
 def failing_in_words(action: str) -> Iterator[None]:
     """Turn a failed collective into a ParallelError that names the logs to read."""
     try:
         yield
     except RuntimeError as error:
-        raise ParallelError(
+        raise LostRankError(
             f"ranks could not {action}: {str(error).splitlines()[0]}",
             expected="every rank to take part",
             hint="read the first error in the logs of the other ranks: one failed, was killed or did not call",
@@ -79,6 +83,8 @@ class Ranks:
         failure: Exception | None = None
         try:
             yield
+        except LostRankError:
+            raise
         except Exception as error:  # noqa: BLE001 - the other ranks must not wait for this one; it is raised below
             failure = error
         messages = self.everyones(None if failure is None else str(failure))

@@ -101,7 +101,7 @@ def load_hf(
             devices = {tensor.device for tensor in filled.values()}
             require_backend(ranks, devices)
             pipeline = Pipeline(load_block_bytes(planned.values()), devices, count)
-        sharing = stack.enter_context(Sharing(ranks, checkpoint, filled.values()))
+        sharing = Sharing(ranks, checkpoint, filled.values())
         read_bytes = 0
         for phase in phases:
             for jobs in sharing.segments(phase):

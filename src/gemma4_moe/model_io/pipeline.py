@@ -9,6 +9,7 @@ of their jobs, which is the same for all; threads that only receive don't keep o
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
@@ -65,6 +66,9 @@ class Job(NamedTuple):
         """Whether this rank reads the range."""
         return self.exchange is None or self.exchange.reads
 
+
+#: How often a thread looks whether an exchange is complete, in seconds.
+_POLL_SECONDS = 0.001
 
 #: A job, and the number of exchanges that this rank's jobs before it have.
 _Task = tuple[int, Job]
@@ -189,5 +193,10 @@ class Pipeline:
                 work = dist.broadcast(raw, exchange.reader, exchange.group, async_op=True)
             self._turn += 1
             self._changed.notify_all()
+        deadline = time.monotonic() + AGREEMENT_SECONDS
+        while not work.is_completed() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            if self._ended:  # a rank is lost, for which others may wait: this one does not wait for them
+                return
         with failing_in_words("share what they read"):
-            work.wait(timedelta(seconds=AGREEMENT_SECONDS))
+            work.wait(timedelta(seconds=_POLL_SECONDS))

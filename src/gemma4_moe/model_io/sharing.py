@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from datetime import timedelta
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
 SEGMENT_BYTES = 2 * 2**30
 
 
+#: The groups that loads have made, by the default process group of their time. They are kept as long as that is, like
+#: those of a mesh: torch names a group by its ranks, and one that takes a destroyed group's name finds its addresses.
+_MADE_GROUPS: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
+
+
 class Need(NamedTuple):
     """The rows of one stored tensor that a rank needs, and what must be the same on all ranks that need some."""
 
@@ -56,7 +62,7 @@ class Chunk(NamedTuple):
 
 
 class Sharing:
-    """The ranks that share the reads of a checkpoint. Use it as a context manager; all of them call the same.
+    """The ranks that share the reads of a checkpoint; all of them call the same.
 
     Args:
         ranks: One rank shares with nobody.
@@ -65,7 +71,6 @@ class Sharing:
 
     def __init__(self, ranks: Ranks, checkpoint: Checkpoint, tensors: Iterable[torch.Tensor]) -> None:
         self._ranks = ranks
-        self._made: list[Any] = []
         self._groups: dict[tuple[int, ...], Any] = {}
         if ranks.world > 1:
             self._own = _groups_of(tensors, like=ranks.group)
@@ -74,14 +79,6 @@ class Sharing:
             everyones = ranks.everyones((files, names))
             _require_one_checkpoint(ranks, checkpoint, [files for files, _ in everyones])
             self._names = [names for _, names in everyones]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, failed: object, *_: object) -> None:
-        if failed is None:  # else the process is about to end, and a group of NCCL would wait for lost ranks
-            for group in self._made:
-                dist.destroy_process_group(group)
 
     def segments(self, wanted: Sequence[Wanted]) -> Iterator[list[Job]]:
         """Yield the jobs of this rank that fill what it needs, one segment after the other."""
@@ -118,8 +115,7 @@ class Sharing:
                 patience = timedelta(seconds=AGREEMENT_SECONDS)
                 with failing_in_words("form a group"):
                     group = dist.new_group(members, timeout=patience, use_local_synchronization=True)
-                self._made.append(group)
-                self._groups[ranks] = group
+                self._groups[ranks] = _made_groups()[members] = group
         return self._groups[ranks]
 
 
@@ -201,6 +197,11 @@ def require_backend(ranks: Ranks, devices: Iterable[torch.device]) -> None:
             )
 
 
+def _made_groups() -> dict[tuple[int, ...], Any]:
+    """Return the groups that earlier loads of this torch.distributed session made, by their ranks."""
+    return _MADE_GROUPS.setdefault(dist.group.WORLD, {})
+
+
 def _backends(group: Any) -> dict[str, str]:
     """Return the backend of each kind of device of a process group."""
     return dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
@@ -211,7 +212,7 @@ def _groups_of(tensors: Iterable[torch.Tensor], like: Any) -> dict[tuple[int, ..
     meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor))
     groups = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim) if mesh.size(dim) > 1]
     fit = [group for group in groups if _backends(group) == _backends(like)]
-    return {tuple(dist.get_process_group_ranks(group)): group for group in fit}
+    return {tuple(dist.get_process_group_ranks(group)): group for group in fit} | _made_groups()
 
 
 def _require_one_checkpoint(ranks: Ranks, checkpoint: Checkpoint, files: Sequence[Any]) -> None:
