@@ -193,10 +193,14 @@ class Pipeline:
                 work = dist.broadcast(raw, exchange.reader, exchange.group, async_op=True)
             self._turn += 1
             self._changed.notify_all()
+        self._complete(work)
+
+    def _complete(self, work: dist.Work) -> None:
+        """Wait for an exchange, unless this load has ended: a rank is lost then, and others may wait for it forever."""
         deadline = time.monotonic() + AGREEMENT_SECONDS
         while not work.is_completed() and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-            if self._ended:  # a rank is lost, for which others may wait: this one does not wait for them
+            if self._ended:
                 return
         with failing_in_words("share what they read"):
             work.wait(timedelta(seconds=_POLL_SECONDS))
