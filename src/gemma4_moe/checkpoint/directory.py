@@ -9,17 +9,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from gemma4_moe.checkpoint.config import ConfigFile, read_config
+from gemma4_moe.checkpoint.config_dtype import QUANTISATION
 from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.checkpoint.foreign_formats import refuse_foreign_files, refuse_partial_tensors
-from gemma4_moe.checkpoint.header import TensorEntry
 from gemma4_moe.checkpoint.impostors import ENOUGH, check_genuine
 from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, claimed_size, parse_index
 from gemma4_moe.checkpoint.parents import refuse_parent
+from gemma4_moe.checkpoint.quantised import dequantised
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, is_of_macos, side_files_of
 from gemma4_moe.checkpoint.storage import read_whole, refusals
+from gemma4_moe.checkpoint.stored import StoredTensor
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, command_line
 from gemma4_moe.layout.prefix_forms import PrefixForm, prefix_form
 from gemma4_moe.layout.prefixes import fitted
@@ -28,34 +30,11 @@ from gemma4_moe.layout.wrappers import unwrapped
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
-    import numpy as np
-
 _SUFFIX = ".safetensors"
 
 _DIRECTORY = "a directory of safetensors files"
 
 _AGAIN = "get the index again, and the file that is not as it says"
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor(TensorEntry):
-    """One tensor of a checkpoint: its entry in a header, and that header's file."""
-
-    file: SafetensorsFile
-
-    def read(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """Return all elements with their own bits, in the tensor's shape. Raises what `read_into` raises."""
-        import numpy as np  # headers are read without it
-
-        raw = np.empty(self.nbytes, np.uint8)
-        self.read_into(raw.data)
-        return raw.view(self.dtype.numpy()).reshape(self.shape)
-
-    def read_into(self, destination: memoryview, offset: int = 0) -> None:
-        """Fill `destination` with the tensor's bytes from `offset` on. Raises what the file's `read_into` raises."""
-        if offset < 0 or offset + destination.nbytes > self.nbytes:
-            raise ValueError(f"[{offset}, {offset + destination.nbytes}) is outside of {self.nbytes} bytes")
-        self.file.read_into(self.start + offset, destination)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +48,7 @@ class Checkpoint:
         skipped: Names of all other entries but our manifest, sorted; those of directories end in "/".
         wrong_size: The `total_size` of the index if it is not the size of all tensors in bytes, else None.
         prefix_form: The form whose prefixes the tensors have in the files, if they are read under others.
+        dequantised: A sentence on the weights that are dequantised when they are read; None if there are none.
     """
 
     path: Path
@@ -78,11 +58,17 @@ class Checkpoint:
     skipped: tuple[str, ...]
     wrong_size: int | None = None
     prefix_form: PrefixForm | None = None
+    dequantised: str | None = None
 
     @property
     def total_bytes(self) -> int:
         """Size of all tensors in bytes, headers not counted."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def read_files(self) -> dict[SafetensorsFile, None]:
+        """The files that the tensors are read from, `DequantisedFile`s among them."""
+        return dict.fromkeys(tensor.file for tensor in self.tensors.values())
 
     def __enter__(self) -> Self:
         return self
@@ -96,8 +82,9 @@ class Checkpoint:
             file.close()
 
     def read_config(self) -> ConfigFile:
-        """Read config.json. Raises what `config.read_config` raises."""
-        return read_config(self.path)
+        """Read config.json, without what it says of weights that are dequantised. Raises what `read_config` raises."""
+        config = read_config(self.path)
+        return config if self.dequantised is None else config.without(QUANTISATION)
 
     def without_wrappers(self) -> Self:
         """Return the same open checkpoint, its tensors' names without wrappers and under the model's own prefixes.
@@ -130,10 +117,12 @@ def open_checkpoint(
         elsewhere: Weight files that belong to it but are not in it: by name, the function that opens the file.
 
     Raises:
-        CheckpointFormatError: The directory, its index or a header breaks a rule; or files, index and headers disagree.
+        CheckpointFormatError: The directory, its index or a header breaks a rule; or files, index and headers disagree;
+            or quantised weights, their scales and config.json do.
         DuplicateTensorError: A tensor is in two files, or twice in one.
         TensorShapeError: A shape and dtype don't make the bytes that a header claims.
         UnsupportedCheckpointError: It is a known format of another kind.
+        ConfigError: Weights are quantised, and config.json can't be read.
     """
     path, elsewhere = Path(path), elsewhere or {}
     files, directories = _entries(path)
@@ -159,12 +148,13 @@ def open_checkpoint(
         tensors = _collect(opened)
         if weight_map is not None:
             _compare_tensors(path / INDEX_NAME, weight_map, tensors)
+        plain, note = dequantised(path, tensors)
         stack.pop_all()
     known = {*opened, INDEX_NAME, MANIFEST_NAME, *(side_file.name for side_file in side_files)}
     skipped = tuple(sorted({*files, *directories} - known))
     wrong_size = None if claimed == sum(tensor.nbytes for tensor in tensors.values()) else claimed
-    checkpoint = Checkpoint(path, opened, tensors, side_files, skipped, wrong_size)
-    form = prefix_form(tensors)
+    checkpoint = Checkpoint(path, opened, plain, side_files, skipped, wrong_size, dequantised=note)
+    form = prefix_form(plain)
     return checkpoint if form is None else replace(checkpoint.renamed(form.read), prefix_form=form)
 
 

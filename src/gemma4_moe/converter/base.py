@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
     from pathlib import Path
 
-    from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+    from gemma4_moe.checkpoint.directory import Checkpoint
+    from gemma4_moe.checkpoint.file import OpenFile
     from gemma4_moe.checkpoint.readers import Reader
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.layout.dtypes import DType
     from gemma4_moe.layout.targets import Source, Target
     from gemma4_moe.target.pieces import Piece
@@ -152,7 +154,7 @@ class Unfolding:
     """Gives experts back to their base. Used by one thread."""
 
     def __init__(
-        self, bases: Mapping[str, BaseExperts], base_bytes: int, readers: Mapping[Path, Reader], pool: Executor
+        self, bases: Mapping[str, BaseExperts], base_bytes: int, readers: Mapping[OpenFile, Reader], pool: Executor
     ) -> None:
         """Read the scales of `bases`, which are by the target's names; an expert needs a buffer of `base_bytes`."""
         self.bases = bases
@@ -181,7 +183,7 @@ class Unfolding:
         (read,) = weights.reads(expert, expert + 1)  # no form cuts the rows of a down_proj
         size = rows * weights.shape[2] * weights.dtype.itemsize
         start = read.stored.start + read.start
-        raw = self._readers[read.stored.file.path].read(start, size, self._buffer)
+        raw = self._readers[read.stored.file].read(start, size, self._buffer)
         return np.frombuffer(raw, np.uint8).view(weights.dtype.numpy()).reshape(rows, -1)
 
 

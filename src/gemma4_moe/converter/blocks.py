@@ -18,7 +18,7 @@ from gemma4_moe.layout.table import converted_shape
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Sequence
 
-    from gemma4_moe.checkpoint.directory import StoredTensor
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.converter.plan import Plan, PlannedTensor
     from gemma4_moe.layout.targets import Read
 

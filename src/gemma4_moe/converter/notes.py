@@ -23,13 +23,14 @@ def plan_notes(plan: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def index_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return that prefixes are read as others, and that an index claims a wrong size of all tensors."""
-    prefixes = () if checkpoint.prefix_form is None else (checkpoint.prefix_form.note,)
+    """Return that prefixes are read as others, weights dequantised, and that an index claims a wrong size."""
+    forms = [] if checkpoint.prefix_form is None else [checkpoint.prefix_form.note]
+    forms += [] if checkpoint.dequantised is None else [checkpoint.dequantised]
     if checkpoint.wrong_size is None:
-        return prefixes
+        return tuple(forms)
     own = sum(entry.nbytes for file in checkpoint.files.values() for entry in file.header.entries)
     return (
-        *prefixes,
+        *forms,
         f"total_size in {INDEX_NAME} is {checkpoint.wrong_size:,}, and the tensors have {own:,} bytes",
     )
 

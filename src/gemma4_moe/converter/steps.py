@@ -28,8 +28,9 @@ from gemma4_moe.target.pieces import piece_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from gemma4_moe.checkpoint.directory import StoredTensor
+    from gemma4_moe.checkpoint.file import OpenFile
     from gemma4_moe.checkpoint.readers import Reader
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.converter.base import FoldedScales, Unfolding
     from gemma4_moe.converter.blocks import Block, Memory
     from gemma4_moe.converter.merging import Merging
@@ -55,7 +56,7 @@ class ConversionSteps:
 
     scales: FoldedScales
     workers: int
-    readers: Mapping[str, Reader]
+    readers: Mapping[OpenFile, Reader]
     writers: Mapping[str, PageWriter]
     ledger: Ledger
     unfolding: Unfolding
@@ -67,7 +68,7 @@ class ConversionSteps:
         """Read the bytes of each of the block's reads."""
         found = []
         for read in block.reads():
-            reader, extent = self.readers[read.stored.file.path.name], extent_of(read)
+            reader, extent = self.readers[read.stored.file], extent_of(read)
             size = extent.end - extent.start
             found.append(reader.read(extent.start, size, buffer))
             buffer = buffer[room_for(size) :]

@@ -12,7 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.blobs import check_blob
-from gemma4_moe.checkpoint.config_dtype import recast
+from gemma4_moe.checkpoint.config_dtype import rewritten
 from gemma4_moe.checkpoint.file import OpenFile
 from gemma4_moe.checkpoint.hashing import Extent, hash_extents
 from gemma4_moe.checkpoint.storage import sync_directory
@@ -156,19 +156,19 @@ def _write(job: Job, files: TargetFiles, work: list[Block], given_back: FoldedSc
             file = stack.enter_context(SafetensorsWriter.reopen(path, size))
             return stack.enter_context(closing(PageWriter(file, buffered=buffered)))
 
-        base = [] if job.base is None else job.base.files.values()
+        base = [] if job.base is None else job.base.read_files
         names = {block.file for block in work}
         pool = stack.enter_context(ThreadPoolExecutor(job.threads, "gemma4-moe-unfolding"))
         steps = ConversionSteps(
             job.folded,
             job.threads,
-            readers={name: reading(file, in_order=True) for name, file in job.checkpoint.files.items()},
+            readers={file: reading(file, in_order=True) for file in job.checkpoint.read_files},
             writers={f.name: writing(files.out / f.name, f.size) for f in job.plan.files if f.name in names},
             ledger=ledger,
             unfolding=Unfolding(
                 job.plan.bases,
                 job.memory.base_bytes,
-                readers={file.path: reading(file, in_order=False) for file in base},
+                readers={file: reading(file, in_order=False) for file in base},
                 pool=pool,
             ),
             merging=Merging(job.plan.changes, job.scales, job.threads),
@@ -190,8 +190,12 @@ def finish(job: Job, files: TargetFiles, pieces: Sequence[Piece], count: Count) 
     own = pieces if files.ranks.is_first else ()
     side_files = (*job.checkpoint.side_files, *filled_in(job.checkpoint, job.base))
     dtype = None if job.plan.cast is None else job.plan.cast.name
+    dequantised = job.checkpoint.dequantised is not None
     written = files.complete(
-        own, side_files, lambda said: _manifest(job, files, said, pieces), lambda: recast(side_files, dtype)
+        own,
+        side_files,
+        lambda said: _manifest(job, files, said, pieces),
+        lambda: rewritten(side_files, dtype, dequantised=dequantised),
     )
     if job.request.read_back:
         files.read_back(written, count)

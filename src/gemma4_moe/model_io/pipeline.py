@@ -26,7 +26,7 @@ from gemma4_moe.distributed.ranks import failing_in_words
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from gemma4_moe.checkpoint.directory import StoredTensor
+    from gemma4_moe.checkpoint.stored import StoredTensor
 
 
 class Exchange(NamedTuple):

@@ -24,7 +24,7 @@ from gemma4_moe.model_io.pipeline import Exchange, Job
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from gemma4_moe.checkpoint.directory import StoredTensor
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.converter.plan import PlannedTensor
     from gemma4_moe.layout.targets import Read
 
