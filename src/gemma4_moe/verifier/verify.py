@@ -177,7 +177,7 @@ def _compare_side_files(source: Checkpoint, target: Checkpoint, cast: DType | No
         expected = f"{regular_status(path).st_size} bytes, as in the source"
         if path.name not in there:
             yield Difference(path.name, "file", expected, None)
-        elif path.name == CONFIG_NAME and _is_rewritten(path, there[path.name], source, target):
+        elif path.name == CONFIG_NAME and _is_rewritten(path, there[path.name], source, target, cast):
             continue
         elif path.name == CONFIG_NAME and cast is not None and _names_other_dtype(path, cast):
             yield Difference(path.name, "file", f"dtype {cast.name}, to which the tensors were cast", "another dtype")
@@ -188,13 +188,13 @@ def _compare_side_files(source: Checkpoint, target: Checkpoint, cast: DType | No
             yield Difference(path.name, "file", expected, f"{size} bytes, the first that differs at {position}")
 
 
-def _is_rewritten(config: Path, found: Path, source: Checkpoint, target: Checkpoint) -> bool:
+def _is_rewritten(config: Path, found: Path, source: Checkpoint, target: Checkpoint, cast: DType | None) -> bool:
     """Return whether a target's config.json is the source's, as `convert` rewrites it for the target's floats.
 
-    These were dequantised, or cast to the one dtype that all of them have.
+    These were dequantised, or cast to the one dtype that all of them have. Without a cast it may name any dtype.
     """
     dtypes = {tensor.dtype.name for tensor in target.tensors.values() if tensor.dtype.float_format is not None}
-    may_be = [None, *(dtypes if len(dtypes) == 1 else [])]
+    may_be = [*([None] if cast is None else []), *(dtypes if len(dtypes) == 1 else [])]
     own = rewritten_config(found, None, dequantised=target.dequantised is not None)
     return any(rewritten_config(config, dtype, dequantised=source.dequantised is not None) == own for dtype in may_be)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gemma4_moe.checkpoint.config import CONFIG_NAME
 from gemma4_moe.checkpoint.quantised import compressed_tensors, modelopt, transformers_fp8
 from gemma4_moe.checkpoint.quantised.claims import Claims, read_claims
 from gemma4_moe.checkpoint.quantised.file import in_files
@@ -53,7 +54,9 @@ def dequantised(directory: Path, tensors: Mapping[str, StoredTensor]) -> tuple[d
         CheckpointFormatError: The config and the tensors contradict each other, or a weight's tensors do.
         ConfigError: The config can't be read, or says nothing sensible of the quantised weights.
     """
-    quantised = any(tensor.dtype == FLOAT8_E4M3 or tensor.name.endswith(_SIGNS) for tensor in tensors.values())
+    has_config = (directory / CONFIG_NAME).is_file()  # `diff` compares float8 tensors of no model, too
+    numbers = has_config and any(tensor.dtype == FLOAT8_E4M3 for tensor in tensors.values())
+    quantised = numbers or any(name.endswith(_SIGNS) for name in tensors)
     if not quantised or any(_is_of_unread_form(name) for name in tensors):
         return dict(tensors), None
     claims = read_claims(directory)
