@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.checkpoint.quantised.file import in_files, weight_of
-from gemma4_moe.checkpoint.quantised.weights import Numbers, QuantisedWeight, grid_of, rectangles
+from gemma4_moe.checkpoint.quantised.weights import Grid, Numbers, QuantisedWeight, grid_of, rectangles
 from gemma4_moe.checkpoint.readers import SLACK, allocate
 from gemma4_moe.checkpoint.stored import StoredTensor
 from gemma4_moe.layout.dtypes import named
@@ -17,15 +17,19 @@ from support.quantised import by_transformers, expand
 EVERY = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
 
-def opened(directory, numbers, scale, block=None, dtype="bfloat16"):
+def opened(directory, numbers, scale, block=None, dtype="bfloat16", kind=Numbers.E4M3, second=None, divides=False):
     """A weight in a file, dequantised: as a tensor of this package, and as the verifier's."""
-    save_file({"pad": torch.zeros(3, dtype=torch.uint8), "w": numbers, "s": scale}, directory / "a.safetensors")
+    parts = {"pad": torch.zeros(3, dtype=torch.uint8), "w": numbers, "s": scale}
+    save_file(parts | ({} if second is None else {"t": second}), directory / "a.safetensors")
     file = SafetensorsFile(directory / "a.safetensors")
     stored = {entry.name: StoredTensor(entry.name, entry.dtype, entry.shape, entry.start, entry.end, file)
               for entry in file.header.entries}  # fmt: skip
-    shape = tuple(numbers.shape)
-    grid = grid_of(shape, tuple(scale.shape), block)
-    weight = QuantisedWeight("w", shape, named(dtype), Numbers.E4M3, stored["w"], stored["s"], grid)
+    shape = (*numbers.shape[:-1], numbers.shape[-1] * kind.per_byte)
+    groups = Grid(shape[-2], shape[-1] // 16, 1, 16)
+    grid = grid_of(shape, tuple(scale.shape), block) if kind is Numbers.E4M3 else groups
+    weight = QuantisedWeight(
+        "w", shape, named(dtype), kind, stored["w"], stored["s"], grid, stored.get("t"), divides=divides
+    )
     (tensor,) = in_files([weight]).values()
     assert weight_of(tensor) is weight
     return tensor, Dequantised(weight)
@@ -94,6 +98,31 @@ def test_any_run_of_elements_is_read_alone(buffered, tmp_path):
     with pytest.raises(ValueError, match="not a run of elements"):
         ours.file.read_into(ours.start + 1, memoryview(bytearray(4)))
     reader.close()
+
+
+@pytest.mark.parametrize("second", [(), (1,), (3,), (3, 1), (3, 1, 1)], ids=str)
+@pytest.mark.parametrize("kind", [Numbers.E2M1, Numbers.E2M1_UNSIGNED_ZERO])
+@pytest.mark.parametrize("divides", [True, False])
+def test_every_pair_of_e2m1_times_its_two_scales(kind, divides, second, tmp_path):
+    generator = torch.Generator().manual_seed(6)
+    packed = torch.arange(256, dtype=torch.uint8).repeat(3, 5, 1)
+    scale = (torch.rand(3, 5, 32, generator=generator) * 300 - 20).to(torch.float8_e4m3fn)
+    top = torch.rand(second, generator=generator) * 0.01 + 0.003
+    ours, verifiers = opened(tmp_path, packed, scale, kind=kind, second=top, divides=divides)
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    table = torch.cat((table, -table if kind is Numbers.E2M1 else 0 - table))
+    numbers = torch.stack((table[(packed & 15).long()], table[(packed >> 4).long()]), -1).flatten(-2)
+    each = top.reshape(-1, 1, 1).float()
+    factors = (scale.float() / each if divides else scale.float() * each).double().repeat_interleave(16, -1)
+    expected = (numbers * factors).float().bfloat16()
+    for found in (read(ours), read(verifiers)):
+        assert torch.equal(bits(found), bits(expected))  # -0 too
+    for first in (1, 31, 511, 513, 2559):
+        raw, other = bytearray(2 * 1001), bytearray(2 * 1001)
+        ours.read_into(memoryview(raw), 2 * first)
+        verifiers.read_into(memoryview(other), 2 * first)
+        assert raw == other
+        assert torch.equal(torch.frombuffer(raw, dtype=torch.int16), bits(expected).flatten()[first : first + 1001])
 
 
 def test_rectangles_cover_a_run_in_order():

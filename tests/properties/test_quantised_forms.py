@@ -123,7 +123,9 @@ CT, TRANSFORMERS, MODELOPT = (
     ("FP8 in blocks", "fused"),
     ("ModelOpt FP8", "channel"),
 )
+NVFP4, MODELOPT_NVFP4 = ("compressed-tensors NVFP4", "single"), ("ModelOpt NVFP4", "single")
 LAYER = "model.language_model.layers.1."
+PACKED = f"{LAYER}experts.1.up_proj.weight_"
 ONE = f"{LAYER}experts.1.up_proj.weight"
 OTHER = f"{LAYER}experts.0.up_proj.weight"
 
@@ -194,6 +196,45 @@ CONTRADICTIONS = {
         MODELOPT,
         lambda s, _: s.update({f"{LAYER}self_attn.q_proj.pre_quant_scale": torch.ones(32)}),
         "a scale of no quantised weight",
+    ),
+    "no global scale": (NVFP4, lambda s, _: s.pop(f"{PACKED}global_scale"), "without its scale"),
+    "no scales of groups": (NVFP4, lambda s, _: s.pop(f"{PACKED}scale"), "without its scale"),
+    "the packed numbers are missing": (NVFP4, lambda s, _: s.pop(f"{PACKED}packed"), "a scale of no quantised weight"),
+    "no second scale": (MODELOPT_NVFP4, lambda s, _: s.pop(f"{ONE}_scale_2"), "without its scale"),
+    "no second scale of fused experts": (
+        ("ModelOpt NVFP4", "fused"),
+        lambda s, _: s.pop(f"{LAYER}experts.down_proj_weight_scale_2"),
+        "without its scale",
+    ),
+    "a second scale a row": (
+        MODELOPT_NVFP4,
+        lambda s, _: s.update({f"{ONE}_scale_2": torch.full((48,), 0.3)}),
+        "don't fit",
+    ),
+    "a second scale in bfloat16": (
+        MODELOPT_NVFP4,
+        lambda s, _: s.update({f"{ONE}_scale_2": torch.tensor(0.3).bfloat16()}),
+        "don't fit",
+    ),
+    "scales of groups in fp32": (
+        NVFP4,
+        lambda s, _: s.update({f"{PACKED}scale": s[f"{PACKED}scale"].float()}),
+        "don't fit",
+    ),
+    "scales of groups of 32": (
+        MODELOPT_NVFP4,
+        lambda s, _: s.update({f"{ONE}_scale": s[f"{ONE}_scale"][:, ::2].clone()}),
+        "don't fit",
+    ),
+    "packed numbers and a plain weight": (
+        NVFP4,
+        lambda s, _: s.update({ONE: torch.zeros(48, 32).bfloat16()}),
+        "two spellings of one tensor",
+    ),
+    "NVFP4 of two libraries": (
+        MODELOPT_NVFP4,
+        lambda s, _: s.update({f"{ONE}_packed": s.pop(ONE), f"{ONE}_global_scale": s.pop(f"{ONE}_scale_2")}),
+        "not those of the library that the config names",
     ),
     "expert missing": (
         CT,

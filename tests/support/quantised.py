@@ -182,6 +182,60 @@ def modelopt_fp8(kind, *, fused):
     return make
 
 
+def ct_nvfp4(state):
+    """compressed-tensors' NVFP4: packed by the library from scales that are computed here."""
+    args = QuantizationArgs(num_bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=16)
+
+    def scales(weight):
+        top = (448 * 6 / weight.abs().max()).reshape(1)
+        groups = weight.unflatten(-1, (-1, 16)).abs().amax(-1)
+        return {"weight_scale": (groups * top / 6).to(E4M3).float(), "weight_global_scale": top}
+
+    single = per_expert_as("experts", ".weight")(state)
+    stored, values = quantised(single, by_compressed_tensors(args, scales, None))
+    for name in [name for name in stored if name.endswith("weight_packed")]:
+        stored[name.replace("weight_packed", "input_global_scale")] = torch.tensor([31.5])
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    said = {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": modules_left(single, "ct"),
+    }
+    return stored, values, said
+
+
+#: ModelOpt's table of e2m1, as published: code 8 is 0, not -0.
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def modelopt_nvfp4(*, fused):
+    def make(state):
+        state = state if fused else per_expert_as("experts", ".weight")(state)
+
+        def quantise(name, tensor):
+            weight = tensor.float()
+            second = weight.abs().amax((-2, -1)) / (6 * 448)
+            each = second.reshape(*second.shape, *(1,) * 2)
+            groups = (weight.unflatten(-1, (-1, 16)).abs().amax(-1) / (6 * each)).to(E4M3)
+            factors = groups.float() * each
+            scaled = weight.unflatten(-1, (-1, 16)) / factors[..., None]
+            codes = (scaled[..., None] - E2M1[:8].float()).abs().argmin(-1)
+            codes = torch.where(scaled < 0, (scaled[..., None] - E2M1[8:]).abs().argmin(-1) + 8, codes).flatten(-2)
+            packed = (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+            value = (E2M1[codes].unflatten(-1, (-1, 16)) * factors[..., None]).flatten(-2).bfloat16()
+            ending = f"{name}_" if name.endswith(".weight") else f"{name}_weight_"
+            activation = ending.replace("weight_", "input_scale")
+            parts = {f"{ending}scale": groups, f"{ending}scale_2": second, activation: torch.tensor(0.37)}
+            return {name: packed} | parts, value
+
+        stored, values = quantised(state, quantise)
+        said = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": modules_left(state, "modelopt")}
+        return stored, values, said
+
+    return make
+
+
 #: By the name in docs/forms.md, and a word for the variant: a state dict → stored tensors, values, quantization_config.
 FORMS = {
     ("compressed-tensors FP8", "channel"): ct_fp8("channel", torch.bfloat16),
@@ -194,6 +248,9 @@ FORMS = {
     ("ModelOpt FP8", "channel"): modelopt_fp8("channel", fused=False),
     ("ModelOpt FP8", "tensor fused"): modelopt_fp8("tensor", fused=True),
     ("ModelOpt FP8", "channel fused"): modelopt_fp8("channel", fused=True),
+    ("compressed-tensors NVFP4", "single"): ct_nvfp4,
+    ("ModelOpt NVFP4", "single"): modelopt_nvfp4(fused=False),
+    ("ModelOpt NVFP4", "fused"): modelopt_nvfp4(fused=True),
 }
 
 

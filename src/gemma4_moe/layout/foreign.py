@@ -65,10 +65,11 @@ FOREIGN = (
     ),
     Foreign(
         "compressed-tensors NVFP4",
-        _DEQUANTISE,
+        _CONVERT,
         tensor=_pattern(r".*\.(weight_packed|weight_global_scale|input_global_scale)"),
+        dequantised=True,
     ),
-    Foreign("ModelOpt NVFP4", _DEQUANTISE, tensor=_pattern(r".*\.weight_scale_2")),
+    Foreign("ModelOpt NVFP4", _CONVERT, tensor=_pattern(r".*[._]weight_scale_2"), dequantised=True),
     Foreign(
         "FP8 in blocks",
         _CONVERT,

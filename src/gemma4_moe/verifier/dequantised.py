@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gemma4_moe.checkpoint.quantised.weights import Numbers
 from gemma4_moe.layout.dtypes import FLOAT8_E4M3, FLOAT32
 from gemma4_moe.verifier.arithmetic import element_bits, reference, widen
 
@@ -96,8 +97,13 @@ class Dequantised:
         return halves[first - begin * per_byte :][: last - first]
 
     def _values(self, bits: Bits) -> Floats:
-        """Return the numbers of stored bits."""
-        return widen(bits, FLOAT8_E4M3)
+        """Return the numbers of stored bits; those of e2m1 are a sign, two bits of exponent and one of fraction."""
+        if self.weight.numbers is Numbers.E4M3:
+            return widen(bits, FLOAT8_E4M3)
+        exponent, fraction = (bits >> 1 & 3).astype(np.float64), (bits & 1).astype(np.float64)
+        magnitude = np.where(exponent == 0, fraction / 2, (1 + fraction / 2) * 2 ** (exponent - 1))
+        signed = np.copysign(magnitude, np.where(bits & 8, -1.0, 1.0))
+        return signed if self.weight.numbers is Numbers.E2M1 else signed + 0.0  # -0 + 0 is +0
 
 
 def _numbers(tensor: StoredTensor, first: int, last: int) -> Floats:

@@ -1,4 +1,7 @@
-"""NVIDIA ModelOpt's FP8, as it exports models for the Hub: one scale a tensor, or one a row.
+"""NVIDIA ModelOpt's FP8 and NVFP4, as it exports models for the Hub.
+
+FP8 has one scale a tensor, or one a row. NVFP4's second scale multiplies: it is the reciprocal of compressed-tensors'
+global scale. Its table of numbers has no −0.
 
 The product is taken in fp32, and the value is bfloat16. ModelOpt's own function leaves the dtype open; if it is asked
 for bfloat16, it rounds the scale to it first.
@@ -32,4 +35,16 @@ FP8 = Form(
     beside=_ACTIVATIONS,
 )
 
-FORMS = (FP8,)
+NVFP4 = Form(
+    "ModelOpt NVFP4",
+    LIBRARY,
+    Numbers.E2M1_UNSIGNED_ZERO,
+    scale="weight_scale",
+    fused="_weight_scale",
+    second="weight_scale_2",
+    fused_second="_weight_scale_2",
+    leaves=leaves,
+    beside=_ACTIVATIONS,
+)
+
+FORMS = (FP8, NVFP4)
