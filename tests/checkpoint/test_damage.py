@@ -118,7 +118,7 @@ def test_a_dense_model_needs_no_conversion(changes, hf, tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "form"),
-    [("bitsandbytes", "bitsandbytes"), ("gptq", "GPTQ"), ("awq", "AWQ"), ("fp8", "FP8 in blocks"), ("mxfp4", "MXFP4")],
+    [("bitsandbytes", "bitsandbytes"), ("gptq", "GPTQ"), ("awq", "AWQ"), ("mxfp4", "MXFP4")],
 )
 def test_a_quantised_config_is_named(method, form, hf, tmp_path):
     config = config_of(hf) | {"quantization_config": {"quant_method": method}}

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from distributed.placement_checks import CASES, is_expert, same, shard
-from gemma4_moe import Gemma4MoEStateDictAdapter, load_hf, save_hf
+from gemma4_moe import Gemma4MoEStateDictAdapter, load_hf, plan, save_hf
 from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.errors import ParallelError, StorageError
 from support import forms, published
@@ -45,7 +45,7 @@ def check_load(world, source):
         found = load_hf(model, source)
         del model["lm_head.weight"]
         same(model, expected)
-        assert found.unused == ()
+        assert found.unexpected_keys == found.missing_keys == ()
         assert set(found.filled) == set(expected)
 
 
@@ -72,7 +72,7 @@ def check_load_pipeline(source):
     model = {name: torch.full_like(tensor, 3.0) for name, tensor in expected.items()}
     found = load_hf(model, source)
     same(model, expected)
-    assert set(found.unused) == native().keys() - expected.keys()
+    assert set(found.unexpected_keys) == native().keys() - expected.keys()
 
 
 def check_save_failures(source, target):
@@ -142,6 +142,16 @@ def _everyones(value):
 
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_same_load(one, other):
+    """Two directories are loaded into every placement of two ranks with the same bits."""
+    shapes = {name: torch.zeros(tensor.shape) for name, tensor in plan(other).plan.tensors.items()}
+    for shape, placements, _ in CASES[2]:
+        models = [shard_all(shapes, init_device_mesh("cpu", shape), placements) for _ in range(2)]
+        for model, source in zip(models, (one, other), strict=True):
+            load_hf(model, source)
+        same(*models)
 
 
 def check_form(world, source, form):

@@ -227,6 +227,8 @@ def test_a_tilde_is_the_home_directory_and_results_say_in_a_line_what_was_done(s
     size = (tmp_path / "saved/model.safetensors").stat().st_size / 1000
     assert repr(saved).startswith(f"<Saved in {tmp_path}/saved: {len(model) + 2} tensors, 1 files, {size:.2f} kB; ")
     loaded = load_hf({name: tensor for name, tensor in model.items() if "layers.1." in name}, "~/saved")
-    assert re.fullmatch(rf"<Loaded {len(loaded.filled)} tensors, [\d.]+ kB; {len(loaded.unused)} unused>", repr(loaded))
+    unexpected = len(loaded.unexpected_keys)
+    words = rf"<Loaded {len(loaded.filled)} tensors, [\d.]+ kB; 0 missing, {unexpected} unexpected>"
+    assert re.fullmatch(words, repr(loaded))
     assert loaded.filled
-    assert loaded.unused
+    assert loaded.unexpected_keys

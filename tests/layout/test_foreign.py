@@ -31,7 +31,7 @@ FOREIGN = [
     ("compressed-tensors NVFP4", f"{EXPERT}.down_proj.weight_global_scale"),
     ("compressed-tensors NVFP4", f"{EXPERT}.down_proj.input_global_scale"),
     ("ModelOpt NVFP4", f"{EXPERT}.down_proj.weight_scale_2"),
-    ("ModelOpt NVFP4", f"{EXPERT}.down_proj.input_scale"),
+    ("ModelOpt FP8", "model.language_model.layers.3.experts.down_proj_weight_scale"),
     ("MLX quantised", "language_model.model.layers.0.experts.switch_glu.down_proj.scales"),
     ("MLX quantised", "language_model.model.layers.0.self_attn.q_proj.biases"),
     ("LoRA adapter", "model.layers.0.moe.experts.lora_gate_and_up_A"),

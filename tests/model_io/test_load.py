@@ -9,6 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 from gemma4_moe import load_hf, plan
 from gemma4_moe.converter import blocks
 from gemma4_moe.converter.preview import predict
+from gemma4_moe.errors import ParallelError, UnknownTensorError, UsageError
+from gemma4_moe.model_io.sharing import Need, chunks_of
 from support.checkpoints import write_checkpoint
 from support.formulas import nemo_from_hf
 from support.models import random_hf_state_dict
@@ -53,3 +55,41 @@ def test_the_prediction_is_what_a_load_takes(
 def test_rows_at_once_fill_a_block_and_are_at_least_one(monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 100)
     assert [blocks.rows_at_once(row) for row in (0, 1, 33, 50, 100, 101, 10**9)] == [100, 100, 3, 2, 1, 1, 1]
+
+
+def native(tmp_path):
+    state = random_hf_state_dict(E=E, H=H, I=I)
+    return write_checkpoint(tmp_path / "hf", state), nemo_from_hf(state)
+
+
+def test_without_strict_tensors_that_the_checkpoint_lacks_keep_their_values_and_are_named(tmp_path):
+    source, expected = native(tmp_path)
+    model = {name: torch.zeros_like(tensor) for name, tensor in expected.items() if "layers.1." not in name}
+    filled = tuple(model)
+    model["score.weight"] = torch.full((3, 5), 7.0)
+    with pytest.raises(UnknownTensorError, match=r"(?s)score\.weight.*strict=False"):
+        load_hf(model, source)
+    found = load_hf(model, source, strict=False)
+    assert found.filled == filled
+    assert found.missing_keys == ("score.weight",)
+    assert set(found.unexpected_keys) == expected.keys() - model.keys()
+    assert all(torch.equal(model[name], expected[name]) for name in filled)
+    assert bool((model["score.weight"] == 7).all())
+    with pytest.raises(UnknownTensorError, match="no tensor of the model"):
+        load_hf({"score.weight": torch.zeros(3, 5)}, source, strict=False)
+
+
+def test_progress_ends_at_the_bytes_that_are_read_and_a_directory_has_no_revision(tmp_path):
+    source, expected = native(tmp_path)
+    seen = []
+    found = load_hf(expected, source, progress=lambda *of: seen.append(of))
+    assert seen == sorted(seen)
+    assert seen[-1] == (found.read_bytes, found.read_bytes)
+    with pytest.raises(UsageError, match="no revision"):
+        load_hf(expected, source, revision="main")
+
+
+def test_ranks_on_different_kinds_of_devices_are_refused_by_the_tensors_name():
+    needs = [{"a.weight": Need(((0, 4),), 10, device)} for device in ("cpu", "cuda")]
+    with pytest.raises(ParallelError, match=r"a\.weight"):
+        list(chunks_of(needs))

@@ -161,7 +161,7 @@ def test_the_decoder_of_diffusion_gemma_changes_its_prefix_and_says_so(tmp_path)
     assert (found.layout, found.spelling, found.problems) == ("hf", "current", ())
     assert_same_tensors(adapter().from_hf(hf), native)
     model = {name: torch.zeros_like(tensor) for name, tensor in native.items() if "encoder" not in name}
-    assert load_hf(model, source).unused == ("model.encoder.language_model.layers.0.layer_scalar",)
+    assert load_hf(model, source).unexpected_keys == ("model.encoder.language_model.layers.0.layer_scalar",)
     assert_same_tensors(model, {name: native[name] for name in model})
     convert(tmp_path / "nemo", tmp_path / "back", base=source)
     assert_same_tensors(read_directory(tmp_path / "back"), hf)

@@ -10,4 +10,4 @@ KNOWN_PREFIXES = [
     "base_model.model.model.",
 ]
 
-PREFIXES = [*KNOWN_PREFIXES, "model.decoder.", "encoder.layers.3.tower.", "with a space, a \n newline and ∂."]
+PREFIXES = [*KNOWN_PREFIXES, "model.encoder.", "encoder.layers.3.tower.", "with a space, a \n newline and ∂."]

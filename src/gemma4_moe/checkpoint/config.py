@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.impostors import ENOUGH, check_genuine
@@ -13,6 +13,7 @@ from gemma4_moe.layout.model_tensors import ties_embeddings
 from gemma4_moe.layout.table import SIZE_FIELDS
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
 CONFIG_NAME = "config.json"
@@ -44,6 +45,13 @@ class ConfigFile:
         """The config of the text model: the document's `text_config`, or else the document."""
         text = self.document.get("text_config", self.document)
         return text if isinstance(text, dict) else {}
+
+    def without(self, keys: Collection[str]) -> ConfigFile:
+        """Return the same config without some keys, at its top and in `text_config`."""
+        document = {key: value for key, value in self.document.items() if key not in keys}
+        if "text_config" in document:
+            document["text_config"] = {key: value for key, value in self.text.items() if key not in keys}
+        return replace(self, document=document)
 
     @property
     def is_dense(self) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from gemma4_moe.checkpoint.agreement import (
     SUFFIX,
@@ -23,18 +23,20 @@ from gemma4_moe.checkpoint.agreement import (
 )
 from gemma4_moe.checkpoint.completeness import known_shapes
 from gemma4_moe.checkpoint.config import CONFIG_NAME, ConfigFile, read_config
+from gemma4_moe.checkpoint.config_dtype import QUANTISATION
 from gemma4_moe.checkpoint.dcp import METADATA_NAME, open_dcp
 from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.checkpoint.foreign_formats import refuse_foreign_files
-from gemma4_moe.checkpoint.header import TensorEntry
 from gemma4_moe.checkpoint.impostors import ENOUGH, check_genuine
 from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, claimed_size, parse_index
 from gemma4_moe.checkpoint.nemo_step import holds_parts, is_part, parts_of, side_directory
 from gemma4_moe.checkpoint.parents import refuse_parent
 from gemma4_moe.checkpoint.parts import FileOfParts, whole_shape
+from gemma4_moe.checkpoint.quantised import dequantised
 from gemma4_moe.checkpoint.runs import taken
 from gemma4_moe.checkpoint.side_files import MANIFEST_NAME, is_of_macos, side_files_of
 from gemma4_moe.checkpoint.storage import read_whole, refusals
+from gemma4_moe.checkpoint.stored import StoredTensor
 from gemma4_moe.errors import CheckpointFormatError, DuplicateTensorError, command_line
 from gemma4_moe.layout.prefix_forms import prefix_form
 from gemma4_moe.layout.prefixes import fitted
@@ -43,35 +45,11 @@ from gemma4_moe.layout.wrappers import unwrapped
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    import numpy as np
-
     from gemma4_moe.checkpoint.file import IdentifiedFile
     from gemma4_moe.checkpoint.parts import Part
-    from gemma4_moe.checkpoint.readers import Readable
 
 
 _DIRECTORY = "a directory of safetensors files"
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor(TensorEntry):
-    """One tensor of a checkpoint: its name and form, and its bytes (start, end) in a file, or joined from parts."""
-
-    file: Readable
-
-    def read(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """Return all elements with their own bits, in the tensor's shape. Raises what `read_into` raises."""
-        import numpy as np  # headers are read without it
-
-        raw = np.empty(self.nbytes, np.uint8)
-        self.read_into(raw.data)
-        return raw.view(self.dtype.numpy()).reshape(self.shape)
-
-    def read_into(self, destination: memoryview, offset: int = 0) -> None:
-        """Fill `destination` with the tensor's bytes from `offset` on. Raises what the file's `read_into` raises."""
-        if offset < 0 or offset + destination.nbytes > self.nbytes:
-            raise ValueError(f"[{offset}, {offset + destination.nbytes}) is outside of {self.nbytes} bytes")
-        self.file.read_into(self.start + offset, destination)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +65,9 @@ class Checkpoint:
         wrong_size: The `total_size` of the index if it is not the size of all tensors in bytes, else None.
         in_parts: Whether each rank of a training run has saved its own parts.
         config_directory: The directory of config.json, if it is not `path`.
-        notes: Sentences on the model that was taken from a run or a step, and on what was left out of it.
+        notes: Sentences on the model that was taken from a run or a step, and on what was left out of it, and on
+            forms that are read as another one.
+        dequantised: Whether weights are dequantised when they are read.
     """
 
     path: Path
@@ -99,6 +79,7 @@ class Checkpoint:
     in_parts: bool = False
     config_directory: Path | None = None
     notes: tuple[str, ...] = ()
+    dequantised: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -117,8 +98,9 @@ class Checkpoint:
             file.close()
 
     def read_config(self) -> ConfigFile:
-        """Read config.json. Raises what `config.read_config` raises."""
-        return read_config(self.config_directory or self.path)
+        """Read config.json, without what it says of weights that are dequantised. Raises what `read_config` raises."""
+        config = read_config(self.config_directory or self.path)
+        return config.without(QUANTISATION) if self.dequantised else config
 
     def with_config_of(self, other: Checkpoint) -> Self:
         """Return the same open checkpoint with the config.json of another one, which must stay open."""
@@ -157,11 +139,13 @@ def open_checkpoint(
         elsewhere: Weight files that belong to it but are not in it: by name, the function that opens the file.
 
     Raises:
-        CheckpointFormatError: The directory, its index or a header breaks a rule; or files, index and headers disagree.
+        CheckpointFormatError: The directory, its index or a header breaks a rule; or files, index and headers disagree;
+            or quantised weights, their scales and config.json do.
         ConfigError: The tensors are in parts, and the config, which tells their shapes, is damaged.
         DuplicateTensorError: A tensor, or a part of one, is in two files, or twice in one.
         TensorShapeError: A shape and dtype don't make the bytes that a header claims.
         UnsupportedCheckpointError: It is a known format of another kind.
+        ConfigError: Weights are quantised, and config.json can't be read.
     """
     (path, notes), elsewhere = taken(Path(path)), elsewhere or {}
     files, directories = _entries(path)
@@ -196,14 +180,16 @@ def open_checkpoint(
             tensors = _collect(opened)
         if weight_map is not None:
             compare_tensors(path / INDEX_NAME, weight_map, {name: t.file.path for name, t in tensors.items()})
+        plain, dequantised_note = dequantised(config_directory or path, tensors)
         stack.pop_all()
     known = {*opened, INDEX_NAME, MANIFEST_NAME, *(side_file.name for side_file in side_files)}
     known |= set() if config_directory is None else {f"{config_directory.name}/"}
     skipped = tuple(sorted({*files, *directories} - known))
     wrong_size = None if claimed == sum(tensor.nbytes for tensor in tensors.values()) else claimed
-    in_parts, form = config_directory is not None, prefix_form(tensors)
-    notes = notes if form is None else (*notes, form.note)
-    found = Checkpoint(path, opened, tensors, side_files, skipped, wrong_size, in_parts, config_directory, notes)
+    in_parts, form = config_directory is not None, prefix_form(plain)
+    notes = (*notes, *(note for note in (form and form.note, dequantised_note) if note))
+    found = Checkpoint(path, opened, plain, side_files, skipped, wrong_size, in_parts, config_directory, notes)
+    found = replace(found, dequantised=dequantised_note is not None)
     return found if form is None else found.renamed(form.read)
 
 

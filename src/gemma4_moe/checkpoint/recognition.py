@@ -65,7 +65,7 @@ def recognise(names: Collection[str], config: ConfigFile) -> Recognition:
     """Recognise a checkpoint by all its tensor names and its config.json."""
     if (refusal := wrapped(names, config)) is not None:
         return Recognition(None, "wrapped", refusal)
-    for form in FOREIGN:
+    for form in (form for form in FOREIGN if not form.dequantised):
         if form.tensor is not None and (name := next(filter(form.tensor.fullmatch, names), None)) is not None:
             problem = form.reason or f"a {form.name} checkpoint, which is not converted"
             refusal = UnsupportedCheckpointError(problem, form=form.name, tensor=name, hint=form.hint)
@@ -117,7 +117,7 @@ def _relative(config: ConfigFile) -> UnsupportedCheckpointError | None:
             return UnsupportedCheckpointError(
                 str(form.reason), form=form.name, file=config.path, found=found, hint=form.hint
             )
-        if method in form.quant_methods:
+        if method in form.quant_methods and not form.dequantised:
             problem = f"config.json says that the weights are quantised: {form.name}"
             found = f"quant_method {method}"
             return UnsupportedCheckpointError(problem, form=form.name, file=config.path, found=found, hint=form.hint)

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma4_moe.checkpoint.directory import StoredTensor
 from gemma4_moe.checkpoint.file import SafetensorsFile
+from gemma4_moe.checkpoint.stored import StoredTensor
 from gemma4_moe.errors import TensorShapeError, UsageError
 from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.table import DOWN, SCALE, Layout

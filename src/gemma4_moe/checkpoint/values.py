@@ -23,7 +23,8 @@ from gemma4_moe.layout.table import SCALE, Layout
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+    from gemma4_moe.checkpoint.directory import Checkpoint
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.layout.dtypes import DType
 
     Array = np.ndarray[Any, np.dtype[Any]]

@@ -24,7 +24,7 @@ def show_plan(output: Output, source: str, target: Path | None, arguments: dict[
     from gemma4_moe.target.preconditions import check_order, check_target
 
     overwrite = arguments.pop("overwrite", False)
-    for name in ("workers", "buffered", "no_read_back", "sha256", "resume", "break_lock"):
+    for name in ("workers", "buffered", "no_read_back", "sha256", "resume", "break_lock", "card"):
         arguments.pop(name, None)
     if target is not None:
         check_order(source, target)

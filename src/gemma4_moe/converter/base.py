@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
     from pathlib import Path
 
-    from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+    from gemma4_moe.checkpoint.directory import Checkpoint
     from gemma4_moe.checkpoint.readers import Readable, Reader
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.layout.dtypes import DType
     from gemma4_moe.layout.targets import Source, Target
     from gemma4_moe.target.pieces import Piece

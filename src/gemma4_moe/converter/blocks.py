@@ -18,7 +18,7 @@ from gemma4_moe.layout.table import converted_shape
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Sequence
 
-    from gemma4_moe.checkpoint.directory import StoredTensor
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.converter.plan import Plan, PlannedTensor
     from gemma4_moe.layout.targets import Read
 
@@ -29,6 +29,9 @@ BLOCK_BYTES = 32 * 2**20
 
 #: Blocks that a load reads at a time. One thread reads the page cache at 6 GB/s, sixteen at 40 (an H100's host).
 LOAD_BLOCKS = 8
+
+#: Blocks that a load with shared reads receives at a time, besides those that it reads.
+RECEIVED_BLOCKS = 4
 
 #: Buffers on each side of the kernel: enough to keep reader, kernel and writer busy.
 MOST_BUFFERS = 4

@@ -25,7 +25,8 @@ from gemma4_moe.target.recovery import check_published
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+    from gemma4_moe.checkpoint.directory import Checkpoint
+    from gemma4_moe.checkpoint.stored import StoredTensor
 
 #: Bytes of the buffer through which values are read.
 _MEMORY = 64 * 2**20

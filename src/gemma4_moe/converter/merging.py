@@ -20,7 +20,8 @@ from gemma4_moe.lora.scales import scales_in
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+    from gemma4_moe.checkpoint.directory import Checkpoint
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.layout.targets import Read, Target
     from gemma4_moe.lora.changes import Factors
     from gemma4_moe.lora.modules import Array, LoraModule

@@ -25,7 +25,8 @@ from gemma4_moe.target.file_layout import DEFAULT_SHARD_SIZE, PlannedFile, layou
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+    from gemma4_moe.checkpoint.directory import Checkpoint
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.converter.base import BaseExperts
     from gemma4_moe.layout.dtypes import DType
     from gemma4_moe.layout.targets import Target

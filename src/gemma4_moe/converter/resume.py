@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+    from gemma4_moe.checkpoint.directory import Checkpoint
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.converter.plan import Plan
     from gemma4_moe.sizes import Progress
     from gemma4_moe.target.journal import Journalled

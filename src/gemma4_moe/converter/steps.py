@@ -28,8 +28,8 @@ from gemma4_moe.target.pieces import piece_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from gemma4_moe.checkpoint.directory import StoredTensor
     from gemma4_moe.checkpoint.readers import Readable, Reader
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.converter.base import FoldedScales, Unfolding
     from gemma4_moe.converter.blocks import Block, Memory
     from gemma4_moe.converter.merging import Merging

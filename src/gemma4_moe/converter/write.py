@@ -12,7 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.checkpoint.blobs import check_blob
-from gemma4_moe.checkpoint.config_dtype import recast
+from gemma4_moe.checkpoint.config_dtype import rewritten
 from gemma4_moe.checkpoint.file import OpenFile
 from gemma4_moe.checkpoint.hashing import Extent, hash_extents
 from gemma4_moe.checkpoint.storage import sync_directory
@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-    from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+    from gemma4_moe.checkpoint.directory import Checkpoint
     from gemma4_moe.checkpoint.readers import Readable, Reader
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.converter.base import FoldedScales
     from gemma4_moe.converter.blocks import Block, Memory
     from gemma4_moe.converter.plan import Plan
@@ -209,7 +210,7 @@ def finish(job: Job, files: TargetFiles, pieces: Sequence[Piece], count: Count) 
     dtype = None if job.plan.cast is None else job.plan.cast.name
 
     def documents() -> dict[str, bytes]:
-        made = dict(recast(side_files, dtype))
+        made = dict(rewritten(side_files, dtype, dequantised=job.checkpoint.dequantised))
         if job.request.card and all(path.name != CARD_NAME for path in side_files):
             made[CARD_NAME] = card_of(job.plan, job.checkpoint, job.base, job.target.name, _given_back(job, pieces))
         return made

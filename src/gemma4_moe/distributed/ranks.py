@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from gemma4_moe.errors import ParallelError
+from gemma4_moe.errors import ParallelError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+class LostRankError(ParallelError):
+    """A collective failed: ranks can't even tell each other how the work ended."""
 
 
 @contextmanager
@@ -25,7 +29,7 @@ def failing_in_words(action: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ParallelError(
+        raise LostRankError(
             f"ranks could not {action}: {str(error).splitlines()[0]}",
             expected="every rank to take part",
             hint="read the first error in the logs of the other ranks: one failed, was killed or did not call",
@@ -34,10 +38,17 @@ def failing_in_words(action: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among the ranks that work together: its rank, and their number."""
+    """This process among the ranks that work together.
+
+    Attributes:
+        rank: Its number among them.
+        world: How many they are.
+        group: Their process group; None for torch's default one, or for a single rank.
+    """
 
     rank: int = 0
     world: int = 1
+    group: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -52,8 +63,16 @@ class Ranks:
 
         values: list[Any] = [None] * self.world
         with failing_in_words("meet"):
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def of_world(self, rank: int) -> int:
+        """Return the number that a rank of these has in torch's default process group."""
+        if self.group is None:
+            return rank
+        import torch.distributed as dist
+
+        return dist.get_global_rank(self.group, rank)
 
     @contextmanager
     def together(self, action: str) -> Iterator[None]:
@@ -64,6 +83,8 @@ class Ranks:
         failure: Exception | None = None
         try:
             yield
+        except LostRankError:
+            raise
         except Exception as error:  # noqa: BLE001 - the other ranks must not wait for this one; it is raised below
             failure = error
         messages = self.everyones(None if failure is None else str(failure))
@@ -72,7 +93,8 @@ class Ranks:
         for rank, message in enumerate(messages):
             if message is not None:
                 found = message.replace("\n", ";")
-                raise ParallelError(f"rank {rank} could not {action}", found=found, hint="read that rank's log")
+                problem = f"rank {self.of_world(rank)} could not {action}"
+                raise ParallelError(problem, found=found, hint="read that rank's log")
 
 
 def launched_as_one_of_several() -> bool:
@@ -112,3 +134,17 @@ def current() -> Ranks:
 
     started = dist.is_available() and dist.is_initialized()
     return Ranks(dist.get_rank(), dist.get_world_size()) if started else Ranks()
+
+
+def members_of(group: Any) -> Ranks:
+    """Return the ranks of a process group.
+
+    Raises:
+        UsageError: This process is not in it.
+    """
+    import torch.distributed as dist
+
+    if (rank := dist.get_rank(group)) < 0:
+        hint = "give each rank the group that it is in, such as mesh.get_group()"
+        raise UsageError("this rank is not in the process group", hint=hint)
+    return Ranks(rank, dist.get_world_size(group), group)

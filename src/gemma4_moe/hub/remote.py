@@ -17,6 +17,7 @@ from gemma4_moe.checkpoint.directory import Checkpoint, open_checkpoint
 from gemma4_moe.checkpoint.file import FileIdentity, SafetensorsFile
 from gemma4_moe.checkpoint.header import header_size, parse_header
 from gemma4_moe.checkpoint.index import INDEX_NAME, LONGEST_INDEX, is_bare_name
+from gemma4_moe.checkpoint.quantised.claims import MODELOPT_NAME
 from gemma4_moe.checkpoint.side_files import LARGEST_SIDE_FILE, PATTERNS, is_side_file
 from gemma4_moe.checkpoint.storage import FULL, temporary_directory, too_large
 from gemma4_moe.checkpoint.storage import refusals as disk_refusals
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _WEIGHTS = ".safetensors"
 
 #: The files that a plan needs besides the headers, and the most bytes of each that are read.
-_READ = {CONFIG_NAME: LONGEST_CONFIG, INDEX_NAME: LONGEST_INDEX}
+_READ = {CONFIG_NAME: LONGEST_CONFIG, INDEX_NAME: LONGEST_INDEX, MODELOPT_NAME: LONGEST_CONFIG}
 
 #: The first piece of a file of weights that is read, in bytes: enough for most headers, so that each is one request.
 _HEAD = 2**16

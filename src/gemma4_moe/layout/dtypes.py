@@ -117,15 +117,16 @@ def named(name: str) -> DType:
     return found
 
 
-def require_expert_dtype(
-    tensor: str, dtype: str, hint: str = "cast the experts to one of these dtypes, or start from unquantised weights"
-) -> None:
+def require_expert_dtype(tensor: str, dtype: str, hint: str | None = None) -> None:
     """Raise a TensorShapeError unless an expert tensor's `dtype`, torch's name, is in `EXPERT_DTYPES`."""
     name = dtype.removeprefix("torch.")
     if name not in _EXPERT_NAMES:
         expected = f"one of {', '.join(_EXPERT_NAMES)}"
         problem = "an expert tensor of a dtype that is not converted"
-        raise TensorShapeError(problem, tensor=tensor, expected=expected, found=name, hint=hint)
+        own_hint = "cast the experts to one of these dtypes, or start from unquantised weights"
+        if name == FLOAT8_E4M3.name:
+            own_hint = "give gemma4-moe convert the directory: with their scales, it reads quantised weights"
+        raise TensorShapeError(problem, tensor=tensor, expected=expected, found=name, hint=hint or own_hint)
 
 
 def require_model_dtype(name: str, dtype: DType) -> None:

@@ -24,6 +24,7 @@ class Foreign(NamedTuple):
         model_types: Values of config.json's `model_type` that only this form has.
         quant_methods: Values of `quant_method` in config.json's `quantization_config` that only this form has.
         reason: Why it is refused, if not for its form alone.
+        dequantised: Whether a directory in this form is read (`checkpoint.quantised`), and only a state dict refused.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Foreign(NamedTuple):
     model_types: tuple[str, ...] = ()
     quant_methods: tuple[str, ...] = ()
     reason: str | None = None
+    dequantised: bool = False
 
 
 def _pattern(text: str) -> re.Pattern[str]:
@@ -41,6 +43,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 _DEQUANTISE = "quantised weights are not dequantised here: start from the unquantised checkpoint"
+_CONVERT = "a state dict is not dequantised: convert its directory with gemma4-moe convert, which reads this form"
 _EXPORT = "export it to Hugging Face safetensors first, or start from the published checkpoint"
 _MERGE = "merge it into its base: gemma4-moe merge BASE ADAPTER DST; or give it another form: gemma4-moe lora"
 
@@ -62,17 +65,20 @@ FOREIGN = (
     ),
     Foreign(
         "compressed-tensors NVFP4",
-        _DEQUANTISE,
+        _CONVERT,
         tensor=_pattern(r".*\.(weight_packed|weight_global_scale|input_global_scale)"),
+        dequantised=True,
     ),
-    Foreign("ModelOpt NVFP4", _DEQUANTISE, tensor=_pattern(r".*\.(weight_scale_2|input_scale)")),
+    Foreign("ModelOpt NVFP4", _CONVERT, tensor=_pattern(r".*[._]weight_scale_2"), dequantised=True),
     Foreign(
         "FP8 in blocks",
-        _DEQUANTISE,
+        _CONVERT,
         tensor=_pattern(r".*(\.weight|_proj)_scale_inv"),
-        quant_methods=("fp8", "fbgemm_fp8"),
+        quant_methods=("fp8",),
+        dequantised=True,
     ),
-    Foreign("compressed-tensors FP8", _DEQUANTISE, tensor=_pattern(r".*\.weight_scale")),
+    Foreign("compressed-tensors FP8", _CONVERT, tensor=_pattern(r".*\.weight_scale"), dequantised=True),
+    Foreign("ModelOpt FP8", _CONVERT, tensor=_pattern(r".*_proj_weight_scale"), dequantised=True),
     Foreign("MXFP4", _DEQUANTISE, tensor=_pattern(r".*_proj_(blocks|scales)"), quant_methods=("mxfp4",)),
     Foreign(
         "MLX quantised",

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma4_moe.checkpoint.directory import StoredTensor
 from gemma4_moe.checkpoint.file import SafetensorsFile
 from gemma4_moe.checkpoint.hashing import Extent, blake3_of, hash_extents
 from gemma4_moe.checkpoint.storage import read_whole, refusals
+from gemma4_moe.checkpoint.stored import StoredTensor
 from gemma4_moe.errors import CheckpointFormatError, IncompleteExpertsError, TensorShapeError
 from gemma4_moe.layout.dtypes import EXPERT_DTYPES
 from gemma4_moe.layout.lora import LORA_ROWS, LoraForm, ParamWrapper

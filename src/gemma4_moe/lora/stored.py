@@ -16,7 +16,7 @@ from gemma4_moe.lora.modules import LoraTensor
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gemma4_moe.checkpoint.directory import StoredTensor
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.layout.lora import LoraRow
     from gemma4_moe.layout.table import Rule
     from gemma4_moe.lora.config import LoraConfig

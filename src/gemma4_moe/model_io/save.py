@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from gemma4_moe.checkpoint.completeness import check_complete, folded
-from gemma4_moe.checkpoint.config_dtype import recast
+from gemma4_moe.checkpoint.config_dtype import rewritten
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.recognition import checkpoint_targets
 from gemma4_moe.converter.blocks import BLOCK_BYTES, row_bytes, rows_at_once
@@ -136,7 +136,8 @@ def save_hf(
             own = _write(state, targets, work, confirm)
         partial = {"missing": folded(missing)} if allow_partial else {}
         said = {"options": options, "layout": Layout.HF, **partial}
-        pieces = work.complete(own, template.side_files, lambda _: said, lambda: recast(template.side_files, dtype))
+        side_files = template.side_files
+        pieces = work.complete(own, side_files, lambda _: said, lambda: rewritten(side_files, dtype, dequantised=True))
         if read_back:
             work.read_back(pieces, lambda _: None if transaction is None else transaction.confirm())
         with ranks.together("publish the checkpoint"):

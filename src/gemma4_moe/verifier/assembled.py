@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from gemma4_moe.checkpoint.quantised.file import weight_of
 from gemma4_moe.errors import IncompleteExpertsError
 from gemma4_moe.layout.spellings import WHOLE
+from gemma4_moe.verifier.dequantised import Dequantised
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from gemma4_moe.checkpoint.directory import StoredTensor
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.layout.dtypes import DType
     from gemma4_moe.layout.names import MoEName
     from gemma4_moe.layout.table import Layout
+
+    #: A tensor as it is stored, or dequantised.
+    Stored: TypeAlias = StoredTensor | Dequantised
 
 
 class Values(Protocol):
@@ -58,7 +63,7 @@ class Assembled:
     name: str
     shape: tuple[int, ...]
     slots: int
-    tensors: Mapping[tuple[int, int], StoredTensor]
+    tensors: Mapping[tuple[int, int], Stored]
 
     @property
     def dtype(self) -> DType:
@@ -81,7 +86,7 @@ class Assembled:
             stored.read_into(rest[:count], begin + before)
             rest, offset = rest[count:], offset + count
 
-    def at(self, expert: int, slot: int) -> tuple[StoredTensor, int, slice]:
+    def at(self, expert: int, slot: int) -> tuple[Stored, int, slice]:
         """Return the tensor with a run of an expert's rows, the run's first byte in it, and which rows they are."""
         rows = self.shape[1] // self.slots
         where = slice(slot * rows, (slot + 1) * rows)
@@ -112,12 +117,14 @@ def assembled(
         IncompleteExpertsError: A role lacks a tensor, or its tensors differ in shape, dtype or spelling.
     """
     found: dict[str, tuple[MoEName | None, Values]] = {}
-    roles: dict[str, list[tuple[MoEName, StoredTensor]]] = {}
+    roles: dict[str, list[tuple[MoEName, Stored]]] = {}
     for own, name in names.items():
+        weight = weight_of(tensors[own])
+        stored = tensors[own] if weight is None else Dequantised(weight)
         if name is None or name.part == WHOLE:
-            found[own] = name, tensors[own]
+            found[own] = name, stored
         else:
-            roles.setdefault(name.name(layout), []).append((name, tensors[own]))
+            roles.setdefault(name.name(layout), []).append((name, stored))
     for role, members in roles.items():
         name, stored = members[0]
         slots = name.part.slots

@@ -16,7 +16,8 @@ from gemma4_moe.verifier.differences import Difference
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gemma4_moe.checkpoint.directory import Checkpoint, StoredTensor
+    from gemma4_moe.checkpoint.directory import Checkpoint
+    from gemma4_moe.checkpoint.stored import StoredTensor
     from gemma4_moe.layout.names import MoEName
     from gemma4_moe.verifier.additions import Addition
     from gemma4_moe.verifier.assembled import Values

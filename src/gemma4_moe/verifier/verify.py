@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, overload
 
 from gemma4_moe.checkpoint.blobs import check_blobs
 from gemma4_moe.checkpoint.config import CONFIG_NAME, LONGEST_CONFIG
-from gemma4_moe.checkpoint.config_dtype import with_dtype
+from gemma4_moe.checkpoint.config_dtype import rewritten_config, with_dtype
 from gemma4_moe.checkpoint.paths import expanded
 from gemma4_moe.checkpoint.recognition import layout_of, recognise, wrong_tensors
 from gemma4_moe.checkpoint.scales import with_scales
@@ -183,21 +183,26 @@ def _compare_side_files(source: Checkpoint, target: Checkpoint, cast: DType | No
         expected = f"{regular_status(path).st_size} bytes, as in the source"
         if path.name not in there:
             yield Difference(path.name, "file", expected, None)
-        elif path.name == CONFIG_NAME and _is_recast(path, there[path.name], target):
+        elif path.name == CONFIG_NAME and _is_rewritten(path, there[path.name], source, target, cast):
             continue
         elif path.name == CONFIG_NAME and cast is not None and _names_other_dtype(path, cast):
             yield Difference(path.name, "file", f"dtype {cast.name}, to which the tensors were cast", "another dtype")
+        elif path.name == CONFIG_NAME and source.dequantised:
+            yield Difference(path.name, "file", "the source's, without its quantization_config", "other bytes")
         elif (position := _first_other_byte(path, there[path.name])) is not None:
             size = regular_status(there[path.name]).st_size
             yield Difference(path.name, "file", expected, f"{size} bytes, the first that differs at {position}")
 
 
-def _is_recast(config: Path, found: Path, target: Checkpoint) -> bool:
-    """Return whether a target's config.json is the source's with the one dtype that all its floats have."""
-    dtypes = {tensor.dtype for tensor in target.tensors.values() if tensor.dtype.float_format is not None}
-    if len(dtypes) != 1:
-        return False
-    return with_dtype(read_whole(config, LONGEST_CONFIG), dtypes.pop().name) == read_whole(found, LONGEST_CONFIG)
+def _is_rewritten(config: Path, found: Path, source: Checkpoint, target: Checkpoint, cast: DType | None) -> bool:
+    """Return whether a target's config.json is the source's, as `convert` rewrites it for the target's floats.
+
+    These were dequantised, or cast to the one dtype that all of them have. Without a cast it may name any dtype.
+    """
+    dtypes = {tensor.dtype.name for tensor in target.tensors.values() if tensor.dtype.float_format is not None}
+    may_be = [*([None] if cast is None else []), *(dtypes if len(dtypes) == 1 else [])]
+    own = rewritten_config(found, None, dequantised=target.dequantised)
+    return any(rewritten_config(config, dtype, dequantised=source.dequantised) == own for dtype in may_be)
 
 
 def _names_other_dtype(config: Path, cast: DType) -> bool:
