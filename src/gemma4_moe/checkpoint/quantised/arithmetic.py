@@ -55,7 +55,9 @@ def dequantise(weight: QuantisedWeight, first: int, buffer: memoryview) -> None:
     for top, bottom, left, right in rectangles(first, first + elements.size, columns, _PIECE):
         start, stop = top * columns + left, (bottom - 1) * columns + right
         low, high = raw_range(weight, start, stop)
-        numbers = table[raw[low - begin : high - begin]].reshape(-1)[start - low * per_byte :][: stop - start]
+        numbers = np.take(table, raw[low - begin : high - begin], axis=0).reshape(-1)[start - low * per_byte :][
+            : stop - start
+        ]
         products = numbers.reshape(bottom - top, right - left)
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             products *= _factors(weight, top, bottom, left, right)
