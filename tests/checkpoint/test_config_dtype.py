@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from gemma4_moe import convert, save_hf, verify
-from gemma4_moe.checkpoint.config_dtype import with_dtype
+from gemma4_moe.checkpoint.config_dtype import with_dtype, without_quantisation
 from gemma4_moe.demo.small_models import build_model, save_model
 from support.checkpoints import write_checkpoint
 from support.formulas import nemo_from_hf
@@ -36,6 +36,24 @@ def test_the_fields_of_the_document_and_of_its_models_alone_are_rewritten():
 @pytest.mark.parametrize("text", ["{}", '{"dtype": "auto"}', '{"dtype": 3, "a": [{"dtype": "float32"}]}', '{"é": "ü"}'])
 def test_what_names_no_dtype_stays(text):
     assert with_dtype(text.encode(), "float16") == text.encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ('{"a": 1, "quantization_config": {"b": [{}, "}"]}, "c": 2}\n', '{"a": 1, "c": 2}\n'),
+        ('{"quantization_config": {"ignore": ["a,b"]}, "c": 2}', '{ "c": 2}'),
+        ('{\n  "é": 1,\n  "quantization_config": {}\n}\n', '{\n  "é": 1\n}\n'),
+        ('{"quantization_config": null}', "{}"),
+        ('{"text_config": {"compression_config": {}, "d": 1}, "e": 2}', '{"text_config": { "d": 1}, "e": 2}'),
+        ('{"vision_config": {"quantization_config": {}}, "a": "quantization_config"}', None),
+        ('["quantization_config", {"quantization_config": 1}]', None),
+    ],
+)
+def test_the_fields_of_quantisation_are_left_out_and_no_other_byte(text, left):
+    found = without_quantisation(text.encode()).decode()
+    assert found == (text if left is None else left)
+    json.loads(found)
 
 
 @pytest.mark.parametrize("kind", ["multimodal", "text"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distributed import io_checks
-from gemma4_moe import Gemma4MoEStateDictAdapter, convert, diff, inspect, load_hf, plan, verify
+from gemma4_moe import Gemma4MoEStateDictAdapter, convert, diff, inspect, load_hf, plan, save_hf, verify
 from gemma4_moe.adapter import MoEConfig
 from gemma4_moe.converter import blocks
 from gemma4_moe.errors import InputError
@@ -116,6 +116,18 @@ def test_modelopts_own_file_is_read_where_config_json_says_nothing_and_is_not_co
     with pytest.raises(InputError, match="whose layer the config leaves") as caught:
         plan(tmp_path / "form")
     assert "hf_quant_config.json" in str(caught.value)
+
+
+def test_a_model_saved_beside_it_is_not_called_quantised(tmp_path):
+    write(tmp_path / "form", ("compressed-tensors NVFP4", "single"))
+    convert(tmp_path / "form", tmp_path / "nemo")
+    native = {name: tensor.float() for name, tensor in read_directory(tmp_path / "nemo").items()}
+    save_hf(native, tmp_path / "saved", config_from=tmp_path / "form", dtype="bfloat16")
+    config = json.loads((tmp_path / "form/config.json").read_text())
+    del config["quantization_config"]
+    assert json.loads((tmp_path / "saved/config.json").read_text()) == config
+    convert(tmp_path / "saved", tmp_path / "again")
+    assert_same_tensors(read_directory(tmp_path / "again"), read_directory(tmp_path / "nemo"))
 
 
 CT, TRANSFORMERS, MODELOPT = (

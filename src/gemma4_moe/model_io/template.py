@@ -12,7 +12,6 @@ from gemma4_moe.checkpoint.recognition import checkpoint_targets, recognise, ref
 from gemma4_moe.checkpoint.side_files import side_files_of
 from gemma4_moe.checkpoint.storage import refusals
 from gemma4_moe.hub.source import is_hub_id, open_source
-from gemma4_moe.layout.names import lookup
 from gemma4_moe.layout.table import Layout
 
 if TYPE_CHECKING:
@@ -74,12 +73,8 @@ def _hf_shapes(checkpoint: Checkpoint, config: ConfigFile) -> dict[str, tuple[in
     layout = recognise(checkpoint.tensors, config).layout
     if layout is None:
         return None
-    if layout is Layout.NEMO:
-        targets = checkpoint_targets(checkpoint.tensors.values(), layout, config)
-        shapes = {name: target.shape for name, target in targets.items()}
-    else:
-        found = {name: lookup(name, layout) for name in checkpoint.tensors}
-        shapes = {parsed.hf if parsed else name: checkpoint.tensors[name].shape for name, parsed in found.items()}
+    targets = checkpoint_targets(checkpoint.tensors.values(), layout, config, to=Layout.HF)
+    shapes = {name: target.shape for name, target in targets.items()}
     if config.ties_embeddings:
         shapes.pop("lm_head.weight", None)  # the embedding under another name
     return shapes
