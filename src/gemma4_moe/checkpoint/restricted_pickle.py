@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from gemma4_moe.errors import CheckpointFormatError
@@ -29,7 +30,7 @@ _PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 
 _FAILURES = (
     *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError),
-    *(ImportError, OverflowError, MemoryError, RecursionError, AssertionError),
+    *(ImportError, OverflowError, MemoryError, RecursionError, AssertionError, Warning),
 )
 
 _UNTRUSTED = "don't use this checkpoint unless you know who wrote it; or save it as safetensors with torch"
@@ -67,7 +68,9 @@ def load(raw: bytes, stand_ins: StandIns, *, file: object, persistent: Callable[
         CheckpointFormatError: It is damaged, or uses a name or an operation that it should not.
     """
     try:
-        _check_operations(raw)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # damaged text is also one with escapes that Python has deprecated
+            _check_operations(raw)
         return _Unpickler(raw, stand_ins, persistent).load()
     except _FAILURES as error:
         raise CheckpointFormatError(
