@@ -59,8 +59,8 @@ def test_a_disk_that_refuses_is_told(error, shown, tmp_path, monkeypatch):
 
 
 def test_a_fold_that_is_left_out_is_a_difference(shown, tmp_path, monkeypatch):
-    sound = kernels.transpose_scale_cast
-    monkeypatch.setattr(kernels, "transpose_scale_cast", lambda x, **options: sound(x, **options | {"scale": None}))
+    sound = kernels.scale_cast
+    monkeypatch.setattr(kernels, "scale_cast", lambda x, **options: sound(x, **options | {"scale": None}))
     with pytest.raises(DifferenceError) as caught:
         run_demo(tmp_path / "demo", show=shown)
     assert caught.value.exit_status == 4

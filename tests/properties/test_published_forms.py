@@ -40,7 +40,7 @@ def test_it_is_converted_to_the_bits_of_the_fused_form_and_verified(form, tmp_pa
     write_checkpoint(tmp_path / "fused", HF)
     done = convert(source, tmp_path / "nemo", workers=1)
     convert(tmp_path / "fused", tmp_path / "expected", workers=1)
-    weights = "model.safetensors"
+    weights = "nemo.safetensors"
     assert contents(tmp_path / "nemo")[weights] == contents(tmp_path / "expected")[weights]
     assert done.plan.spelling == form[0]
     found = verify(source, tmp_path / "nemo")

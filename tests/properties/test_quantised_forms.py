@@ -80,7 +80,7 @@ def test_blocks_of_any_size_and_a_second_run_give_the_same_bytes(form, tmp_path,
     convert(tmp_path / "form", tmp_path / "nemo")
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 100)
     convert(tmp_path / "form", tmp_path / "small")
-    weights = "model.safetensors"
+    weights = "nemo.safetensors"
     assert contents(tmp_path / "nemo")[weights] == contents(tmp_path / "small")[weights]
     before = contents(tmp_path / "small")
     convert(tmp_path / "form", tmp_path / "small", resume=True)
