@@ -1,6 +1,5 @@
 """Every published form is read at every entrance, and gives the bits that the fused form gives."""
 
-
 import pytest
 import torch
 from safetensors import safe_open
